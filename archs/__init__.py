@@ -1,0 +1,43 @@
+"""The architectures: decoder-only language models that differ in how attention keeps its keys and values.
+
+    model = build("gqa", vocab_size=4096, width=256, layers=6, heads=8, context=2048, kv_heads=2)
+    cache = model.new_cache(batch_size=8, max_tokens=4096, dtype=torch.bfloat16, device="cpu")
+    last = model.prefill(tokens, cache)    # (B, T) -> (B, V)
+    last = model.decode(last.argmax(-1), cache)
+
+A new variant is one file here with a subclass of `Decoder`, and one line in VARIANTS.
+"""
+
+import dataclasses
+
+from archs.cache import Cache
+from archs.decoder import Decoder
+from archs.grouped import GQA, MHA, MQA
+from archs.mla import MLA
+from archs.yoco import YOCO
+
+__all__ = ["VARIANTS", "Cache", "Decoder", "build"]
+
+VARIANTS: dict[str, type[Decoder]] = {
+    "mha": MHA,
+    "mqa": MQA,
+    "gqa": GQA,
+    "mla": MLA,
+    "yoco": YOCO,
+}
+
+
+def build(arch: str, **options) -> Decoder:
+    """A freshly initialised model of the variant `arch`. ValueError names a wrong, unknown or missing option."""
+    if arch not in VARIANTS:
+        raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}")
+    fields = dataclasses.fields(VARIANTS[arch].Options)
+    allowed = [f.name for f in fields]
+    if unknown := [name for name in options if name not in allowed]:
+        raise ValueError(f"{arch} has no option {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
+    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]:
+        raise ValueError(f"{arch} needs the option {', '.join(map(repr, missing))}")
+    try:
+        return VARIANTS[arch](VARIANTS[arch].Options(**options))
+    except ValueError as e:
+        raise ValueError(f"{arch}: {e}") from None

@@ -1,0 +1,77 @@
+"""Softmax attention over compact keys and values, and the rotary embedding: what all variants share.
+
+Keys and values are never repeated to the number of query heads: for one new token the query heads of a group are taken
+as that group's query length, so that each cached byte is read once and no mask is needed.
+
+Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, D key size, E value size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_table(start: int, tokens: int, dim: int, base: float, device) -> Rope:
+    """Cosine and sine (T, dim/2) in fp32 for positions from `start` (RoFormer, arXiv 2104.09864, section 3)."""
+    frequency = base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / -dim)
+    angle = torch.arange(start, start + tokens, dtype=torch.float32, device=device)[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
+    """Applies rotary positions; dimension i is paired with i + D/2, as Llama does."""
+    cos, sin = rope
+    a, b = x_BHTD.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
+
+
+def split_heads(x_BTX: Tensor, *heads: int) -> list[Tensor]:
+    """(B, T, (h1 + h2 + ...) D) to one tensor (B, h, T, D) for each h."""
+    B, T, _ = x_BTX.shape
+    return list(x_BTX.view(B, T, sum(heads), -1).transpose(1, 2).split(heads, dim=1))
+
+
+def merge_heads(x_BHTD: Tensor) -> Tensor:
+    return x_BHTD.transpose(1, 2).flatten(2)
+
+
+def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention of the last T of S positions; query head h uses KV head h // (H/G). Returns (B, H, T, E)."""
+    B, H, T, D = q_BHTD.shape
+    G, S = k_BGSD.shape[1:3]
+    q = q_BHTD.to(k_BGSD.dtype)
+    if T == 1:
+        out = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), k_BGSD, v_BGSE, scale=scale)
+        return out.reshape(B, H, 1, -1).to(q_BHTD.dtype)
+    mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    out = F.scaled_dot_product_attention(
+        q, k_BGSD, v_BGSE, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=H != G
+    )
+    return out.to(q_BHTD.dtype)
+
+
+def attend_window(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, window: int) -> Tensor:
+    """As `attend`, but each token sees only itself and the window - 1 before it; S - T may be at most window - 1.
+
+    Queries go in blocks of `window`, each against its own and the previous block of keys: time and memory grow with
+    T x 2 window, not with T x S.
+    """
+    B, H, T, D = q_BHTD.shape
+    G, S = k_BGSD.shape[1:3]
+    if window >= S:
+        return attend(q_BHTD, k_BGSD, v_BGSE)
+    before, blocks = S - T, -(-T // window)
+    tail = blocks * window - T
+
+    def keys(x_BGSD: Tensor) -> Tensor:  # (blocks, B G, 2 window, D)
+        x = F.pad(x_BGSD, (0, 0, window - before, tail)).flatten(0, 1).unfold(1, 2 * window, window)
+        return x.permute(1, 0, 3, 2)
+
+    q = F.pad(q_BHTD.to(k_BGSD.dtype), (0, 0, 0, tail)).reshape(B * H, blocks, window, D).transpose(0, 1)
+    ones = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
+    mask = (ones.triu(1) & ones.tril(window)).repeat(blocks, 1, 1, 1)
+    mask[0, :, :, : window - before] = False  # padding before the first key
+    out = F.scaled_dot_product_attention(q, keys(k_BGSD), keys(v_BGSE), attn_mask=mask, enable_gqa=H != G)
+    return out.transpose(0, 1).reshape(B, H, blocks * window, -1)[:, :, :T].to(q_BHTD.dtype)

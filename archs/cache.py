@@ -1,0 +1,112 @@
+"""KV caches: allocated once for `max_tokens`, written in place, read sliced to what they hold.
+
+The bytes a cache reports are those of its storages, found by walking whatever tensors it reaches, each storage once.
+A variant therefore cannot forget a buffer, and a cache shared by several layers counts once (YOCO, arXiv 2405.05254).
+
+Shapes: B batch, G KV heads, S cached tokens, T new tokens, D head size.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FullCache:
+    """Every token's vectors in order, one tensor (B, G, max_tokens, D) for each of `sizes`, given as (G, D)."""
+
+    def __init__(self, batch_size: int, max_tokens: int, sizes: Sequence[tuple[int, int]], dtype, device):
+        self.streams = [torch.zeros(batch_size, g, max_tokens, d, dtype=dtype, device=device) for g, d in sizes]
+
+    def append(self, start: int, *new_BGTD: Tensor) -> list[Tensor]:
+        """Writes T new tokens at `start`; returns views (B, G, start + T, D) of all that is now held."""
+        end = start + new_BGTD[0].shape[2]
+        for stream, new in zip(self.streams, new_BGTD, strict=True):
+            stream[:, :, start:end] = new
+        return [stream[:, :, :end] for stream in self.streams]
+
+
+class WindowCache:
+    """A ring of the last `window` tokens' keys and values; token t stands in slot t mod window."""
+
+    def __init__(self, batch_size: int, max_tokens: int, window: int, kv_heads: int, head_dim: int, dtype, device):
+        self.slots = min(window, max_tokens)
+        shape = batch_size, kv_heads, self.slots, head_dim
+        self.streams = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+
+    def append(self, start: int, *new_BGTD: Tensor) -> list[Tensor]:
+        """Writes T new tokens at `start`; of more than a ring's worth only the last are kept.
+
+        Returns the keys and values held, in slot order: attention by a query that sees all of them needs no other.
+        """
+        T = new_BGTD[0].shape[2]
+        kept = min(T, self.slots)
+        slot = (start + T - kept) % self.slots
+        first = min(kept, self.slots - slot)  # tokens before the ring's end; the rest goes on from slot 0
+        for stream, new in zip(self.streams, new_BGTD, strict=True):
+            new = new[:, :, T - kept :]
+            stream[:, :, slot : slot + first] = new[:, :, :first]
+            stream[:, :, : kept - first] = new[:, :, first:]
+        return [stream[:, :, : start + T] for stream in self.streams]
+
+    def recent(self, start: int, count: int) -> list[Tensor]:
+        """The last `count` tokens (or as many as are held) before `start`, in order: (B, G, count, D) each."""
+        count = min(count, start, self.slots)
+        slots = torch.arange(start - count, start, device=self.streams[0].device) % self.slots
+        return [stream[:, :, slots] for stream in self.streams]
+
+
+class StateCache:
+    """A recurrent state (B, H, D, D): constant however long the sequence grows."""
+
+    def __init__(self, batch_size: int, heads: int, head_dim: int, dtype, device):
+        self.state = torch.zeros(batch_size, heads, head_dim, head_dim, dtype=dtype, device=device)
+
+
+class Cache:
+    """What a batch of sequences holds in all layers of a model. Made by `model.new_cache`.
+
+    `length` is the number of tokens held, `nbytes` the bytes of all storages, `parts` what the layers wrote them to.
+    """
+
+    def __init__(self, parts: list, batch_size: int, max_tokens: int):
+        self.parts = parts
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in _tensors(self.parts))}
+        return sum(storages.values())
+
+    def reset(self) -> None:
+        """Empties the cache and keeps its storages."""
+        self.length = 0
+        for tensor in _tensors(self.parts):
+            tensor.zero_()
+
+    def check_room(self, batch_size: int, tokens: int) -> None:
+        if batch_size != self.batch_size:
+            raise ValueError(f"tokens for {batch_size} sequences, but the cache was made for {self.batch_size}")
+        if tokens < 1:
+            raise ValueError("at least one token a sequence is needed")
+        if self.length + tokens > self.max_tokens:
+            raise ValueError(
+                f"the cache holds {self.length} of at most {self.max_tokens} tokens and {tokens} more do not fit; "
+                f"make it with max_tokens={self.length + tokens} or more"
+            )
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from _tensors(value)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from _tensors(value)
+    elif hasattr(thing, "__dict__"):
+        yield from _tensors(vars(thing))

@@ -1,0 +1,275 @@
+"""The decoder-only language model all variants share: pre-RMSNorm, SwiGLU, RoPE, no biases.
+
+A variant supplies its attention layers, their caches and how many elements those hold (`Decoder`'s last methods); this
+file has the rest, cost accounting included, so that what a token costs cannot drift from the model.
+
+Shapes: B batch, T tokens, W width, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archs.attention import Rope, rope_table
+from archs.cache import Cache
+
+NORM_EPS = 1e-6
+
+
+def option(default: Any = dataclasses.MISSING, *, at_least: float = 1, below: float = math.inf) -> Any:
+    """A field of `Options` with its range; None as default means: derived from the others."""
+    return field(default=default, metadata={"at_least": at_least, "below": below})
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What `build` takes for every variant. A ValueError names an option that is wrong and what is allowed."""
+
+    vocab_size: int = option()
+    width: int = option()
+    layers: int = option()
+    heads: int = option()
+    context: int = option()
+    head_dim: int = option(None)  # width / heads
+    ffn_width: int = option(None)  # 8/3 width, rounded up to 64 (SwiGLU, arXiv 2002.05202)
+    rope_base: float = option(10_000.0)
+    tie_embeddings: bool = option(True)
+    dropout: float = option(0.0, at_least=0, below=1)
+    rotary: ClassVar[str] = "head_dim"  # the option that is the size of what is rotated
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if getattr(self, f.name) is not None or f.default is not None:
+                setattr(self, f.name, _checked(f, getattr(self, f.name)))
+        if self.head_dim is None:
+            self.check(
+                self.width % self.heads == 0, f"heads={self.heads} must divide width={self.width}, or give head_dim"
+            )
+            self.head_dim = self.width // self.heads
+        if self.ffn_width is None:
+            self.ffn_width = -(-self.width * 8 // 3 // 64) * 64
+        self.derive()
+        turned = self.rotary_dim
+        self.check(
+            turned % 2 == 0, f"{self.rotary}={turned}: must be even, as rotary positions turn pairs of dimensions"
+        )
+
+    def derive(self) -> None:
+        """Fills and checks a variant's own options."""
+
+    @property
+    def rotary_dim(self) -> int:
+        return getattr(self, self.rotary)
+
+    @staticmethod
+    def check(fine: bool, otherwise: str) -> None:
+        if not fine:
+            raise ValueError(otherwise)
+
+
+def _checked(f: dataclasses.Field, value: Any) -> Any:
+    if get_origin(f.type) is Literal:
+        Options.check(value in get_args(f.type), f"{f.name}={value!r}: must be one of {', '.join(get_args(f.type))}")
+        return value
+    number = isinstance(value, int if f.type is not float else int | float) and not isinstance(value, bool)
+    if f.type is bool:
+        Options.check(isinstance(value, bool), f"{f.name}={value!r}: must be true or false")
+        return value
+    low, high = f.metadata["at_least"], f.metadata["below"]
+    kind = "a whole number" if f.type is int else "a number"
+    limits = f"{kind} of at least {low}" + (f" and below {high}" if high < math.inf else "")
+    Options.check(number and low <= value < high, f"{f.name}={value!r}: must be {limits}")
+    return f.type(value)
+
+
+def kv_heads_divide(options: Any) -> None:
+    options.check(
+        options.heads % options.kv_heads == 0,
+        f"kv_heads={options.kv_heads} must divide heads={options.heads}",
+    )
+
+
+class FFN(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate) * up)."""
+
+    def __init__(self, width: int, ffn_width: int):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * ffn_width, bias=False)
+        self.down = nn.Linear(ffn_width, width, bias=False)
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTW).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); what follows x is handed on to the attention."""
+
+    def __init__(self, options: Options, attention: nn.Module):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(options.width, eps=NORM_EPS)
+        self.attention = attention
+        self.ffn_norm = nn.RMSNorm(options.width, eps=NORM_EPS)
+        self.ffn = FFN(options.width, options.ffn_width)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x_BTW: Tensor, rope: Rope, *cached: Any) -> Tensor:
+        x_BTW = x_BTW + self.dropout(self.attention(self.attention_norm(x_BTW), rope, *cached))
+        return x_BTW + self.dropout(self.ffn(self.ffn_norm(x_BTW)))
+
+
+class Decoder(nn.Module):
+    """A language model whose layers `layer_attention` makes; see the module's docstring.
+
+    An attention layer is called as `layer(x_BTW, rope)` for training, and as `layer(x_BTW, rope, part, start)` to
+    append T tokens from position `start` to its part of the cache; a projection named `out` ends it.
+    """
+
+    Options: ClassVar[type] = Options
+    # Option sets for 4 heads that between them reach every path of the variant; the tests run their laws over them.
+    examples: ClassVar[Sequence[dict]] = ({},)
+
+    def __init__(self, options: Options):
+        super().__init__()
+        self.options = o = options
+        self.embed = nn.Embedding(o.vocab_size, o.width)
+        self.dropout = nn.Dropout(o.dropout)
+        self.blocks = nn.ModuleList(Block(o, self.layer_attention(layer)) for layer in range(o.layers))
+        self.norm = nn.RMSNorm(o.width, eps=NORM_EPS)
+        self.unembed = nn.Linear(o.width, o.vocab_size, bias=False)
+        if o.tie_embeddings:
+            self.unembed.weight = self.embed.weight
+        self.add_modules()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with std 0.02; projections into the residual stream scaled by 1/sqrt(2 layers), as GPT-2 does."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.options.layers) if residual else 0.02)
+
+    # Running the model
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) of every position; position t sees tokens 0 .. t."""
+        return self.unembed(self.norm(self.hidden(self.dropout(self.embed(tokens_BT)))))
+
+    @torch.no_grad()
+    def prefill(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Appends T tokens to the cache; logits (B, V) of the last. ValueError if the cache has no room for them."""
+        B, T = tokens_BT.shape
+        cache.check_room(B, T)
+        x_BW = self.hidden(self.embed(tokens_BT), cache)[:, -1]
+        cache.length += T
+        return self.unembed(self.norm(x_BW))
+
+    def decode(self, tokens_B: Tensor, cache: Cache) -> Tensor:
+        """Appends one token to each sequence; logits (B, V)."""
+        return self.prefill(tokens_B[:, None], cache)
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_tokens: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cache:
+        """An empty cache for up to `max_tokens` a sequence; dtype and device default to the model's."""
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        weight = self.embed.weight
+        with torch.inference_mode(False):  # a cache made in inference mode could not be written outside of it
+            parts = self.new_parts(batch_size, max_tokens, dtype or weight.dtype, device or weight.device)
+        return Cache(parts, batch_size, max_tokens)
+
+    def hidden(self, x_BTW: Tensor, cache: Cache | None = None) -> Tensor:
+        """The residual stream after the last layer; with a cache at least the last position of it."""
+        start = cache.length if cache else 0
+        rope = self.rope(x_BTW, start)
+        for layer, block in enumerate(self.blocks):
+            x_BTW = block(x_BTW, rope, cache.parts[layer], start) if cache else block(x_BTW, rope)
+        return x_BTW
+
+    def rope(self, x_BTW: Tensor, start: int) -> Rope:
+        return rope_table(start, x_BTW.shape[1], self.options.rotary_dim, self.options.rope_base, x_BTW.device)
+
+    # What it costs
+
+    def count_params(self, embedding: bool = True) -> int:
+        """Parameters, each once; without `embedding` the token embedding and the unembedding are left out."""
+        tables = {self.embed.weight, self.unembed.weight}
+        return sum(p.numel() for p in self.parameters() if embedding or p not in tables)
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that each further token adds to one sequence's cache, once every window is full."""
+        return self.kv_elements_per_token() * dtype.itemsize
+
+    def kv_constant_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that one sequence holds however long it grows."""
+        return self.kv_constant_elements() * dtype.itemsize
+
+    def kv_stored_bytes(self, context: int, dtype: torch.dtype) -> int:
+        """Bytes that one sequence of `context` tokens holds."""
+        return self.kv_stored_elements(context) * dtype.itemsize
+
+    def kv_read_bytes(self, context: int, dtype: torch.dtype) -> int:
+        """Bytes of cache that one decode step of one sequence must read when it holds `context` tokens."""
+        return self.kv_read_elements(context) * dtype.itemsize
+
+    def flops_per_token(self, context: int) -> float:
+        """Forward FLOPs a token, mean over a training sequence of `context` tokens; training takes three times this."""
+        return self.matmul_flops() + self.score_flops(context)
+
+    def decode_flops(self, context: int) -> float:
+        """FLOPs of one decode step of one sequence that then holds `context` tokens."""
+        return self.matmul_flops() + self.decode_score_flops(context)
+
+    def matmul_flops(self) -> int:
+        """Forward FLOPs a token in the weight matrices, unembedding included: two for each weight."""
+        return 2 * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+
+    # What a variant says of itself
+
+    def layer_attention(self, layer: int) -> nn.Module:
+        raise NotImplementedError
+
+    def add_modules(self) -> None:
+        """For what belongs to no layer."""
+
+    def new_parts(self, batch_size: int, max_tokens: int, dtype: torch.dtype, device) -> list:
+        """The cache of each layer."""
+        raise NotImplementedError
+
+    def kv_elements_per_token(self) -> int:
+        raise NotImplementedError
+
+    def kv_constant_elements(self) -> int:
+        return 0
+
+    def kv_stored_elements(self, context: int) -> int:
+        return self.kv_elements_per_token() * context
+
+    def kv_read_elements(self, context: int) -> int:
+        return self.kv_stored_elements(context)
+
+    def score_flops(self, context: int) -> float:
+        """Forward FLOPs a token of queries against keys and weights against values, over the pairs that are seen."""
+        raise NotImplementedError
+
+    def decode_score_flops(self, context: int) -> float:
+        """The same for one decode step that reads `context` tokens."""
+        raise NotImplementedError
+
+
+def mean_seen(context: int, window: int | None = None) -> float:
+    """Mean number of tokens that a token of a sequence sees, itself included: min(t, window) over t = 1 .. context."""
+    window = min(window or context, context)
+    return (window * (window + 1) / 2 + (context - window) * window) / context

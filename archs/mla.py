@@ -1,0 +1,122 @@
+"""MLA, multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): a latent and a rotary key are cached.
+
+Each token keeps one latent of `kv_rank`, normed before it is cached, and one rotary key of `rope_dim` shared by all
+heads. Keys and values are linear in the latent, so decode never makes them: W_UK goes into the query and W_UV into the
+output (the absorbed form), and attention runs on what is cached as on a single KV head. Training makes them (the
+materialised form), which takes fewer FLOPs when many queries share them. RoPE acts on the rotary part alone: a rotated
+up-projection could not be absorbed.
+
+Shapes: B batch, T tokens, S cached tokens, H heads, N nope_dim, P rope_dim, E v_dim, R kv_rank, W width.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from archs.attention import Rope, attend, merge_heads, rotate, split_heads
+from archs.cache import FullCache
+from archs.decoder import NORM_EPS, Decoder, Options, mean_seen, option
+
+
+@dataclass(kw_only=True)
+class MLAOptions(Options):
+    kv_rank: int = option()
+    rope_dim: int = option()
+    q_rank: int = option(0, at_least=0)  # 0: queries straight from the residual stream, as in DeepSeek-V2-Lite
+    nope_dim: int = option(None)  # head_dim
+    v_dim: int = option(None)  # head_dim
+    rotary: ClassVar[str] = "rope_dim"
+
+    def derive(self) -> None:
+        self.nope_dim = self.nope_dim or self.head_dim
+        self.v_dim = self.v_dim or self.head_dim
+
+
+class LatentAttention(nn.Module):
+    def __init__(self, o: MLAOptions):
+        super().__init__()
+        self.o = o
+        self.scale = (o.nope_dim + o.rope_dim) ** -0.5
+        q_in = o.q_rank or o.width
+        if o.q_rank:
+            self.q_down = nn.Linear(o.width, o.q_rank, bias=False)
+            self.q_norm = nn.RMSNorm(o.q_rank, eps=NORM_EPS)
+        self.q_up = nn.Linear(q_in, o.heads * (o.nope_dim + o.rope_dim), bias=False)
+        self.kv_down = nn.Linear(o.width, o.kv_rank + o.rope_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(o.kv_rank, eps=NORM_EPS)
+        self.kv_up = nn.Linear(o.kv_rank, o.heads * (o.nope_dim + o.v_dim), bias=False)
+        self.out = nn.Linear(o.heads * o.v_dim, o.width, bias=False)
+
+    def forward(self, x_BTW: Tensor, rope: Rope, cache: FullCache | None = None, start: int = 0) -> Tensor:
+        o = self.o
+        (q_BHTX,) = split_heads(self.q_up(self.q_norm(self.q_down(x_BTW)) if o.q_rank else x_BTW), o.heads)
+        q_nope_BHTN, q_rope_BHTP = q_BHTX.split((o.nope_dim, o.rope_dim), dim=-1)
+        q_rope_BHTP = rotate(q_rope_BHTP, rope)
+        latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.kv_rank, o.rope_dim), dim=-1)
+        kept_B1SX = torch.cat((self.kv_norm(latent_BTR), rotate(k_rope_BTP, rope).to(latent_BTR.dtype)), -1)[:, None]
+        if cache:
+            (kept_B1SX,) = cache.append(start, kept_B1SX)
+        absorb = cache and self.absorbing_is_cheaper(x_BTW.shape[1], kept_B1SX.shape[2])
+        form = self.absorbed if absorb else self.materialised
+        return self.out(merge_heads(form(q_nope_BHTN, q_rope_BHTP, kept_B1SX)))
+
+    def absorbing_is_cheaper(self, T: int, S: int) -> bool:
+        """Compares the FLOPs of both forms for T queries over S cached tokens."""
+        o = self.o
+        up = o.kv_rank * (o.nope_dim + o.v_dim)
+        return T * up + T * S * (2 * o.kv_rank + o.rope_dim) < S * up + T * S * (o.nope_dim + o.rope_dim + o.v_dim)
+
+    def materialised(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, kept_B1SX: Tensor) -> Tensor:
+        """Keys and values made from the latent for every head; (B, H, T, E)."""
+        o = self.o
+        latent_BSR, k_rope_BSP = kept_B1SX[:, 0].to(q_nope_BHTN.dtype).split((o.kv_rank, o.rope_dim), dim=-1)
+        (kv_BHSX,) = split_heads(self.kv_up(latent_BSR), o.heads)
+        k_nope_BHSN, v_BHSE = kv_BHSX.split((o.nope_dim, o.v_dim), dim=-1)
+        k_BHSD = torch.cat((k_nope_BHSN, k_rope_BSP[:, None].expand(-1, o.heads, -1, -1)), dim=-1)
+        return attend(torch.cat((q_nope_BHTN, q_rope_BHTP), dim=-1), k_BHSD, v_BHSE, self.scale)
+
+    def absorbed(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, kept_B1SX: Tensor) -> Tensor:
+        """Attention on the latent itself, as keys and as values of one KV head; (B, H, T, E).
+
+        The rotary part rides along as value columns that are cut off: equal key and value sizes and one tensor for both
+        keep torch's fast kernels usable.
+        """
+        o = self.o
+        up_HXR = self.kv_up.weight.view(o.heads, o.nope_dim + o.v_dim, o.kv_rank)
+        k_up_HNR, v_up_HER = up_HXR.split((o.nope_dim, o.v_dim), dim=1)
+        q_BHTX = torch.cat((q_nope_BHTN @ k_up_HNR, q_rope_BHTP), dim=-1)
+        latent_BHTR = attend(q_BHTX, kept_B1SX, kept_B1SX, self.scale)[..., : o.kv_rank]
+        return latent_BHTR @ v_up_HER.transpose(1, 2)
+
+
+class MLA(Decoder):
+    """Multi-head latent attention."""
+
+    Options = MLAOptions
+    examples = (
+        {"kv_rank": 32, "rope_dim": 8},
+        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20},
+    )
+
+    def layer_attention(self, layer: int) -> nn.Module:
+        return LatentAttention(self.options)
+
+    def new_parts(self, batch_size: int, max_tokens: int, dtype, device) -> list:
+        sizes = [(1, self.options.kv_rank + self.options.rope_dim)]
+        return [FullCache(batch_size, max_tokens, sizes, dtype, device) for _ in self.blocks]
+
+    def kv_elements_per_token(self) -> int:
+        """(kv_rank + rope_dim) L, DeepSeek-V2 Table 1."""
+        return (self.options.kv_rank + self.options.rope_dim) * self.options.layers
+
+    def score_flops(self, context: int) -> float:
+        """In the materialised form."""
+        o = self.options
+        return 2 * o.heads * (o.nope_dim + o.rope_dim + o.v_dim) * o.layers * mean_seen(context)
+
+    def decode_score_flops(self, context: float) -> float:
+        """In the absorbed form."""
+        o = self.options
+        return 2 * o.heads * (2 * o.kv_rank + o.rope_dim) * o.layers * context

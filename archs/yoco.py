@@ -1,0 +1,224 @@
+"""YOCO, you only cache once (Sun et al. 2024, arXiv 2405.05254): one K/V for the whole upper half of the model.
+
+The first half of the layers, the self-decoder, has attention of constant memory: a sliding window (`swa`) or gated
+retention (`gret`). Its output gives one K and one V, which all layers of the second half, the cross-decoder, read: they
+own only queries and output projections. Prefill needs the cross-decoder for the last position alone (early exit), as
+nothing of it is cached.
+
+Shapes: B batch, T tokens, H heads, G KV heads, D head size, W width, C chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archs.attention import Rope, attend, attend_window, merge_heads, rotate, split_heads
+from archs.cache import Cache, FullCache, StateCache, WindowCache
+from archs.decoder import NORM_EPS, Decoder, Options, kv_heads_divide, mean_seen, option
+from archs.grouped import GroupedAttention
+
+DECAY_TEMPERATURE = 16  # tau of the paper's equation for gamma
+CHUNK = 256
+
+
+@dataclass(kw_only=True)
+class YOCOOptions(Options):
+    kv_heads: int = option()
+    self_decoder: Literal["swa", "gret"] = option("swa")
+    window: int = option(1024)  # of swa: tokens that a token sees, itself included
+
+    def derive(self) -> None:
+        kv_heads_divide(self)
+        self.check(self.layers % 2 == 0, f"layers={self.layers}: must be even, half of them are the self-decoder")
+
+
+class WindowAttention(GroupedAttention):
+    """Grouped attention in which a token sees itself and the window - 1 tokens before it."""
+
+    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, window: int):
+        super().__init__(width, heads, kv_heads, head_dim)
+        self.window = window
+
+    def attend(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, cache: WindowCache | None = None, start: int = 0
+    ) -> Tensor:
+        if cache is None:
+            return attend_window(q_BHTD, k_BGTD, v_BGTD, self.window)
+        if q_BHTD.shape[2] == 1:
+            return attend(q_BHTD, *cache.append(start, k_BGTD, v_BGTD))
+        before = cache.recent(start, self.window - 1)
+        cache.append(start, k_BGTD, v_BGTD)
+        k, v = (torch.cat((old, new.to(old.dtype)), 2) for old, new in zip(before, (k_BGTD, v_BGTD), strict=True))
+        return attend_window(q_BHTD, k, v, self.window)
+
+
+def retention_chunkwise(
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, log_decay_BHT: Tensor, state_BHDD: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Gated retention over T tokens from a state: (outputs (B, H, T, D), the state after them).
+
+    Within a chunk the parallel form, ((Q K^T) * decay mask) V; between chunks the state. With chunk >= T it is the
+    parallel form alone.
+    """
+    outputs = []
+    for q, k, v, log_decay in zip(
+        *(x.split(chunk, dim=2) for x in (q_BHTD, k_BHTD, v_BHTD, log_decay_BHT)), strict=True
+    ):
+        total_BHC = log_decay.cumsum(-1)
+        future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        decay_BHCC = (total_BHC[..., :, None] - total_BHC[..., None, :]).masked_fill(future, float("-inf")).exp()
+        outputs.append((q @ k.mT * decay_BHCC) @ v + total_BHC.exp()[..., None] * (q @ state_BHDD))
+        remaining_BHC = (total_BHC[..., -1:] - total_BHC).exp()
+        state_BHDD = total_BHC[..., -1:, None].exp() * state_BHDD + (k * remaining_BHC[..., None]).mT @ v
+    return torch.cat(outputs, dim=2), state_BHDD
+
+
+def retention_recurrent(
+    q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, log_decay_BH1: Tensor, state_BHDD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token: S_n = gamma_n S_{n-1} + K_n^T V_n, output Q_n S_n."""
+    state_BHDD = log_decay_BH1.exp()[..., None] * state_BHDD + k_BH1D.mT @ v_BH1D
+    return q_BH1D @ state_BHDD, state_BHDD
+
+
+class GatedRetention(nn.Module):
+    """Retention with a data-dependent decay a head, gamma = sigmoid(x W_gamma)^(1/16), normed a head and swish-gated.
+
+    Computed in fp32 whatever the model's precision: products of many decays lose their tails in bf16. The cached state
+    has the cache's dtype.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.qkvg = nn.Linear(width, 4 * heads * head_dim, bias=False)
+        self.decay = nn.Linear(width, heads, bias=False)
+        self.out = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(self, x_BTW: Tensor, rope: Rope, cache: StateCache | None = None, start: int = 0) -> Tensor:
+        qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
+        log_decay_BHT = F.logsigmoid(self.decay(x_BTW).float()).transpose(1, 2) / DECAY_TEMPERATURE
+        with torch.autocast(x_BTW.device.type, enabled=False):
+            q_BHTD, k_BHTD = rotate(qk_BXTD.float(), rope).chunk(2, dim=1)
+            k_BHTD = k_BHTD * self.head_dim**-0.5
+            if cache:
+                state = cache.state.float()
+            else:
+                state = q_BHTD.new_zeros(x_BTW.shape[0], self.heads, self.head_dim, self.head_dim)
+            inputs = q_BHTD, k_BHTD, v_BHTD.float(), log_decay_BHT, state
+            one = cache and x_BTW.shape[1] == 1
+            out_BHTD, state = retention_recurrent(*inputs) if one else retention_chunkwise(*inputs, CHUNK)
+            out_BHTD = F.rms_norm(out_BHTD, (self.head_dim,), eps=NORM_EPS)
+        if cache:
+            cache.state.copy_(state)
+        return self.out(merge_heads(out_BHTD.to(gate_BHTD.dtype) * F.silu(gate_BHTD)))
+
+
+class SharedKV(nn.Module):
+    """The one K and V of the cross-decoder, from the self-decoder's normed output; rotary positions applied once."""
+
+    def __init__(self, width: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.kv_heads = kv_heads
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.kv = nn.Linear(width, 2 * kv_heads * head_dim, bias=False)
+
+    def forward(self, x_BTW: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        k_BGTD, v_BGTD = split_heads(self.kv(self.norm(x_BTW)), self.kv_heads, self.kv_heads)
+        return rotate(k_BGTD, rope), v_BGTD
+
+
+class CrossAttention(nn.Module):
+    """Queries of its own against the shared keys and values."""
+
+    def __init__(self, width: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(self, x_BTW: Tensor, rope: Rope, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+        (q_BHTD,) = split_heads(self.q(x_BTW), self.heads)
+        return self.out(merge_heads(attend(rotate(q_BHTD, rope), k_BGSD, v_BGSD)))
+
+
+class YOCO(Decoder):
+    """Self-decoder of constant memory, cross-decoder on one shared K/V."""
+
+    Options = YOCOOptions
+    examples = (
+        {"kv_heads": 4, "self_decoder": "swa", "window": 7},
+        {"kv_heads": 2, "self_decoder": "gret"},
+    )
+
+    def layer_attention(self, layer: int) -> nn.Module:
+        o = self.options
+        if layer >= o.layers // 2:
+            return CrossAttention(o.width, o.heads, o.head_dim)
+        if o.self_decoder == "swa":
+            return WindowAttention(o.width, o.heads, o.kv_heads, o.head_dim, o.window)
+        return GatedRetention(o.width, o.heads, o.head_dim)
+
+    def add_modules(self) -> None:
+        self.shared_kv = SharedKV(self.options.width, self.options.kv_heads, self.options.head_dim)
+
+    def new_parts(self, batch_size: int, max_tokens: int, dtype, device) -> list:
+        """One part for each self-decoder layer, then the shared K/V."""
+        o = self.options
+        if o.self_decoder == "swa":
+            args = batch_size, max_tokens, o.window, o.kv_heads, o.head_dim, dtype, device
+            parts = [WindowCache(*args) for _ in range(o.layers // 2)]
+        else:
+            parts = [StateCache(batch_size, o.heads, o.head_dim, dtype, device) for _ in range(o.layers // 2)]
+        return [*parts, FullCache(batch_size, max_tokens, [(o.kv_heads, o.head_dim)] * 2, dtype, device)]
+
+    def hidden(self, x_BTW: Tensor, cache: Cache | None = None) -> Tensor:
+        """Of the last position alone when there is a cache (early exit)."""
+        start = cache.length if cache else 0
+        rope = self.rope(x_BTW, start)
+        half = self.options.layers // 2
+        for layer, block in enumerate(self.blocks[:half]):
+            x_BTW = block(x_BTW, rope, cache.parts[layer], start) if cache else block(x_BTW, rope)
+        k_BGSD, v_BGSD = self.shared_kv(x_BTW, rope)
+        if cache:
+            k_BGSD, v_BGSD = cache.parts[half].append(start, k_BGSD, v_BGSD)
+            x_BTW, rope = x_BTW[:, -1:], (rope[0][-1:], rope[1][-1:])
+        for block in self.blocks[half:]:
+            x_BTW = block(x_BTW, rope, k_BGSD, v_BGSD)
+        return x_BTW
+
+    def kv_elements_per_token(self) -> int:
+        """2 g d, once for all cross-decoder layers."""
+        return 2 * self.options.kv_heads * self.options.head_dim
+
+    def kv_constant_elements(self) -> int:
+        return self._self_decoder_elements(self.options.window)
+
+    def kv_stored_elements(self, context: int) -> int:
+        return self.kv_elements_per_token() * context + self._self_decoder_elements(context)
+
+    def kv_read_elements(self, context: int) -> int:
+        """The shared K/V is stored once and read by every cross-decoder layer."""
+        half = self.options.layers // 2
+        return half * self.kv_elements_per_token() * context + self._self_decoder_elements(context)
+
+    def _self_decoder_elements(self, context: int) -> int:
+        """A window's 2 g d min(context, window) a layer, or a state's h d d."""
+        o = self.options
+        held = 2 * o.kv_heads * min(context, o.window) if o.self_decoder == "swa" else o.heads * o.head_dim
+        return o.layers // 2 * o.head_dim * held
+
+    def score_flops(self, context: int) -> float:
+        """Retention in the recurrent form: two FLOPs for writing and two for reading each element of the state."""
+        return self._score_flops(mean_seen(context), mean_seen(context, self.options.window))
+
+    def decode_score_flops(self, context: float) -> float:
+        return self._score_flops(context, min(context, self.options.window))
+
+    def _score_flops(self, seen: float, seen_in_window: float) -> float:
+        o = self.options
+        self_decoder = seen_in_window if o.self_decoder == "swa" else o.head_dim
+        return 4 * o.heads * o.head_dim * (o.layers // 2) * (seen + self_decoder)
