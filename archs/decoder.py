@@ -95,6 +95,16 @@ def kv_heads_divide(options: Any) -> None:
     )
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, computed in the dtype of its weight: autocast would hand it bf16, which torch norms slowly."""
+
+    def __init__(self, size: int):
+        super().__init__(size, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class FFN(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate) * up)."""
 
@@ -113,9 +123,9 @@ class Block(nn.Module):
 
     def __init__(self, options: Options, attention: nn.Module):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(options.width, eps=NORM_EPS)
+        self.attention_norm = RMSNorm(options.width)
         self.attention = attention
-        self.ffn_norm = nn.RMSNorm(options.width, eps=NORM_EPS)
+        self.ffn_norm = RMSNorm(options.width)
         self.ffn = FFN(options.width, options.ffn_width)
         self.dropout = nn.Dropout(options.dropout)
 
@@ -141,7 +151,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(o.vocab_size, o.width)
         self.dropout = nn.Dropout(o.dropout)
         self.blocks = nn.ModuleList(Block(o, self.layer_attention(layer)) for layer in range(o.layers))
-        self.norm = nn.RMSNorm(o.width, eps=NORM_EPS)
+        self.norm = RMSNorm(o.width)
         self.unembed = nn.Linear(o.width, o.vocab_size, bias=False)
         if o.tie_embeddings:
             self.unembed.weight = self.embed.weight

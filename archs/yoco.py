@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, attend_window, merge_heads, rotate, split_heads
 from archs.cache import Cache, FullCache, StateCache, WindowCache
-from archs.decoder import NORM_EPS, Decoder, Options, kv_heads_divide, mean_seen, option
+from archs.decoder import NORM_EPS, Decoder, Options, RMSNorm, kv_heads_divide, mean_seen, option
 from archs.grouped import GroupedAttention
 
 DECAY_TEMPERATURE = 16  # tau of the paper's equation for gamma
@@ -123,7 +123,7 @@ class SharedKV(nn.Module):
     def __init__(self, width: int, kv_heads: int, head_dim: int):
         super().__init__()
         self.kv_heads = kv_heads
-        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm = RMSNorm(width)
         self.kv = nn.Linear(width, 2 * kv_heads * head_dim, bias=False)
 
     def forward(self, x_BTW: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:

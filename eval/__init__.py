@@ -1,0 +1,1 @@
+"""Evaluation: loss, cache memory and decode speed of trained models; reads checkpoints, writes records and results."""

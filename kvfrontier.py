@@ -1,0 +1,217 @@
+"""kvfrontier: trains, measures and compares language models that differ in how attention keeps its keys and values.
+
+kvfrontier run                          # the study `quick`, a few minutes on a laptop, into runs/quick
+kvfrontier run my-study.yaml --out results --set train.tokens=2_000_000
+kvfrontier status runs/quick
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+PLAN = "plan.json"  # in a study's directory: what was asked for, so that a stage can be given the directory alone
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from train.errors import InputError
+
+    try:
+        return args.command(args)
+    except InputError as e:
+        print(f"kvfrontier: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kvfrontier: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvfrontier",
+        description="Trains language models from scratch that differ only in how attention keeps its keys and values, "
+        "measures cache bytes, decode speed and loss, and plots memory against quality.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    stages = {
+        "run": "train, evaluate and plot a study; what is finished and unchanged is not done again",
+        "train": "train the runs of a study",
+        "eval": "evaluate the trained runs of a study and gather results.json",
+        "plot": "draw figures, tables and the report from results.json",
+    }
+    for stage, does in stages.items():
+        command = commands.add_parser(stage, help=does, description=does[0].upper() + does[1:] + ".")
+        command.add_argument(
+            "study",
+            nargs="?",
+            default="quick",
+            help="the name of a study in studies/, a YAML file, or the directory of a study (default: quick)",
+        )
+        command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: runs/<study>)")
+        command.add_argument(
+            "--set",
+            dest="overrides",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override a value of the study, such as train.tokens=2_000_000 or variants.gqa.kv_heads=1; repeatable",
+        )
+        command.set_defaults(command=_run_stages, stage=stage)
+    status = commands.add_parser("status", help="which runs are done, under way, failed, missing")
+    status.add_argument("directory", type=Path, metavar="DIR")
+    status.set_defaults(command=_status)
+    return parser
+
+
+def _run_stages(args: argparse.Namespace) -> int:
+    name, directory = _directory(args)
+    if args.stage == "plot":
+        return _plot(directory)
+    from train.progress import console
+    from train.study import Study, load_data, parse_study, plan
+
+    given, beside = _given(args)
+    study: Study = parse_study(given, args.overrides)
+    data = load_data(study, beside)
+    runs = plan(study, data, directory)
+    _write_plan(directory, name, study, beside, runs)
+
+    failures = []
+    if args.stage in ("run", "train"):
+        from train.files import read_record
+
+        if any("train" not in read_record(run) for run in runs):
+            from train.runner import Interrupted, train_runs
+
+            try:
+                failures += train_runs(runs, study.train, data)
+            except Interrupted as e:
+                console.print(f"{e}: stopped after a checkpoint; the same command goes on from here", highlight=False)
+                return 128 + e.signum
+        else:
+            console.print(f"all {len(runs)} runs are trained", highlight=False)
+    if args.stage in ("run", "eval"):
+        from eval.evaluate import evaluate_runs
+        from eval.results import write_results
+
+        failures += evaluate_runs(runs, study.eval, data)
+        if not write_results(name, study, runs, data, directory):
+            from train.errors import InputError
+
+            raise InputError(f"no run in {directory} is trained and evaluated yet; see kvfrontier status {directory}")
+    if args.stage == "run":
+        _plot(directory, only_if_changed=True)
+    for failure in failures:
+        print(f"kvfrontier: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _directory(args: argparse.Namespace) -> tuple[str, Path]:
+    """The study's name and where its results are."""
+    from train.errors import InputError
+
+    if _is_study_directory(args.study):
+        if args.out:
+            raise InputError(f"--out does not go with {args.study}, which is a study's directory already")
+        directory = Path(args.study)
+        return _read_plan(directory).get("study", directory.resolve().name), directory
+    from train.study import find_study
+
+    name = find_study(args.study).stem
+    return name, args.out or Path("runs") / name
+
+
+def _is_study_directory(study: str) -> bool:
+    return any((Path(study) / name).is_file() for name in (PLAN, "results.json"))
+
+
+def _given(args: argparse.Namespace) -> tuple[dict, Path]:
+    """The study as its file, or the directory's last command, has it, and the file that its paths are relative to."""
+    from train.errors import InputError
+    from train.study import find_study, read_yaml
+
+    if not _is_study_directory(args.study):
+        path = find_study(args.study)
+        return read_yaml(path), path
+    plan = _read_plan(Path(args.study))
+    if not plan:
+        raise InputError(f"{args.study} has no {PLAN}: only plot works there; give the study's YAML file and --out")
+    return plan["settings"], Path(plan["study_file"])
+
+
+def _read_plan(directory: Path) -> dict:
+    from train.files import read_json
+
+    return read_json(directory / PLAN)
+
+
+def _write_plan(directory: Path, name: str, study, beside: Path, runs: list) -> None:
+    from train.errors import InputError
+    from train.files import write_json
+
+    plan = {
+        "study": name,
+        "study_file": str(beside.resolve()),
+        "settings": study.settings(),
+        "runs": [
+            {"label": r.label, "seed": r.seed, "key": r.key, "eval_key": r.eval_key, "tokens": study.train.tokens}
+            for r in runs
+        ],
+    }
+    try:
+        write_json(directory / PLAN, plan)
+    except OSError as e:
+        raise InputError(f"cannot write to {directory}: {e.strerror}; choose another place with --out") from None
+
+
+def _plot(directory: Path, only_if_changed: bool = False) -> int:
+    report, results = directory / "report.html", directory / "results.json"
+    if only_if_changed and report.exists() and report.stat().st_mtime >= results.stat().st_mtime:
+        print(f"unchanged: {report}")
+        return 0
+    from plots import ResultsError, draw
+    from train.errors import InputError
+
+    try:
+        draw(directory)
+    except ResultsError as e:
+        raise InputError(str(e)) from None
+    print((directory / "tables" / "results.md").read_text(encoding="utf-8"))
+    print(f"figures, tables and the report are in {directory}: open {report}, or tensorboard --logdir {directory}")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from train.errors import InputError
+
+    runs = _read_plan(args.directory).get("runs")
+    if runs is None:
+        raise InputError(f"{args.directory} is no study's directory: it has no {PLAN}")
+    for run in runs:
+        print(f"{run['label']}  seed {run['seed']}  {_state(args.directory, run)}")
+    return 0
+
+
+def _state(directory: Path, run: dict) -> str:
+    from train.files import read_json
+
+    folder = directory / "runs" / run["label"] / f"seed-{run['seed']}"
+    record = read_json(folder / "record.json")
+    if record.get("key") == run["key"]:
+        if "failed" in record:
+            return f"failed: {record['failed']}"
+        return "done" if record.get("eval_key") == run["eval_key"] else "trained, not evaluated"
+    if read_json(folder / "config.json").get("key") != run["key"]:
+        return "missing"
+    tokens = 0
+    if (folder / "metrics.jsonl").exists():
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        tokens = max((json.loads(line)["tokens"] for line in lines if line.endswith("}")), default=0)
+    return f"under way: {tokens / run['tokens']:.0%} of {run['tokens']:,} tokens"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

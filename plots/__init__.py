@@ -1,0 +1,82 @@
+"""Figures, tables and the report of one study, drawn from its `results.json` and from nothing else: what a results file
+holds can be drawn again at any time, on any machine, without the models that it came from."""
+
+import csv
+import io
+from pathlib import Path
+
+import matplotlib
+import matplotlib.image
+
+from plots import report, style, tables
+from plots.figures import FIGURES, NotInResults
+from plots.results import ResultsError, load
+
+__all__ = ["ResultsError", "draw"]
+
+
+def draw(directory: Path) -> list[Path]:
+    """Write figures/, tables/, report.html and the TensorBoard run study/ beside `directory`/results.json.
+
+    Returns the files written. Raises ResultsError, in one line, for a results file that cannot be drawn."""
+    directory = Path(directory)
+    study = load(directory)
+    written: list[Path] = []
+
+    def write(name: str, content: bytes | str) -> None:
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        written.append(path)
+
+    drawn, left_out = [], {}
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | style.RC):
+        for name, figure in FIGURES.items():
+            for old in directory.glob(f"figures/{name}*"):  # a figure that results no longer hold must not stay behind
+                if old.name.split(".")[0] in {name + suffix for suffix in style.PAGES}:
+                    old.unlink()
+            try:
+                rows = figure.rows(study)
+            except NotInResults as why:
+                left_out[name] = str(why)
+                continue
+            svg = {}
+            for suffix, width in style.PAGES.items():
+                fig = figure.draw(rows, study, width)
+                svg[suffix] = style.render(fig, "svg")
+                for kind in ("pdf", "png"):
+                    write(f"figures/{name}{suffix}.{kind}", style.render(fig, kind))
+            write(f"figures/{name}.csv", _csv(rows))
+            caption = figure.caption(study, rows)
+            drawn.append(
+                {"name": name, "title": figure.title, "caption": caption, "column": svg[""], "wide": svg["_wide"]}
+            )
+
+    results, comparisons = tables.results_table(study), tables.comparison_table(study)
+    text = tables.to_markdown(results, *([comparisons] if comparisons else []))
+    write("tables/results.md", text)
+    write("tables/results.tex", tables.to_latex(results))
+    write("report.html", report.page(study, drawn, left_out))
+    images = {name: directory / "figures" / f"{name}_wide.png" for name in FIGURES if name not in left_out}
+    return [*written, _tensorboard(directory / "study", images, text)]
+
+
+def _csv(rows: list[dict]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _tensorboard(folder: Path, images: dict[str, Path], text: str) -> Path:
+    """The study's own run beside the training runs: every figure as an image and the table as text."""
+    from torch.utils.tensorboard import SummaryWriter  # seconds to import, and nothing before this needs it
+
+    for old in folder.glob("events.out.tfevents*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for name, path in images.items():
+            writer.add_image(f"figures/{name}", matplotlib.image.imread(path)[..., :3], dataformats="HWC")
+        writer.add_text("results", text)
+    return next(folder.glob("events.out.tfevents*"))

@@ -1,0 +1,167 @@
+"""The report: one HTML file that opens anywhere, and that says in words what the numbers do and do not support. Those
+sentences are derived from the data here, so that they cannot promise more than the runs behind them."""
+
+import base64
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from plots import tables
+from plots.figures import FIGURES
+from plots.results import Study, dig, number
+
+MEANINGS = {
+    "KV per token": "What the KV cache grows by for each further token, once every window is full: measured from the "
+    "storages at two lengths, and computed by formula; the two must agree.",
+    "constant": "What a sequence holds in the cache however long it grows: windows and recurrent states.",
+    "val bits/byte": "Loss on held-out text in bits per byte of text; the only loss that compares across tokenizers.",
+    "val nats/token": "The same loss per token; it depends on the tokenizer.",
+    "decode ms/token": "Median time of one decode step, prefill excluded, caches allocated beforehand, after warm-up.",
+    "decode tokens/s": "Tokens that the whole batch gains per second of decoding.",
+    "of memory roof": "(Weights and KV bytes that one step must read) / step time / the read bandwidth measured on the "
+    "same device in the same run. Only near 100 % does saving bytes save time in proportion.",
+    "not bound by memory": "Launches, Python or arithmetic set the time of this point, not memory.",
+    "train tokens/s": "Training throughput, for orientation: it depends on what else the machine did.",
+}
+
+
+def page(study: Study, figures: list[dict], left_out: dict[str, str]) -> str:
+    """`figures`: name, title, caption and the SVG of both pages; `left_out`: figure -> why it could not be drawn."""
+    folder = FileSystemLoader(Path(__file__).parent)
+    html = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html.filters["svg_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    return html.get_template("report.html.j2").render(
+        study=study,
+        figures=figures,
+        left_out=[(FIGURES[name].title, why) for name, why in left_out.items()],
+        results=tables.results_table(study),
+        comparisons=tables.comparison_table(study),
+        matching=tables.matching_table(study),
+        rule=matching_rule(study),
+        facts={title: flat(study.raw.get(key)) for title, key in FACTS.items()},
+        conclusions=conclusions(study),
+        meanings=MEANINGS,
+    )
+
+
+FACTS = {"Settings": "study_settings", "Corpus": "corpus", "Machine": "machine", "Versions": "versions"}
+
+
+def flat(value, key: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted key, text) rows; a list of objects gets one row an object."""
+    if isinstance(value, dict):
+        return [row for name, inner in value.items() for row in flat(inner, f"{key}.{name}" if key else str(name))]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        lines = [", ".join(f"{name}: {text}" for name, text in flat(item)) for item in value]
+        return [(f"{key} {index}", line) for index, line in enumerate(lines, 1)]
+    if isinstance(value, list):
+        return [(key, ", ".join(map(str, value)))]
+    return (
+        []
+        if value is None and not key
+        else [(key, f"{value:,}" if type(value) is int and value > 9999 else str(value))]
+    )
+
+
+def matching_rule(study: Study) -> str:
+    rule = study.raw.get("match") or dig(study.raw, "study_settings.match")
+    said = {
+        "ffn": "ffn: each variant's feed-forward layers are widened to the first variant's parameter count.",
+        "heads": "heads: the sum of query and KV heads is held; parameters may differ.",
+        "none": "none: every variant is built as it is written; parameters may differ.",
+    }
+    return said.get(rule, str(rule) if rule else "The results do not say which rule matched the variants.")
+
+
+def conclusions(study: Study) -> list[tuple[str, str]]:
+    """(what it is about, what may be said) for every claim that a reader might take from the figures."""
+    return [
+        ("Loss", loss_conclusion(study)),
+        *comparison_conclusions(study),
+        ("Memory", memory_conclusion(study)),
+        ("Speed", speed_conclusion(study)),
+        ("Size", size_conclusion(study)),
+        ("Reach", reach_conclusion(study)),
+    ]
+
+
+def loss_conclusion(study: Study) -> str:
+    means = {v.label: value for v in study.variants if (value := v.mean("loss.val_nats")) is not None}
+    lost = [v.label for v in study.variants if len(v.values("loss.val_bpb")) < len(v.runs)]
+    text = f" Without a finite loss in some run: {', '.join(lost)}." if lost else ""
+    if len(means) > 1:
+        low, high = min(means, key=means.get), max(means, key=means.get)
+        text = f" Here {means[high] - means[low]:.4f} nats lie between {low} and {high}.{text}"
+    low, high = study.seeds
+    if high == 1:
+        return (
+            "One seed: nothing can be concluded about which variant has the lower loss. Differences between these "
+            "architectures are 0.002 to 0.04 nats per token, below what another seed changes." + text
+        )
+    if low == 1:
+        return "Some variants have one seed only: nothing can be concluded about their order in loss." + text
+    return (
+        f'{low if low == high else f"{low} to {high}"} seeds: only a difference whose verdict is "lower" or "higher" '
+        "may be called a difference; the order of the means alone shows nothing." + text
+    )
+
+
+def comparison_conclusions(study: Study) -> list[tuple[str, str]]:
+    verdicts: dict[str, list[str]] = {}
+    for entry in study.raw.get("comparisons") or []:
+        sentence = f"{entry.get('label')} against {entry.get('baseline')} ({entry.get('metric')})"
+        verdicts.setdefault(str(entry.get("verdict")), []).append(sentence)
+    return [(f"Verdict: {verdict}", "; ".join(said) + ".") for verdict, said in verdicts.items()]
+
+
+def memory_conclusion(study: Study) -> str:
+    pairs = (("bytes_per_token", "formula_bytes_per_token"), ("constant_bytes", "formula_constant_bytes"))
+    runs = [run for variant in study.variants for run in variant.runs]
+    odd = {run["label"] for run in runs for a, b in pairs if dig(run, f"kv.{b}") not in (None, dig(run, f"kv.{a}"))}
+    if odd:
+        return (
+            f"Measured and computed cache bytes differ for {', '.join(sorted(odd))}: do not use them until explained."
+        )
+    return (
+        "Exact: cache bytes are counted, not estimated. They hold for these shapes on any machine and depend on no "
+        "seed; another data type scales them."
+    )
+
+
+def speed_conclusion(study: Study) -> str:
+    bounds = [point["memory_bound"] for variant in study.variants for point in variant.decode.values()]
+    if not bounds:
+        return "Decoding was not timed."
+    devices = sorted(
+        {str(entry.get("device")) for v in study.variants for run in v.runs for entry in run.get("decode") or []}
+    )
+    text = f"Timings on this one machine ({', '.join(devices)}): another machine, kernel or size may turn their order. "
+    free = sum(bound is False for bound in bounds)
+    if None in bounds:
+        return text + "The results do not say which points memory bounds: credit no speed to fewer cache bytes."
+    if not free:
+        return text + "Every decode point is bound by memory traffic: there, fewer bytes are the reason for more speed."
+    return text + (
+        f"{free} of {len(bounds)} decode points (hollow in the figure) are not bound by memory: credit no speed there "
+        "to fewer cache bytes."
+    )
+
+
+def size_conclusion(study: Study) -> str:
+    counts = [count for v in study.variants if (count := number(v.first("params")))]
+    if len(counts) < len(study.variants):
+        return "Parameter counts are missing: nothing is known about whether the variants are of one size."
+    off = max(abs(count / counts[0] - 1) for count in counts)
+    fair = "so parameter count explains no difference" if off <= 0.005 else "so a difference in loss may be one of size"
+    return f"Parameters differ by at most {100 * off:.2f} % from the first variant's, {fair}."
+
+
+def reach_conclusion(study: Study) -> str:
+    params, seen = number(study.variants[0].first("params")), number(study.variants[0].first("train_tokens"))
+    if not params or not seen:
+        return "Nothing here speaks about larger models or longer training."
+    size, length = f"{params / 1e6:.3g} M parameters", f"{seen / 1e6:.3g} M training tokens"
+    return (
+        f"Models of {size} after {length} ({seen / params:.2g} a parameter): nothing here speaks about larger models "
+        "or longer training."
+    )

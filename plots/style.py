@@ -1,0 +1,176 @@
+"""How a figure looks: one place for page sizes, palette, ticks, legends and reproducible files.
+
+Colours follow Okabe and Ito's idea (colour-blind readers tell them apart), and the first five also differ by at least
+10 in CIE lightness: printed grey they stay apart. Lengths are inches, text sizes points."""
+
+import io
+import math
+import textwrap
+from dataclasses import dataclass
+from itertools import pairwise
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+PAGES = {"": 3.35, "_wide": 6.9}  # file suffix -> width: one column and two columns of a two-column paper
+PALETTE = ("#111111", "#0b4a9e", "#bf3a1b", "#33b38f", "#edb120", "#a45bb0", "#79c3ec", "#7d7d7d")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven to eight colours: a pair repeats after 56 architectures only
+FILLS = ("full", "left", "top", "right", "bottom")
+LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+GREY = "#666666"
+
+RC = {
+    "font.family": ["STIXGeneral", "DejaVu Sans"],  # both come with matplotlib: the same figure on every machine
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "legend.columnspacing": 1.2,
+    "legend.borderaxespad": 0.2,
+    "legend.borderpad": 0.2,
+    "axes.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.4,
+    "xtick.major.width": 0.5,
+    "ytick.major.width": 0.5,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4,
+    "lines.markeredgewidth": 0.8,
+    "text.parse_math": False,  # a `$` in a user's label is a dollar
+    "axes.unicode_minus": True,
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "kvfrontier",
+    "savefig.dpi": 300,
+    "figure.dpi": 100,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """One colour and marker an architecture; labels of the same architecture differ in fill and line style."""
+
+    color: str
+    marker: str
+    fill: str
+    line: str | tuple
+
+    @classmethod
+    def of(cls, arch: int, sibling: int) -> "Look":
+        line = LINES[(arch // len(PALETTE) + sibling) % len(LINES)]
+        return cls(PALETTE[arch % len(PALETTE)], MARKERS[arch % len(MARKERS)], FILLS[sibling % len(FILLS)], line)
+
+    def marks(self, hollow: bool = False) -> dict:
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "fillstyle": "full" if hollow else self.fill,
+            "markerfacecolor": "white" if hollow else self.color,
+            "markerfacecoloralt": "white",
+            "markeredgecolor": self.color,
+        }
+
+    def handle(self, linestyle=None) -> Line2D:
+        return Line2D([], [], linestyle=self.line if linestyle is None else linestyle, **self.marks())
+
+
+def wrapped(label: str, width: int = 28) -> str:
+    """A label on at most two lines; the tables hold it in full."""
+    return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder=" …")) or label[:width]
+
+
+def bytes_text(count: float) -> str:
+    """Bytes for people: 512 B, 1.5 KiB, 24 MiB."""
+    power = min(int(math.log2(count) // 10), 5) if count >= 1 else 0
+    return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"
+
+
+def tokens_text(count: float) -> str:
+    """Context lengths for people: 256, 4K, 1M (1024), and as they are where they are no multiple."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if count >= unit and count % unit == 0:
+            return f"{count // unit:.0f}{name}"
+    return f"{count:g}"
+
+
+def plain_text(value: float) -> str:
+    """0.05, 3, 250, 12k, 1.5M (1000)."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= unit:
+            return f"{value / (unit if unit != 1e4 else 1e3):.4g}{name}"
+    return f"{value:.4g}"
+
+
+def set_ticks(axis, places, text) -> None:
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: text(value))
+
+
+def octave_ticks(axis, candidates, text, inches: float, gap: float) -> None:
+    """Ticks at every n-th of `candidates` on a log axis `inches` long, `gap` inches or more apart."""
+    low, high = (math.log2(limit) for limit in axis.get_view_interval())
+    places = sorted(candidates)
+    for step in range(1, len(places) + 1):
+        chosen = places[::step]
+        if all(math.log2(b / a) / (high - low) * inches >= gap for a, b in pairwise(chosen)):
+            break
+    set_ticks(axis, chosen, text)
+
+
+def powers_of_two(low: float, high: float) -> list[int | float]:
+    return [2**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+
+
+def decimal_ticks(axis, text=plain_text, at_most: int = 6) -> None:
+    """Ticks on a log axis at 1, 10, 100, or 1, 2, 5, 10, or evenly: whichever fills the axis without crowding it."""
+    low, high = axis.get_view_interval()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        places = [digit * 10.0**power for power in decades for digit in digits if low <= digit * 10.0**power <= high]
+        if len(places) <= at_most:
+            break
+    if len(places) < 3:
+        places = [
+            place
+            for place in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+            if low <= place <= high and place > 0
+        ]
+    set_ticks(axis, places, text)
+
+
+def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
+    """A legend under the axes, where it covers no data, in as many columns as fit; the figure grows by its height."""
+    handles, labels = zip(*entries, strict=True)
+    room = fig.get_figwidth() * fig.dpi * 0.98
+    for rows in range(1, len(entries) + 1):
+        legend = fig.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(entries) / rows))
+        box = legend.get_window_extent()
+        if box.width <= room or rows == len(entries):
+            break
+        legend.remove()
+    fig.set_figheight(fig.get_figheight() + box.height / fig.dpi)
+
+
+def render(fig: Figure, kind: str) -> bytes:
+    """The figure as bytes of a PDF, PNG or SVG: laid out once, so that all three agree, and without dates or versions,
+    so that the same figure gives the same bytes."""
+    if fig.get_layout_engine() is not None:
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}[kind]
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format=kind, metadata=metadata)
+    return buffer.getvalue()

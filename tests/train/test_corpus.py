@@ -1,0 +1,190 @@
+"""Laws of corpora: the same text, split and fingerprint wherever the files lie, and one line for every mistake."""
+
+import json
+import sys
+from pathlib import PurePosixPath
+
+import pytest
+
+from train.corpus import load_corpus
+from train.errors import InputError
+
+
+def write(folder, texts):
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def many(count=200):
+    return {f"part-{i % 3}/{i}.txt": f"document {i}\n" * (1 + i % 7) for i in range(count)}
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(InputError) as caught:
+        load_corpus(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_stdlib_is_large_sane_and_the_same_at_every_call():
+    first, second = load_corpus("stdlib"), load_corpus("stdlib")
+    assert first == second
+    assert first.name == "stdlib"
+    assert first.bytes == sum(len(text.encode()) for text in first.train + first.val) > 5e6
+    assert 0.05 <= sum(map(len, first.val)) / sum(map(len, first.train + first.val)) <= 0.1
+
+
+def test_stdlib_holds_no_tests_and_nothing_of_this_machine():
+    from train.corpus import _stdlib
+
+    names = [document.name for document in _stdlib()]
+    assert names == sorted(names)
+    folders = {folder for name in names for folder in PurePosixPath(name).parts[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    assert not any("_sysconfigdata" in name for name in names)
+    assert "json/decoder.py" in names
+
+
+def test_split_and_fingerprint_do_not_depend_on_where_the_files_lie(tmp_path):
+    here, there = write(tmp_path / "here", many()), write(tmp_path / "quite/another/place", many())
+    absolute = load_corpus(files=[f"{here}/**/*.txt"])
+    relative = load_corpus(files=["part-2/*.txt", "part-0/*.txt", "part-1/*.txt", "part-1/*"], relative_to=[there])
+    assert absolute == relative
+    assert absolute.name == "files"
+
+
+@pytest.mark.parametrize("change", ["text", "name", "split"])
+def test_fingerprint_tells_any_change(tmp_path, change):
+    texts = many()
+    before = load_corpus(files=[f"{write(tmp_path / 'before', texts)}/**/*"])
+    if change == "text":
+        texts["part-0/0.txt"] += "."
+    elif change == "name":
+        texts["part-0/new.txt"] = texts.pop("part-0/0.txt")
+    else:
+        texts["part-0/0.txt"] = "huge " * 1_000_000
+    after = load_corpus(files=[f"{write(tmp_path / 'after', texts)}/**/*"])
+    assert before.fingerprint != after.fingerprint
+
+
+def test_whole_documents_are_held_out_of_many(tmp_path):
+    texts = many()
+    corpus = load_corpus(files=["**/*"], relative_to=[write(tmp_path, texts)])
+    assert sorted(corpus.train + corpus.val) == sorted(texts.values())
+    assert 0.05 <= sum(map(len, corpus.val)) / corpus.bytes <= 0.1
+
+
+def test_a_document_is_held_out_whatever_its_text_says(tmp_path):
+    """The split goes by names: editing a document does not move it to the other side."""
+    texts = {f"{i}.txt": f"{i:03}\n" for i in range(100)}
+    before = load_corpus(files=["*"], relative_to=[write(tmp_path / "a", texts)])
+    after = load_corpus(
+        files=["*"], relative_to=[write(tmp_path / "b", {k: v.upper() + "!" for k, v in texts.items()})]
+    )
+    assert [text + "!" for text in before.val] == after.val
+
+
+@pytest.mark.parametrize("count", [1, 5, 19])
+def test_few_documents_give_their_last_tenths(tmp_path, count):
+    texts = {f"{i:02}.txt": "".join(f"line {i} {j}\n" for j in range(100)) for i in range(count)}
+    corpus = load_corpus(files=["*"], relative_to=[write(tmp_path, texts)])
+    assert [train + val for train, val in zip(corpus.train, corpus.val, strict=True)] == list(texts.values())
+    assert all(text.endswith("\n") for text in corpus.train)
+    assert 0.08 < sum(map(len, corpus.val)) / corpus.bytes < 0.13
+
+
+def test_one_huge_document_among_small_ones_is_split_too(tmp_path):
+    texts = {"huge.txt": "x" * 1_000_000} | {f"{i}.txt": "small\n" for i in range(50)}
+    corpus = load_corpus(files=["*"], relative_to=[write(tmp_path, texts)])
+    assert 0.09 < sum(map(len, corpus.val)) / corpus.bytes < 0.11
+
+
+def test_one_character_of_text_is_too_little(tmp_path):
+    write(tmp_path, {"a.txt": "x", "b.txt": "xy"})
+    assert "empty" in refusal(files=["a.txt"], relative_to=[tmp_path])
+    assert load_corpus(files=["b.txt"], relative_to=[tmp_path]).val == ["y"]
+
+
+def test_the_first_folder_in_which_a_pattern_matches_wins(tmp_path):
+    first, second = write(tmp_path / "1", {"a.txt": "first\n" * 20}), write(tmp_path / "2", {"a.txt": "second\n" * 20})
+    write(second, {"only.txt": "only\n" * 20})
+    both = load_corpus(files=["a.txt", "only.txt"], relative_to=[first, second])
+    assert "".join(both.train + both.val).count("first") == 20
+    assert "".join(both.train + both.val).count("only") == 20
+    assert "second" not in "".join(both.train + both.val)
+
+
+def test_patterns_are_relative_to_the_current_folder_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path, {"a [1].txt": "literal\n" * 20}))
+    assert load_corpus(files=["a [1].txt"]) == load_corpus(files="a*.txt")
+
+
+def test_jsonl_gives_a_document_a_line_and_text_comes_back_unchanged(tmp_path):
+    texts = [f"document {i}\u2028 \U0001f600\n" for i in range(30)]
+    lines = "\n".join(json.dumps({"id": i, "text": text}, ensure_ascii=i % 2) for i, text in enumerate(texts))
+    corpus = load_corpus(files=["a.jsonl"], relative_to=[write(tmp_path, {"a.jsonl": lines + "\n\n"})])
+    assert sorted(corpus.train + corpus.val) == sorted(texts)
+    assert corpus.bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_half_surrogates_of_json_can_be_written_as_utf8(tmp_path):
+    write(tmp_path, {"a.jsonl": r'{"text": "half \ud83d, whole \ud83d\ude00"}'})
+    corpus = load_corpus(files=["a.jsonl"], relative_to=[tmp_path])
+    assert "".join(corpus.train + corpus.val) == "half \ufffd, whole \U0001f600"
+
+
+def test_byte_order_mark_and_line_ends(tmp_path):
+    write(tmp_path, {"a.txt": b"\xef\xbb\xbfone\r\ntwo\r\n"})
+    corpus = load_corpus(files=["a.txt"], relative_to=[tmp_path])
+    assert "".join(corpus.train + corpus.val) == "one\r\ntwo\r\n"
+
+
+def test_parquet_gives_a_document_a_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [f"document {i}\n" for i in range(30)]
+    parquet.write_table(pyarrow.table({"text": texts, "id": list(range(30))}), tmp_path / "a.parquet")
+    corpus = load_corpus(files=["a.parquet"], relative_to=[tmp_path])
+    assert sorted(corpus.train + corpus.val) == sorted(texts)
+    parquet.write_table(pyarrow.table({"body": texts, "id": list(range(30))}), tmp_path / "b.parquet")
+    assert "body, id" in refusal(files=["b.parquet"], relative_to=[tmp_path])
+    (tmp_path / "c.parquet").write_bytes(b"no parquet")
+    assert "c.parquet is not a parquet file" in refusal(files=["c.parquet"], relative_to=[tmp_path])
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    write(tmp_path, {"a.parquet": b""})
+    assert "install the hf extra" in refusal(files=["a.parquet"], relative_to=[tmp_path])
+
+
+def test_mistakes_are_one_line_that_names_the_place(tmp_path):
+    write(
+        tmp_path,
+        {
+            "latin.txt": "déjà".encode("latin-1"),
+            "broken.jsonl": '{"text": "a"}\n{"text": \n',
+            "textless.jsonl": '{"text": "a"}\n\n{"body": "b"}\n',
+            "list.jsonl": "[1]",
+            "empty.txt": "",
+        },
+    )
+    at = {"relative_to": [tmp_path]}
+    assert "'wikipedia'" in refusal("wikipedia")
+    assert "stdlib" in refusal("wikipedia")
+    assert "both" in refusal("stdlib", files=["a.txt"])
+    assert "neither" in refusal()
+    elsewhere = refusal(files=["no/*.txt"], relative_to=[tmp_path, tmp_path / "studies"])
+    assert "'no/*.txt'" in elsewhere
+    assert f"{tmp_path} or {tmp_path / 'studies'}" in elsewhere
+    assert f"{tmp_path}/no.txt" in refusal(files=[f"{tmp_path}/no.txt"])
+    assert "latin.txt is not UTF-8 text (byte offset 1)" in refusal(files=["latin.txt"], **at)
+    assert "broken.jsonl:2 is not JSON" in refusal(files=["broken.jsonl"], **at)
+    assert 'textless.jsonl:3 has no string "text"' in refusal(files=["textless.jsonl"], **at)
+    assert "list.jsonl:1" in refusal(files=["list.jsonl"], **at)
+    assert "empty" in refusal(files=["empty.txt"], **at)

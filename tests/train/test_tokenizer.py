@@ -1,0 +1,190 @@
+"""Laws of tokenizers: nothing is lost, the same text gives the same vocabulary, and a cached one is the one trained."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train import tokenizer as module
+from train.corpus import load_corpus
+from train.errors import InputError
+from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes, train_hf
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """About a megabyte of source text to train on, and as much that is held out."""
+    stdlib = load_corpus("stdlib")
+    return stdlib.train[::12], stdlib.val
+
+
+@pytest.fixture(scope="module")
+def encodings(texts, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("tokenizers")
+    return load_tokenizer("bpe", 512, texts[0], cache), load_tokenizer("bytes", None, [], cache)
+
+
+def refusal(*args):
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@given(st.text() | st.text("ab \n'1<|é", max_size=300) | st.just("<|endoftext|>"))
+def test_decoding_gives_the_text_back_and_no_text_gives_the_end_of_text(encodings, text):
+    for encoding in encodings:
+        ids = encoding.encode_ordinary(text)
+        assert encoding.decode(ids) == text
+        assert encoding.eot_token not in ids
+        assert token_bytes(encoding)[ids].sum() == len(text.encode())
+
+
+def test_bytes_are_the_bytes(encodings):
+    text = "naïve \U0001f600\n" * 3000
+    assert encodings[1].encode_ordinary(text) == list(text.encode())
+    assert encodings[1].n_vocab == 257
+
+
+def test_vocabulary_has_the_size_asked_for_and_the_end_of_text_last(encodings):
+    for encoding, size in zip(encodings, (512, 257), strict=True):
+        assert encoding.n_vocab == size
+        assert encoding.eot_token == encoding.encode_single_token("<|endoftext|>") == size - 1
+        lengths = token_bytes(encoding)
+        assert lengths.dtype == np.int64
+        assert lengths.shape == (size,)
+        assert lengths[:256].tolist() == [1] * 256
+        assert lengths[-1] == 0
+        assert (lengths[256:-1] > 1).all()
+
+
+def test_tiktoken_splits_and_merges_as_the_library_that_trained(texts):
+    """Held-out text, so that merges meet contexts they were not counted in."""
+    trained = train_hf(texts[0], 512)
+    encoding = module._encoding("bpe", module.PATTERN, module._train(texts[0], 512))
+    # The library numbers the byte values in another order: compare what the tokens spell.
+    character = dict(zip(module._byte_characters(), (bytes([value]) for value in range(256)), strict=True))
+    for text in [*texts[1], "aaaaaaa " * 9, "don't  stop\n\n\n   'LL 12345", "x" * 300, " " * 300 + "x"]:
+        theirs = [b"".join(character[c] for c in token) for token in trained.encode(text).tokens]
+        assert encoding.decode_tokens_bytes(encoding.encode_ordinary(text)) == theirs
+
+
+def test_training_gives_the_same_ranks_with_any_number_of_threads(texts, tmp_path):
+    """In processes of their own: hash seeds and thread pools are made once a process."""
+    (tmp_path / "sample.txt").write_text("".join(texts[0][:20]))
+    code = (
+        "import hashlib, sys; from train import tokenizer as t\n"
+        "sample = t.pieces(open(sys.argv[1]).read())\n"
+        "print(hashlib.sha256(t._ranks_text(t._train(sample, 2000))).hexdigest())"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "sample.txt"],
+            env={**os.environ, "RAYON_NUM_THREADS": str(threads), "PYTHONHASHSEED": str(threads)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in (1, 2, 5)
+    ]
+    assert len(set(runs)) == 1
+
+
+def test_a_vocabulary_is_trained_once_and_then_read(texts, tmp_path, monkeypatch):
+    trained = load_tokenizer("bpe", 300, texts[0][:10], tmp_path)
+    (path,) = tmp_path.iterdir()
+    monkeypatch.setattr(module, "train_hf", lambda *_: pytest.fail("trained again"))
+    read = load_tokenizer("bpe", 300, texts[0][:10], tmp_path)
+    assert read.name == trained.name
+    assert read._mergeable_ranks == trained._mergeable_ranks
+    with pytest.raises(pytest.fail.Exception):
+        load_tokenizer("bpe", 301, texts[0][:10], tmp_path)
+    with pytest.raises(pytest.fail.Exception):
+        load_tokenizer("bpe", 300, texts[0][:11], tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
+        lambda data: data.replace(b" 270\n", b" 271\n"),
+        lambda data: b"\xff" + data[1:],
+        lambda data: b"",
+    ],
+)
+def test_a_damaged_cache_file_is_trained_anew(texts, tmp_path, damage):
+    load_tokenizer("bpe", 300, texts[0][:5], tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    load_tokenizer("bpe", 300, texts[0][:5], tmp_path)
+    assert path.read_bytes() == whole
+
+
+def test_the_sample_is_bounded_and_spread_over_all_of_the_text(monkeypatch):
+    monkeypatch.setattr(module, "SAMPLE_CHARS", 10_000)
+    many = [f"{index:04}" * 25 for index in range(1000)]
+    sample = module._sample(many)
+    assert sum(map(len, sample)) <= 10_000
+    assert sample == many[::10]
+    monkeypatch.setattr(module, "SAMPLE_CHARS", 10 * PIECE_CHARS)
+    one = "".join(f"{index}\n" for index in range(1_000_000))
+    sample = module._sample([one])
+    assert len(sample) >= 9
+    assert int(sample[-1].split()[0]) > 800_000
+
+
+@given(st.lists(st.sampled_from(["\n", "line\n", "x" * 30_000, "y" * 70_000, " " * 200_000]), max_size=8).map("".join))
+def test_pieces_are_short_and_give_the_text_back(text):
+    cut = pieces(text)
+    assert "".join(cut) == text
+    assert max(map(len, cut)) <= PIECE_CHARS
+    assert all(cut[1:])
+
+
+def test_pieces_end_before_a_line_end_where_there_is_one():
+    cut = pieces("a line of text\n" * 20_000)
+    assert len(cut) > 1
+    assert all(piece.startswith("\n") for piece in cut[1:])
+
+
+@pytest.mark.parametrize("run", " a\n-é1")
+def test_no_run_is_split_off_whole_however_long_it_is(run):
+    """The library's training takes the square of a piece's length: minutes for a rule of 65,536 dashes."""
+    split = train_hf(["text"], 258).pre_tokenizer.pre_tokenize_str(run * 10_000 + "x")
+    assert max(end - start for _, (start, end) in split) <= 65
+
+
+def test_named_encodings_that_cannot_be_downloaded_say_so(monkeypatch, tmp_path):
+    def no_network(name):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    for name in ("gpt2", "cl100k_base", "o200k_base"):
+        message = refusal(name, None, [], tmp_path)
+        assert name in message
+        assert "TIKTOKEN_CACHE_DIR" in message
+        assert "bpe or bytes" in message
+
+
+def test_mistakes_are_one_line_that_says_what_is_allowed(tmp_path):
+    assert "bpe, bytes, gpt2, cl100k_base, o200k_base" in refusal("llama", None, [], tmp_path)
+    assert "only goes with bpe" in refusal("bytes", 1024, [], tmp_path)
+    assert "only goes with bpe" in refusal("gpt2", 1024, [], tmp_path)
+    assert "at least 258" in refusal("bpe", None, ["text"], tmp_path)
+    assert "at least 258" in refusal("bpe", 257, ["text"], tmp_path)
+
+
+def test_too_little_text_names_the_vocabulary_that_it_could_give(tmp_path):
+    text = ["low lower lowest " * 3]
+    message = refusal("bpe", 1024, text, tmp_path)
+    largest = int(message.split("at most ")[1].split()[0])
+    assert load_tokenizer("bpe", largest, text, tmp_path).n_vocab == largest
+    assert f"at most {largest}" in refusal("bpe", largest + 1, text, tmp_path)

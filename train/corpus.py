@@ -1,0 +1,208 @@
+"""Text to train on, read the same way on every machine.
+
+Two results may stand in one figure only if their models saw the same text, split in the same way. So a corpus is put
+together from names relative to its own root, never from absolute paths, and carries a fingerprint of names, texts and
+split that goes into every record. The default, `stdlib`, is the source of the running Python's standard library: real
+text that is on every machine (another Python version is another corpus, and its fingerprint says so).
+
+    load_corpus("stdlib")
+    load_corpus(files=["texts/**/*.txt", "more.jsonl"], relative_to=[Path("studies"), Path.cwd()])
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.errors import InputError
+
+STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
+MIN_DOCUMENTS = 20
+VAL_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Document texts by split; `bytes` counts the UTF-8 bytes of all of them."""
+
+    name: str
+    train: list[str]
+    val: list[str]
+    bytes: int
+    fingerprint: str
+
+
+def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to: Sequence[Path] = ()) -> Corpus:
+    """The corpus `name` ("stdlib"), or the one made of `files`; InputError says what a user has to mend.
+
+    `files` are paths or glob patterns (`**` for any depth), absolute or relative to the first folder of `relative_to`
+    (default: the current one) in which they match. `.jsonl` holds a document a line in the field "text", `.parquet` a
+    document a row in the column "text"; every other file is one document of UTF-8 text. A document is named by its path
+    below the folder that all files share (`path#index` in .jsonl and .parquet); documents without text are left out.
+
+    Split: documents are held out for validation in the order of a hash of their names, until they have 5 % of the text;
+    one that alone has more than that is always trained on. With fewer than 20 documents, or where that leaves less than
+    5 %, the last tenth of every document is held out instead, cut at a line end if one is near: one file is enough.
+    """
+    files = [files] if isinstance(files, str) else list(files)
+    if (name is None) == (not files):
+        given = "both" if files else "neither"
+        raise InputError(f"corpus: give either a name (stdlib) or files (a list of patterns), {given} was given")
+    if name not in (None, "stdlib"):
+        raise InputError(f"corpus: unknown name {name!r}; allowed is stdlib, or give files instead of a name")
+    documents = _stdlib() if name else _from_files(files, list(relative_to) or [Path.cwd()])
+    split = _split([document for document in documents if document.text])
+    if not split["train"] or not split["val"]:
+        where = ", ".join(files) if files else f"no source in {sysconfig.get_path('stdlib')}"
+        raise InputError(f"corpus: empty, there is no text to train on ({where}); give files with text in them")
+
+    digest, size = hashlib.sha256(), 0
+    for part, held in split.items():
+        for document in held:
+            data = document.text.encode()
+            digest.update(f"{part}\0{len(data)}\0".encode() + os.fsencode(document.name) + b"\0" + data)
+            size += len(data)
+    texts = {part: [document.text for document in held] for part, held in split.items()}
+    return Corpus(name or "files", texts["train"], texts["val"], size, digest.hexdigest()[:16])
+
+
+def _stdlib() -> Iterator[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = []
+    for folder, subfolders, entries in os.walk(root):
+        subfolders[:] = [sub for sub in subfolders if sub not in STDLIB_LEFT_OUT and not sub.startswith("config-")]
+        # _sysconfigdata is generated and full of this machine's paths: it would make every fingerprint a different one.
+        sources = (entry for entry in entries if entry.endswith(".py") and not entry.startswith("_sysconfigdata"))
+        names += [(Path(folder) / source).relative_to(root).as_posix() for source in sources]
+    for name in sorted(names):
+        data = (root / name).read_bytes()
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+            yield Document(name, data.decode(encoding))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+
+
+def _from_files(patterns: Sequence[str], folders: Sequence[Path]) -> Iterator[Document]:
+    paths = sorted({path for pattern in patterns for path in _matches(pattern, folders)})
+    root = os.path.commonpath([path.parent for path in paths])
+    by_name = {path.relative_to(root).as_posix(): path for path in paths}
+    for name in sorted(by_name):
+        yield from _read(by_name[name], name)
+
+
+def _matches(pattern: str, folders: Sequence[Path]) -> list[Path]:
+    expanded = os.path.expanduser(pattern)
+    for folder in folders:
+        # A name that exists is meant literally, whatever brackets it has in it.
+        found = [expanded] if (folder / expanded).is_file() else glob.glob(expanded, root_dir=folder, recursive=True)
+        paths = [Path(os.path.abspath(folder / name)) for name in found if (folder / name).is_file()]
+        if paths:
+            return paths
+    searched = (
+        "" if os.path.isabs(expanded) else f" in {' or '.join(str(Path(folder).absolute()) for folder in folders)}"
+    )
+    raise InputError(f"corpus: no file matches {pattern!r}{searched}; give files or patterns such as 'texts/**/*.txt'")
+
+
+def _read(path: Path, name: str) -> Iterator[Document]:
+    try:
+        if path.suffix == ".parquet":
+            texts = _parquet_texts(path)
+        elif path.suffix == ".jsonl":
+            texts = _jsonl_texts(path)
+        else:
+            yield Document(name, _decode(path))
+            return
+        yield from (Document(f"{name}#{index}", text) for index, text in enumerate(texts))
+    except OSError as error:
+        raise InputError(f"corpus: cannot read {path}: {error.strerror or error}") from error
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_bytes().decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"corpus: {path} is not UTF-8 text (byte offset {error.start}); convert or leave it out"
+        ) from None
+
+
+def _jsonl_texts(path: Path) -> Iterator[str]:
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
+    for number, line in enumerate(_decode(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            reason = getattr(error, "msg", error)
+            raise InputError(
+                f'corpus: {path}:{number} is not JSON ({reason}); lines are like {{"text": "..."}}'
+            ) from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise InputError(f'corpus: {path}:{number} has no string "text"; lines are like {{"text": "..."}}')
+        # JSON can spell half a surrogate pair, UTF-8 can't: such halves become U+FFFD.
+        yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise InputError(
+            f"corpus: {path} needs pyarrow to be read; install the hf extra: pip install -e '.[hf]'"
+        ) from None
+    try:
+        table = parquet.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            columns = ", ".join(table.schema_arrow.names)
+            raise InputError(
+                f'corpus: {path} has no column "text" (its columns: {columns}); rename the one with the text'
+            )
+        texts = table.read(columns=["text"]).column("text").to_pylist()
+    except ArrowException as error:
+        raise InputError(f"corpus: {path} is not a parquet file ({str(error).splitlines()[0]})") from None
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"corpus: {path} row {row} has no text in its column; drop such rows")
+        yield text
+
+
+def _split(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    wanted = VAL_SHARE * sum(len(document.text) for document in documents)
+    val, held_out = set(), 0
+    for document in sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest()):
+        if held_out < wanted and len(document.text) <= wanted:
+            val.add(document.name)
+            held_out += len(document.text)
+    if len(documents) >= MIN_DOCUMENTS and held_out >= wanted:
+        return {
+            "train": [document for document in documents if document.name not in val],
+            "val": [document for document in documents if document.name in val],
+        }
+    cuts = [(document, _tail_start(document.text)) for document in documents]
+    return {
+        "train": [Document(document.name, document.text[:cut]) for document, cut in cuts if cut],
+        "val": [Document(document.name, document.text[cut:]) for document, cut in cuts],
+    }
+
+
+def _tail_start(text: str) -> int:
+    """Where the last tenth begins: after the last line end before it, unless that would hold out over a fifth."""
+    cut = len(text) * 9 // 10
+    line_end = text.rfind("\n", len(text) * 8 // 10, cut)
+    return cut if line_end < 0 else line_end + 1

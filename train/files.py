@@ -1,0 +1,56 @@
+"""Files that are there whole or not at all, and the records in them."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.study import Run
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file; {} where there is no such file or no whole one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_record(run: "Run") -> dict:
+    """A run's record, {} unless it was made by this very run (by its key)."""
+    record = read_json(run.directory / "record.json")
+    return record if record.get("key") == run.key else {}
+
+
+def is_evaluated(run: "Run") -> bool:
+    return read_record(run).get("eval_key") == run.eval_key
+
+
+def device_name(device: "torch.device") -> str:
+    """The model name of a GPU or of this machine's CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as f:
+        return next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
+    return device.type

@@ -1,0 +1,152 @@
+"""Training of one language model as a LightningModule that works with any Trainer.
+
+AdamW with decay on matrices alone, linear warm-up and a cosine to a tenth, clipped gradients: nanoGPT's conventions.
+Everything logged stands at the number of tokens seen, in every logger the Trainer has, under names that are the same
+for every variant.
+"""
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from archs import build
+
+
+class LanguageModel(L.LightningModule):
+    """`arch` and `options` go to `archs.build`; the rest is the recipe.
+
+    tokens: the budget, where the cosine ends. warmup_tokens: until the peak rate `lr`. clip: of the gradient's norm.
+    Logs train/loss (nats a token), train/lr, train/grad_norm and train/tokens_per_s every `log_every_n_steps` of the
+    Trainer, and val/loss (nats a token) and val/bpb (bits a byte of text) after each validation.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        options: dict[str, Any],
+        *,
+        tokens: int,
+        lr: float = 1e-3,
+        warmup_tokens: int = 0,
+        weight_decay: float = 0.1,
+        clip: float = 1.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = build(arch, **options)
+        self.tokens_seen = 0
+        self.train_seconds = 0.0  # validation and checkpoints left out
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return self.model(tokens_BT)
+
+    # Optimisation
+
+    def configure_optimizers(self) -> dict:
+        h = self.hparams
+        matrices = [p for p in self.parameters() if p.dim() > 1]
+        vectors = [p for p in self.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": h.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=(0.9, 0.95), fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.rate(self.tokens_seen))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def rate(self, tokens: int) -> float:
+        """The learning rate after `tokens`, as a share of the peak."""
+        h = self.hparams
+        warmup = (tokens + 1) / (h.warmup_tokens + 1)
+        done = min(1.0, max(0.0, tokens - h.warmup_tokens) / max(1, h.tokens - h.warmup_tokens))
+        return min(1.0, warmup) * (0.55 + 0.45 * math.cos(math.pi * done))
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or self.hparams.clip)
+
+    # Training
+
+    def on_train_start(self) -> None:
+        self._since, self._logged = time.perf_counter(), (self.train_seconds, self.tokens_seen)
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if self.model.options.dropout:  # a pure function of seed and place: nothing to restore when resuming
+            torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = token_nats(self.model, batch).mean()
+        self.tokens_seen += batch[:, 1:].numel() * self.trainer.world_size
+        self._loss = loss.detach()
+        return loss
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        """The Trainer's, then the log: a checkpoint made at the end of the batch comes after what the batch logged."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._tick()
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+            seconds, tokens = self.train_seconds - self._logged[0], self.tokens_seen - self._logged[1]
+            self._logged = self.train_seconds, self.tokens_seen
+            loss = self._loss.item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} after {self.tokens_seen:,} tokens; try a lower learning rate"
+                )
+            self._log(
+                {
+                    "train/loss": loss,
+                    "train/lr": optimizer.param_groups[0]["lr"],
+                    "train/grad_norm": self._grad_norm.item(),
+                    "train/tokens_per_s": tokens / seconds,
+                }
+            )
+
+    def _tick(self, counts: bool = True) -> None:
+        now = time.perf_counter()
+        self.train_seconds += counts * (now - self._since)
+        self._since = now
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seen"] = {"tokens_seen": self.tokens_seen, "train_seconds": self.train_seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint["seen"]["tokens_seen"]
+        self.train_seconds = checkpoint["seen"]["train_seconds"]
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._val = torch.zeros(3, dtype=torch.float64, device=self.device)  # nats, tokens, bytes
+
+    def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
+        tokens, n_bytes = batch
+        nats = token_nats(self.model, tokens)
+        self._val += torch.stack([nats.double().sum(), *self._val.new_tensor([nats.numel(), n_bytes])])
+
+    def on_validation_epoch_end(self) -> None:
+        nats, tokens, n_bytes = self.all_gather(self._val).view(-1, 3).sum(0).tolist()
+        metrics = {"val/loss": nats / tokens, "val/bpb": bits_per_byte(nats, n_bytes)}
+        self.log_dict(metrics, logger=False)  # for callbacks
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._log(metrics)
+            self._tick(counts=False)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.tokens_seen)
+
+
+def token_nats(model: torch.nn.Module, batch_BT: Tensor) -> Tensor:
+    """Cross-entropy in nats (B, T - 1) of each token of a batch but the first, given those before it."""
+    logits = model(batch_BT[:, :-1]).float()
+    targets = batch_BT[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Summed nats of text over its bytes, in bits: what can be compared across tokenizers."""
+    return nats / math.log(2) / max(1, n_bytes)

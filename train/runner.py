@@ -1,0 +1,245 @@
+"""The train stage: every run of a study that is not done yet, each in its own directory, repeatable and resumable.
+
+A run writes `config.json` (what decides its result), TensorBoard events, `metrics.jsonl`, `checkpoints/last.ckpt` and,
+when it has trained to the end, `record.json`. A run whose directory has another key starts over.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from train.data import TextData
+from train.files import device_name, read_json, read_record, write_atomic, write_json
+from train.module import LanguageModel
+from train.progress import StudyProgress
+from train.study import Run, TrainConfig
+from train.tokens import TokenSet
+
+SECONDS_BETWEEN_CHECKPOINTS = 60
+LOG_POINTS = 100
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM came; a checkpoint has been written. `signum` is the signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def train_runs(runs: Sequence[Run], config: TrainConfig, data: TokenSet) -> list[str]:
+    """Trains what is not trained yet; returns a line for each run that failed. Interrupted if a signal came."""
+    pending = [run for run in runs if "train" not in read_record(run)]
+    failures = []
+    if not pending:
+        return failures
+    _quiet_lightning()
+    steps, _ = step_counts(config)
+    with StudyProgress("training", steps * len(pending)) as progress:
+        for number, run in enumerate(pending, 1):
+            name = f"{number}/{len(pending)} {run.label} seed {run.seed}"
+            try:
+                train_run(run, config, data, progress, name)
+            except (RuntimeError, ArithmeticError) as e:  # out of memory, not finite: the other runs go on
+                failures.append(f"{run.label} seed {run.seed} failed: {str(e).splitlines()[0]}")
+                write_json(run.directory / "record.json", {"key": run.key, "failed": failures[-1]})
+                progress.say(failures[-1])
+    return failures
+
+
+def step_counts(config: TrainConfig) -> tuple[int, int]:
+    """(optimizer steps, steps between validations): the budget rounded down so that the last step is validated."""
+    steps = config.tokens // config.batch_tokens
+    val_every = max(1, steps // config.val_points)
+    return steps // val_every * val_every, val_every
+
+
+def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProgress, name: str) -> None:
+    """Trains one run from its last checkpoint, or from the start, to its end."""
+    checkpoint = run.directory / "checkpoints" / "last.ckpt"
+    tokens_done = 0
+    if read_json(run.directory / "config.json").get("key") == run.key and checkpoint.exists():
+        tokens_done = torch.load(checkpoint, weights_only=True, mmap=True)["seen"]["tokens_seen"]
+    else:
+        shutil.rmtree(run.directory, ignore_errors=True)
+        write_json(run.directory / "config.json", run.settings() | {"train": vars(config), "corpus": data.facts})
+    steps, val_every = step_counts(config)
+    module = LanguageModel(
+        run.arch,
+        run.options,
+        tokens=steps * config.batch_tokens,
+        lr=config.lr,
+        warmup_tokens=config.warmup_tokens,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        seed=run.seed,
+    )
+    context = run.options["context"]
+    metrics = JSONLines(run.directory / "metrics.jsonl", up_to_tokens=tokens_done)
+    tensorboard = TensorBoardLogger(
+        run.directory, name="", version="", default_hp_metric=False, purge_step=tokens_done + 1 if tokens_done else None
+    )
+    trainer = L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="auto",
+        devices=1,
+        precision="bf16-mixed" if run.precision == "bf16" else "32-true",
+        logger=[tensorboard, metrics],
+        log_every_n_steps=max(1, steps // LOG_POINTS),
+        val_check_interval=val_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[KeepGoing(checkpoint, val_every), ShowProgress(progress, name, steps)],
+        plugins=[AtomicCheckpoints()],
+    )
+    batches = TextData(data, context, config.batch_tokens // context, run.seed, config.val_tokens)
+    trainer.fit(module, batches, ckpt_path=checkpoint if tokens_done else None, weights_only=True)
+    trainer.save_checkpoint(checkpoint)
+    write_json(
+        run.directory / "record.json",
+        {
+            **run.settings(),
+            "params_non_embedding": module.model.count_params(embedding=False),
+            "train_tokens": module.tokens_seen,
+            "train": {
+                "tokens_per_s": module.tokens_seen / module.train_seconds,
+                "seconds": module.train_seconds,
+                "lr": config.lr,
+                "precision": run.precision,
+                "device": device_name(trainer.strategy.root_device),
+                "flops_per_token": 3 * module.model.flops_per_token(context),
+            },
+            "curve": metrics.curve(),
+        },
+    )
+
+
+class KeepGoing(L.Callback):
+    """Writes a checkpoint every minute and when a signal asks to stop.
+
+    Not at a step that is validated: the validation comes after it and would be missing when the run goes on.
+    """
+
+    def __init__(self, path: Path, val_every: int):
+        self.path, self.val_every = path, val_every
+        self.signum: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self.saved = time.monotonic()
+        self.handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _stop(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.val_every == 0 and self.val_every > 1:
+            return
+        if self.signum or time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS:
+            trainer.save_checkpoint(self.path)
+            self.saved = time.monotonic()
+        if self.signum:
+            raise Interrupted(self.signum)
+
+    def teardown(self, trainer: L.Trainer, module: LanguageModel, stage: str) -> None:
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        self.handlers = {}
+
+
+class ShowProgress(L.Callback):
+    """Tells the study's display of each step."""
+
+    def __init__(self, progress: StudyProgress, name: str, steps: int):
+        self.progress, self.name, self.steps = progress, name, steps
+        self.loss = self.speed = ""
+
+    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self.progress.skip(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            self.loss = f"loss {outputs['loss'].item():.3f}"
+            self.speed = f"{module.tokens_seen / module.train_seconds:,.0f} tokens/s"
+        detail = f"step {batch_idx + 1}/{self.steps}  {self.loss}  {self.speed}"
+        self.progress.show(self.name, detail, 1)
+
+
+class JSONLines(Logger):
+    """metrics.jsonl: a line for each thing logged, `tokens` and the metrics. Lines past `up_to_tokens` are dropped."""
+
+    def __init__(self, path: Path, up_to_tokens: int):
+        super().__init__()
+        self.path = path
+        rows = [row for row in self.rows() if row["tokens"] <= up_to_tokens]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    name, version = "jsonl", ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> None:
+        return None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"tokens": step, **metrics}) + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """config.json has them."""
+
+    def rows(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a line torn by a kill
+                rows.append(json.loads(line))
+        return rows
+
+    def curve(self) -> list[dict]:
+        return [
+            {"tokens": row["tokens"], "val_nats": row["val/loss"], "val_bpb": row["val/bpb"]}
+            for row in self.rows()
+            if "val/bpb" in row
+        ]
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """A checkpoint is there whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        temporary = Path(f"{path}.tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+
+
+def _quiet_lightning() -> None:
+    """Lightning's tips are about single runs; the study has its own display."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")

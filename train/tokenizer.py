@@ -1,0 +1,185 @@
+"""Tokenizers, all used through `tiktoken.Encoding`.
+
+A small model wastes most of its parameters on a vocabulary made for the whole web, so the default is a byte-level
+byte-pair vocabulary trained on the study's own training text. The `tokenizers` library finds the merges, tiktoken
+applies them: both split the text by the same pattern, and a token's rank is the order in which it was merged.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from train.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+NAMED = "gpt2", "cl100k_base", "o200k_base"
+NAMES = "bpe", "bytes", *NAMED
+
+# A word with the one sign or space before it, up to three digits, a run of signs, white space. GPT-2's idea; that a
+# word takes a sign too (`.append`, `_name`) gives about 1 % more bytes per token on source text at 4096 entries. Runs
+# end at 64 characters: without a bound, training on a long run of one character takes minutes.
+PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
+
+SAMPLE_CHARS = 8_000_000
+PIECE_CHARS = 65_536
+CACHE_FORMAT = 1
+
+
+def load_tokenizer(
+    name: str, vocab_size: int | None, training_texts: Sequence[str], cache_dir: Path
+) -> tiktoken.Encoding:
+    """The encoding `name`; InputError where a user asked for what can't be had.
+
+    `bytes`: 256 byte values and the end of text. `bpe`: exactly `vocab_size` entries (byte values and end of text
+    included), trained on about 8 million characters spread evenly over `training_texts`, kept in `cache_dir` under a
+    hash of what it was trained on. `gpt2`, `cl100k_base`, `o200k_base`: tiktoken's, downloaded at their first use.
+    """
+    if name not in NAMES:
+        raise InputError(f"tokenizer: unknown name {name!r}; allowed are {', '.join(NAMES)}")
+    if name == "bpe":
+        return _bpe(vocab_size, training_texts, cache_dir)
+    if vocab_size is not None:
+        raise InputError(f"tokenizer: vocab_size only goes with bpe, {name} has its own; remove it")
+    if name == "bytes":
+        # Long pieces: tiktoken's cost is one regex match a piece, and without merges a piece's length is free.
+        return _encoding("bytes", r"[\s\S]{1,1024}", [bytes([value]) for value in range(256)])
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"tokenizer: {name} has to be downloaded once, which failed ({type(error).__name__}); go online, point "
+            "TIKTOKEN_CACHE_DIR at a folder that holds it, or use bpe or bytes, which need no network"
+        ) from error
+
+
+def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
+    """int64 (n_vocab,): bytes of text that each token stands for; 0 for the end of text and for ids not in use."""
+    sizes = np.zeros(encoding.n_vocab, dtype=np.int64)
+    for token in encoding.token_byte_values():
+        sizes[encoding.encode_single_token(token)] = len(token)
+    return sizes
+
+
+def pieces(text: str) -> list[str]:
+    """`text` in pieces of at most 65,536 characters, cut before a line end where there is one.
+
+    tiktoken's regex engine overflows its stack on about a million blanks in a row, so nothing longer is handed to it.
+    """
+    cut, start = [], 0
+    while len(text) - start > PIECE_CHARS:
+        end = text.rfind("\n", start + 1, start + PIECE_CHARS)
+        end = start + PIECE_CHARS if end < 0 else end
+        cut.append(text[start:end])
+        start = end
+    return [*cut, text[start:]]
+
+
+def _bpe(vocab_size: int | None, texts: Sequence[str], cache_dir: Path) -> tiktoken.Encoding:
+    if vocab_size is None or vocab_size < 258:
+        raise InputError(
+            "tokenizer: bpe needs a vocab_size of at least 258 (256 byte values, one merge, end of text), "
+            f"got {vocab_size}; 1024 suits small models"
+        )
+    sample = _sample(texts)
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, vocab_size, PATTERN, *map(len, sample)]).encode())
+    for piece in sample:
+        digest.update(piece.encode())
+    path = cache_dir / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}.tiktoken"
+    tokens = _read_ranks(path, vocab_size)
+    if tokens is None:
+        tokens = _train(sample, vocab_size)
+        _write_ranks(path, tokens)
+    # Named by the ranks, not by the text: whoever keeps tokens under this name can't mix up two vocabularies.
+    return _encoding(f"bpe-{vocab_size}-{hashlib.sha256(_ranks_text(tokens)).hexdigest()[:16]}", PATTERN, tokens)
+
+
+def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+
+
+def _sample(texts: Sequence[str]) -> list[str]:
+    """Every k-th piece, so that one huge document or many small ones are sampled alike, with k the least that fits."""
+    cut = [piece for text in texts for piece in pieces(text)]
+    return cut[:: max(1, math.ceil(sum(map(len, cut)) / SAMPLE_CHARS))]
+
+
+def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:
+    """Tokens in the order of their ranks: the 256 byte values, then each merge's result."""
+    trained = json.loads(train_hf(sample, vocab_size).to_str())["model"]["vocab"]
+    if len(trained) < vocab_size - 1:
+        raise InputError(
+            f"tokenizer: the training text gives a bpe vocabulary of at most {len(trained) + 1} entries, "
+            f"not {vocab_size}; lower vocab_size, give more text, or use the bytes tokenizer"
+        )
+    # The library spells bytes as printable characters and numbers them in that order, before the merges.
+    value = {character: bytes([byte]) for byte, character in enumerate(_byte_characters())}
+    merged = [token for token in sorted(trained, key=trained.get) if len(token) > 1]
+    return [bytes([byte]) for byte in range(256)] + [b"".join(value[c] for c in token) for token in merged]
+
+
+def train_hf(sample: Sequence[str], vocab_size: int):
+    """The `tokenizers.Tokenizer` behind `bpe`: all but the end of text. A pair seen only once is not worth an entry."""
+    # Said outright, or the library warns at every later fork (a data loader's workers) that it has used threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    return tokenizer
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's table: printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    substitute = {byte: 0x100 + index for index, byte in enumerate(others)}
+    return [chr(substitute.get(byte, byte)) for byte in range(256)]
+
+
+def _ranks_text(tokens: Sequence[bytes]) -> bytes:
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+
+
+def _write_ranks(path: Path, tokens: Sequence[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(_ranks_text(tokens))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_ranks(path: Path, vocab_size: int) -> list[bytes] | None:
+    """None where there is no such file or it isn't what was written: it is then trained anew."""
+    try:
+        data = path.read_bytes()
+        tokens = [base64.b64decode(line.split(b" ")[0], validate=True) for line in data.splitlines()]
+    except (OSError, ValueError):
+        return None
+    whole = _ranks_text(tokens) == data and len(set(tokens)) == vocab_size - 1
+    return tokens if whole and tokens[:256] == [bytes([byte]) for byte in range(256)] else None

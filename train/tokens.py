@@ -1,0 +1,138 @@
+"""A corpus as token files, written once and memory-mapped by every run.
+
+A study trains many models on the same tokens, often in several processes and for corpora larger than memory. So the
+tokens lie flat in two files (each document followed by the end of text), under a name that is a hash of the corpus
+and the tokenizer: a changed corpus is another folder, and nothing has to be invalidated.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from train.corpus import Corpus
+from train.errors import InputError
+from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes
+
+FILES_FORMAT = 1
+BATCH_PIECES = 256
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Read-only token ids of both splits, the encoding that made them, and the facts that results.json wants."""
+
+    train: np.memmap
+    val: np.memmap
+    tokenizer: tiktoken.Encoding
+    corpus_name: str
+    fingerprint: str
+    text_bytes: int
+
+    @property
+    def n_vocab(self) -> int:
+        return self.tokenizer.n_vocab
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int64 (n_vocab,): bytes of text that each token stands for, the end of text 0."""
+        return token_bytes(self.tokenizer)
+
+    @property
+    def facts(self) -> dict[str, str | int | float]:
+        """results.json's "corpus"; the ends of text are counted as tokens, having no bytes."""
+        return {
+            "name": self.corpus_name,
+            "fingerprint": self.fingerprint,
+            "bytes": self.text_bytes,
+            "train_tokens": len(self.train),
+            "val_tokens": len(self.val),
+            "bytes_per_token": self.text_bytes / (len(self.train) + len(self.val)),
+        }
+
+
+def default_cache_dir() -> Path:
+    """$KVFRONTIER_CACHE, else $XDG_CACHE_HOME/kvfrontier, else ~/.cache/kvfrontier."""
+    if own := os.environ.get("KVFRONTIER_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfrontier"
+
+
+def prepare(corpus: Corpus, tokenizer_name: str, vocab_size: int | None, cache_dir: Path) -> TokenSet:
+    """The tokens of `corpus`, encoded at the first call and read from `cache_dir` after it. Safe to call from several
+    processes at once; files that were cut short are made again."""
+    if not corpus.train or not corpus.val:
+        raise InputError(f"corpus {corpus.name}: no documents to {'train on' if corpus.val else 'validate with'}")
+    cache_dir = Path(cache_dir)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the cache folder {cache_dir} ({error.strerror}); set KVFRONTIER_CACHE"
+        ) from error
+    tokenizer = load_tokenizer(tokenizer_name, vocab_size, corpus.train, cache_dir)
+    identity = json.dumps([FILES_FORMAT, PIECE_CHARS, corpus.fingerprint, tokenizer.name])
+    folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32)
+    while (arrays := _open(folder, dtype)) is None:
+        _build(corpus, tokenizer, folder, dtype)
+    return TokenSet(*arrays, tokenizer, corpus.name, corpus.fingerprint, corpus.bytes)
+
+
+def _open(folder: Path, dtype: np.dtype) -> tuple[np.memmap, np.memmap] | None:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        for part in ("train", "val"):
+            if (folder / f"{part}.bin").stat().st_size != meta[f"{part}_tokens"] * dtype.itemsize:
+                return None
+        return tuple(np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") for part in ("train", "val"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _build(corpus: Corpus, tokenizer: tiktoken.Encoding, folder: Path, dtype: np.dtype) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary:
+        with suppress(FileNotFoundError):
+            folder.rename(Path(temporary) / "corrupt")
+        built = Path(temporary) / "built"
+        built.mkdir()
+        meta = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.name, "dtype": dtype.name}
+        for part, texts in (("train", corpus.train), ("val", corpus.val)):
+            meta[f"{part}_tokens"] = _write(built / f"{part}.bin", _encoded(texts, tokenizer, dtype)) // dtype.itemsize
+        _write(built / "meta.json", [json.dumps(meta, indent=2).encode()])
+        try:
+            built.rename(folder)
+        except OSError:
+            # Another process was first; the caller looks at what it left.
+            if not folder.exists():
+                raise
+
+
+def _write(path: Path, blocks: Iterator[bytes] | Sequence[bytes]) -> int:
+    with path.open("xb") as file:
+        size = sum(file.write(block) for block in blocks)
+        file.flush()
+        os.fsync(file.fileno())
+    return size
+
+
+def _encoded(texts: Sequence[str], tokenizer: tiktoken.Encoding, dtype: np.dtype) -> Iterator[bytes]:
+    """Blocks of the flat array. Some 16 MB of text at a time: the lists of ids are many times as large as the text."""
+    cut = ((piece, ends) for text in texts for piece, ends in _with_end(pieces(text)))
+    while batch := list(itertools.islice(cut, BATCH_PIECES)):
+        ids = tokenizer.encode_ordinary_batch([piece for piece, _ in batch], num_threads=os.cpu_count() or 1)
+        for tokens, (_, ends) in zip(ids, batch, strict=True):
+            yield np.array([*tokens, tokenizer.eot_token] if ends else tokens, dtype=dtype).tobytes()
+
+
+def _with_end(cut: list[str]) -> Iterator[tuple[str, bool]]:
+    return zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
