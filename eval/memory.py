@@ -39,15 +39,12 @@ def measure_memory(model: Decoder, dtype: torch.dtype, contexts: Iterable[int] =
 
 
 def _length_with_full_windows(model: Decoder, dtype: torch.dtype) -> int:
-    """A number of tokens from which on, by the formula, a sequence grows by the same for each further one."""
-    tokens = 128
-    while (
-        model.kv_stored_bytes(tokens, dtype)
-        != tokens * model.kv_bytes_per_token(dtype) + model.kv_constant_bytes(dtype)
-        and tokens < CONTEXTS[-1]
-    ):
-        tokens *= 2
-    return tokens
+    """A number of tokens from which on, by the formulas, a sequence grows by the same for each further one."""
+    per_token, constant = model.kv_bytes_per_token(dtype), model.kv_constant_bytes(dtype)
+    for tokens in (2**n for n in range(7, 20)):
+        if model.kv_stored_bytes(tokens, dtype) == tokens * per_token + constant:
+            return tokens
+    raise BytesDiffer(f"by the formulas a sequence of {tokens} tokens does not hold {per_token} each and {constant}")
 
 
 @torch.inference_mode()

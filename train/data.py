@@ -40,15 +40,17 @@ class TrainingBatches(Dataset):
 
 
 class ValidationBatches(Dataset):
-    """The held-out tokens in order, each predicted once: item k is (tokens (b, context + 1), bytes they predict).
+    """Held-out tokens, each predicted once: item k is (tokens (b, context + 1), bytes of text that they predict).
 
     `limit` is the number of tokens predicted, rounded to whole sequences; at least one sequence, at most all there are.
+    They are spread evenly over the held-out text, so that a small sample stands for all of it.
     """
 
     def __init__(self, data: TokenSet, context: int, batch_size: int, limit: int):
         if len(data.val) <= context:
             raise ValueError(f"{len(data.val)} validation tokens are too few for context={context}")
-        self.sequences = max(1, min(limit, len(data.val) - 1) // context)
+        self.available = (len(data.val) - 1) // context
+        self.sequences = min(self.available, max(1, limit // context))
         self.data, self.context, self.batch_size = data, context, batch_size
 
     def __len__(self) -> int:
@@ -57,7 +59,8 @@ class ValidationBatches(Dataset):
     def __getitem__(self, k: int) -> tuple[Tensor, int]:
         if not 0 <= k < len(self):
             raise IndexError(k)
-        rows = range(k * self.batch_size, min((k + 1) * self.batch_size, self.sequences))
+        numbers = range(k * self.batch_size, min((k + 1) * self.batch_size, self.sequences))
+        rows = [n * self.available // self.sequences for n in numbers]
         tokens = np.stack([self.data.val[r * self.context : (r + 1) * self.context + 1] for r in rows]).astype(np.int64)
         return torch.from_numpy(tokens), int(self.data.token_bytes[tokens[:, 1:]].sum())
 

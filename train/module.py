@@ -130,8 +130,9 @@ class LanguageModel(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         nats, tokens, n_bytes = self.all_gather(self._val).view(-1, 3).sum(0).tolist()
         metrics = {"val/loss": nats / tokens, "val/bpb": bits_per_byte(nats, n_bytes)}
-        self.log_dict(metrics, logger=False)  # for callbacks
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+        fitting = self.trainer.state.fn == "fit"
+        self.log_dict(metrics, logger=not fitting)  # for callbacks, and as the result of Trainer.validate
+        if fitting and not self.trainer.sanity_checking:
             self._log(metrics)
             self._tick(counts=False)
 

@@ -124,7 +124,6 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
                 "tokens_per_s": module.tokens_seen / module.train_seconds,
                 "seconds": module.train_seconds,
                 "lr": config.lr,
-                "precision": run.precision,
                 "device": device_name(trainer.strategy.root_device),
                 "flops_per_token": 3 * module.model.flops_per_token(context),
             },
@@ -242,4 +241,5 @@ def _quiet_lightning() -> None:
     """Lightning's tips are about single runs; the study has its own display."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    for text in (".*does not have many workers.*", ".*treespec, LeafSpec.*"):
+        warnings.filterwarnings("ignore", text)

@@ -5,6 +5,7 @@ matched widths included, and hashed into the run's key: a run is done when a rec
 study value retrains exactly the runs whose key it changes.
 """
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -95,6 +96,7 @@ class Run:
     params: int
     match: str
     precision: str
+    corpus_fingerprint: str
     key: str  # of what decides the trained weights
     eval_key: str  # of that and of what is measured
     directory: Path
@@ -138,23 +140,28 @@ def read_yaml(path: Path) -> dict:
 def parse_study(given: dict, overrides: Sequence[str] = ()) -> Study:
     """A study from a mapping, with `key=value` overrides (dotted keys, variants by label or index). InputError names a
     key or value that is wrong."""
-    for override in overrides:
-        _override(given, override)
     base = read_yaml(STUDIES / "quick.yaml")
-    merged = base | given
+    merged = copy.deepcopy(base | given)
     for section in MERGED:
-        if not isinstance(merged[section], dict):
-            raise InputError(f"{section}: must be a mapping of keys to values, not {merged[section]!r}")
-        merged[section] = base[section] | merged[section]
+        merged[section] = _merge(base[section], merged[section], section)
+    for override in overrides:
+        _override(merged, override)
     _check_keys(merged, Study)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
-        study = Study(**vars(parser.instantiate_classes(parser.parse_object(Namespace(**merged)))))
+        study = Study(**vars(parser.instantiate(parser.parse_object(Namespace(**merged)))))
     except Exception as e:  # jsonargparse raises its own error types, with the key in the text
         raise InputError(_one_line(str(e))) from None
     _check(study)
     return study
+
+
+def _merge(base: dict, given: Any, where: str) -> dict:
+    if not isinstance(given, dict):
+        raise InputError(f"{where}: must be a mapping of keys to values, not {given!r}")
+    mappings = [key for key in base.keys() & given.keys() if isinstance(base[key], dict)]
+    return base | given | {key: _merge(base[key], given[key], f"{where}.{key}") for key in mappings}
 
 
 def _override(settings: dict, override: str) -> None:
@@ -169,7 +176,7 @@ def _override(settings: dict, override: str) -> None:
     at: Any = settings
     for name in parents:
         if isinstance(at, list):
-            at = next((v for i, v in enumerate(at) if str(i) == name or v.get("label", v.get("arch")) == name), None)
+            at = next((v for i, v in enumerate(at) if name in (str(i), str(v.get("label", v.get("arch"))))), None)
         elif isinstance(at, dict):
             at = at.setdefault(name, {})
     if not isinstance(at, dict):
@@ -208,7 +215,7 @@ def _check(study: Study) -> None:
             )
     at_least_0 = {"warmup_tokens": study.train.warmup_tokens, "weight_decay": study.train.weight_decay}
     above_0 = vars(study.train) | vars(study.eval) | vars(study.eval.decode) | vars(study.tokenizer)
-    for name, value in at_least_0.items() | {f"seeds {seed}": seed for seed in study.seeds}.items():
+    for name, value in [*at_least_0.items(), *(("seeds", seed) for seed in study.seeds)]:
         if not 0 <= value < math.inf:
             raise InputError(f"{name}={value}: must be at least 0")
     for name in above_0.keys() - at_least_0.keys():
@@ -253,10 +260,11 @@ def load_data(study: Study, study_file: Path, cache_dir: Path | None = None) -> 
 
 def plan(study: Study, data: TokenSet, directory: Path) -> list[Run]:
     """Every run of the study, seeds within variants. InputError for a shape or a budget that cannot be."""
+    variants = resolve_variants(study, data.n_vocab)
     _check_budget(study, data)
     precision = resolve_precision(study.train.precision)
     runs = []
-    for variant, (options, params) in zip(study.variants, resolve_variants(study, data.n_vocab), strict=True):
+    for variant, (options, params) in zip(study.variants, variants, strict=True):
         for seed in study.seeds:
             decides = {
                 "arch": variant["arch"],
@@ -271,7 +279,8 @@ def plan(study: Study, data: TokenSet, directory: Path) -> list[Run]:
             key = content_key(decides)
             eval_key = content_key([key, dataclasses.asdict(study.eval)])
             arch = variant["arch"]
-            runs.append(Run(name, arch, options, seed, params, study.match, precision, key, eval_key, folder))
+            facts = {"match": study.match, "precision": precision, "corpus_fingerprint": data.facts["fingerprint"]}
+            runs.append(Run(name, arch, options, seed, params, **facts, key=key, eval_key=eval_key, directory=folder))
     return runs
 
 
@@ -289,9 +298,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def _check_budget(study: Study, data: TokenSet) -> None:
-    context, train = study.model.get("context"), study.train
-    if not isinstance(context, int) or context < 1:
-        raise InputError(f"model.context={context!r}: must be a whole number of at least 1")
+    context, train = study.model["context"], study.train
     if train.batch_tokens % context:
         raise InputError(f"train.batch_tokens={train.batch_tokens} must be a multiple of model.context={context}")
     if train.tokens < train.batch_tokens:

@@ -1,0 +1,262 @@
+"""Laws that every variant in the registry keeps, over the option sets that the variant names itself."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from archs import VARIANTS, build
+
+CASES = [(arch, options) for arch, variant in VARIANTS.items() for options in variant.examples]
+each_variant = pytest.mark.parametrize(("arch", "options"), CASES, ids=[f"{a}-{i}" for i, (a, _) in enumerate(CASES)])
+SHAPE = {"vocab_size": 97, "width": 64, "layers": 2, "heads": 4, "context": 64}
+
+
+def make(arch, options, seed=0, **shape):
+    torch.manual_seed(seed)
+    model = build(arch, **SHAPE | shape, **options).eval()
+    with torch.no_grad():  # weights large enough that attention is far from uniform
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def cached_logits(model, tokens, chunks, cache):
+    """Position -> logits: prefill in `chunks`, then decode to the end."""
+    got, at = {}, 0
+    for chunk in chunks:
+        got[at + chunk - 1] = model.prefill(tokens[:, at : at + chunk], cache)
+        at += chunk
+    for t in range(at, tokens.shape[1]):
+        got[t] = model.decode(tokens[:, t], cache)
+    return got
+
+
+@each_variant
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    layers=st.sampled_from([2, 4]),
+    heads=st.sampled_from([4, 8]),
+    head_dim=st.sampled_from([8, 10, 16]),
+    length=st.integers(1, 70),
+)
+def test_cached_logits_equal_the_full_forward(arch, options, seed, batch, layers, heads, head_dim, length):
+    model = make(arch, options, seed, layers=layers, heads=heads, head_dim=head_dim)
+    draw = random.Random(seed)
+    tokens = torch.randint(97, (batch, length))
+    chunks, left = [], draw.randint(1, length)
+    while left:
+        chunks.append(draw.randint(1, left))
+        left -= chunks[-1]
+    with torch.inference_mode():
+        full = model(tokens)
+        got = cached_logits(model, tokens, chunks, model.new_cache(batch, length + draw.randint(0, 9)))
+    for t, logits in got.items():
+        torch.testing.assert_close(logits, full[:, t], rtol=0, atol=1e-5 * full.abs().max().item())
+
+
+@each_variant
+def test_no_token_sees_the_future(arch, options):
+    model = make(arch, options)
+    tokens = torch.randint(97, (1, 40))
+    for cut in (1, 7, 8, 30, 39):
+        changed = tokens.clone()
+        changed[:, cut:] = torch.randint(97, (1, 40 - cut))
+        with torch.inference_mode():
+            torch.testing.assert_close(model(tokens)[:, :cut], model(changed)[:, :cut])
+
+
+@each_variant
+def test_every_earlier_token_matters(arch, options):
+    """Depth carries even a window's tokens to the last position, when it is long enough for the layers."""
+    model = make(arch, options)
+    x = model.embed(torch.randint(97, (1, 12))).detach().requires_grad_()
+    model.hidden(x)[:, -1].sum().backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+
+
+@each_variant
+def test_sequences_of_a_batch_do_not_mix(arch, options):
+    model = make(arch, options)
+    tokens = torch.randint(97, (3, 20))
+    with torch.inference_mode():
+        together = cached_logits(model, tokens, [9, 4], model.new_cache(3, 20))
+        for row in range(3):
+            alone = cached_logits(model, tokens[row : row + 1], [9, 4], model.new_cache(1, 20))
+            for t, logits in alone.items():
+                torch.testing.assert_close(logits[0], together[t][row], rtol=1e-4, atol=1e-5)
+
+
+@each_variant
+def test_measured_bytes_equal_the_formulas(arch, options):
+    model = make(arch, options, layers=4)
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, tokens in ((1, 3), (1, 64), (2, 65), (1, 300)):
+            held = model.new_cache(batch, tokens, dtype).nbytes
+            assert held == batch * model.kv_stored_bytes(tokens, dtype)
+        per_token, constant = model.kv_bytes_per_token(dtype), model.kv_constant_bytes(dtype)
+        assert model.new_cache(1, 300, dtype).nbytes == 300 * per_token + constant
+        assert model.kv_read_bytes(300, dtype) >= model.kv_stored_bytes(300, dtype)
+
+
+@each_variant
+def test_a_cache_is_allocated_once(arch, options):
+    """Neither prefill nor decode replaces or adds a storage."""
+    model = make(arch, options)
+    cache = model.new_cache(1, 40)
+    before = cache.nbytes, [id(t) for part in cache.parts for t in vars(part).values()]
+    cached_logits(model, torch.randint(97, (1, 40)), [11, 9], cache)
+    assert (cache.nbytes, [id(t) for part in cache.parts for t in vars(part).values()]) == before
+    assert cache.length == 40
+
+
+@each_variant
+def test_more_than_max_tokens_is_a_clear_error_and_changes_nothing(arch, options):
+    model = make(arch, options)
+    tokens = torch.randint(97, (1, 12))
+    cache = model.new_cache(1, 10)
+    with pytest.raises(ValueError, match="max_tokens=12"):
+        model.prefill(tokens, cache)
+    model.prefill(tokens[:, :9], cache)
+    with pytest.raises(ValueError, match="10 tokens"):
+        model.prefill(tokens[:, 9:], cache)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.decode(tokens[:, 9], cache), model(tokens[:, :10])[:, -1], rtol=1e-4, atol=1e-4
+        )
+    with pytest.raises(ValueError, match="10 of at most 10"):
+        model.decode(tokens[:, 10], cache)
+    with pytest.raises(ValueError, match="made for 1"):
+        model.prefill(tokens.expand(2, -1), model.new_cache(1, 20))
+    for wrong in ({"batch_size": 0, "max_tokens": 4}, {"batch_size": 1, "max_tokens": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            model.new_cache(**wrong)
+
+
+@each_variant
+def test_a_reset_cache_is_as_good_as_new(arch, options):
+    model = make(arch, options)
+    cache = model.new_cache(2, 30)
+    cached_logits(model, torch.randint(97, (2, 30)), [20], cache)
+    cache.reset()
+    tokens = torch.randint(97, (2, 30))
+    again = cached_logits(model, tokens, [13], cache)
+    fresh = cached_logits(model, tokens, [13], model.new_cache(2, 30))
+    assert all(torch.equal(again[t], fresh[t]) for t in fresh)
+
+
+@each_variant
+def test_a_cache_works_in_and_out_of_inference_mode(arch, options):
+    model = make(arch, options)
+    tokens = torch.randint(97, (1, 9))
+    with torch.inference_mode():
+        cache = model.new_cache(1, 9)
+        model.prefill(tokens[:, :4], cache)
+    model.prefill(tokens[:, 4:7], cache)
+    with torch.inference_mode():
+        model.decode(tokens[:, 7], cache)
+    assert not model.decode(tokens[:, 8], cache).requires_grad
+
+
+@each_variant
+def test_a_bf16_cache_of_an_fp32_model_is_near(arch, options):
+    model = make(arch, options)
+    tokens = torch.randint(97, (2, 40))
+    with torch.inference_mode():
+        full = model(tokens)
+        got = cached_logits(model, tokens, [15, 10], model.new_cache(2, 40, torch.bfloat16))
+    for t, logits in got.items():
+        assert logits.dtype == torch.float32
+        assert (logits - full[:, t]).abs().max() < 0.1 * full.abs().max()
+
+
+@each_variant
+def test_flops_equal_what_torch_counts(arch, options):
+    """Weights: the whole forward without attention. Decode: everything, one token at a time, nothing being masked."""
+    model = make(arch, options, layers=4)
+    tokens = torch.randint(97, (1, 24))
+    cache = model.new_cache(1, 25)
+    with torch.inference_mode():
+        model.prefill(tokens, cache)
+        with FlopCounterMode(display=False) as counter:
+            model.decode(tokens[:, 0], cache)
+    attended = model.decode_flops(25)
+    # What the kernels do beyond what is needed: value columns of the rotary part (absorbed MLA).
+    assert attended <= counter.get_total_flops() <= 1.15 * attended
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(tokens)
+    linear = {f"{type(model).__name__}.{name}" for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    counted = sum(sum(per_op.values()) for name, per_op in counter.get_flop_counts().items() if name in linear)
+    assert counted == 24 * model.matmul_flops()
+    assert model.flops_per_token(24) > model.flops_per_token(1) >= model.matmul_flops()
+
+
+@each_variant
+def test_parameters_are_counted_once(arch, options):
+    tied, untied = (make(arch, options, tie_embeddings=tie) for tie in (True, False))
+    assert tied.count_params() == sum(p.numel() for p in tied.parameters())
+    assert untied.count_params() - tied.count_params() == 97 * 64
+    assert tied.count_params(embedding=False) == untied.count_params(embedding=False) == tied.count_params() - 97 * 64
+    assert tied.matmul_flops() == untied.matmul_flops()
+
+
+@each_variant
+def test_gradients_reach_every_parameter_also_with_dropout_and_one_token(arch, options):
+    model = make(arch, options, dropout=0.1).train()
+    model(torch.randint(97, (2, 33))).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert model(torch.randint(97, (2, 1))).shape == (2, 1, 97)
+
+
+@each_variant
+def test_initialisation_scales_residual_projections(arch, options):
+    torch.manual_seed(0)
+    model = build(arch, **SHAPE | {"width": 128, "layers": 8}, **options)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            expected = 0.02 / 4 if name.endswith(("attention.out.weight", "ffn.down.weight")) else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
+
+
+WRONG = [
+    ({"heads": 3}, "heads=3 must divide width=64"),
+    ({"heads": 0}, "heads=0"),
+    ({"width": -8}, "width=-8"),
+    ({"layers": 2.0}, "layers=2.0"),
+    ({"layers": True}, "layers=True"),
+    ({"head_dim": 5}, "even"),
+    ({"context": None}, "context=None"),
+    ({"ffn_width": 0}, "ffn_width=0"),
+    ({"dropout": 1.0}, "dropout=1.0"),
+    ({"rope_base": float("nan")}, "rope_base=nan"),
+    ({"rope_base": "1e4"}, "rope_base='1e4'"),
+    ({"tie_embeddings": 1}, "tie_embeddings=1"),
+    ({"kv_haeds": 2}, "'kv_haeds'; allowed: vocab_size, width"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_wrong_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("mha", **SHAPE | options)
+
+
+def test_unknown_architectures_and_missing_options_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"'mla2'; there are mha, mqa, gqa, mla, yoco"):
+        build("mla2", **SHAPE)
+    with pytest.raises(ValueError, match="gqa needs the option 'kv_heads'"):
+        build("gqa", **SHAPE)
+    with pytest.raises(ValueError, match="'vocab_size'"):
+        build("mha", width=64)
+
+
+def test_defaults_are_filled_in():
+    options = build("mha", **SHAPE).options
+    assert (options.head_dim, options.ffn_width, options.rope_base) == (16, 192, 10_000.0)
+    assert build("mha", **SHAPE | {"width": 60}, head_dim=6).options.ffn_width == 192

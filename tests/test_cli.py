@@ -1,0 +1,244 @@
+"""The command line on a miniature study: what it writes, what it does again, what it says of bad input."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+import kvfrontier
+from archs import VARIANTS
+
+ROOT = Path(kvfrontier.__file__).parent
+STUDY = {
+    "corpus": {"files": ["texts/*.txt"]},
+    "tokenizer": {"name": "bytes"},
+    "model": {"width": 32, "layers": 2, "heads": 4, "context": 16},
+    "variants": [
+        {"label": f"{arch}-{n}", "arch": arch, **options}
+        for arch, variant in VARIANTS.items()
+        for n, options in enumerate(variant.examples)
+    ],
+    "train": {"tokens": 1600, "batch_tokens": 64, "warmup_tokens": 64, "val_tokens": 128, "val_points": 5},
+    "eval": {"loss_tokens": 256, "decode": {"batch": [1, 2], "context": [8, 32]}},
+}
+MATCHED = {"match": "none"}  # so small a model cannot be matched to half a percent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "texts").mkdir()
+    for n in range(30):
+        (folder / "texts" / f"{n}.txt").write_text(f"Document {n}. The quick brown fox jumps over a dog.\n" * 9)
+    os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
+    return folder
+
+
+def write_study(folder, name="mini.yaml", **changes):
+    path = folder / name
+    path.write_text(yaml.safe_dump(STUDY | MATCHED | changes))
+    return str(path)
+
+
+def kvf(*arguments):
+    return kvfrontier.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    out = folder / "out"
+    assert kvf("run", write_study(folder), "--out", out) == 0
+    return out
+
+
+def test_a_study_writes_everything_that_the_contract_lists(done):
+    results = json.loads((done / "results.json").read_text())
+    labels = [v["label"] for v in STUDY["variants"]]
+    assert [r["label"] for r in results["runs"]] == labels
+    assert results["archs"] == list(VARIANTS)
+    assert results["match"] == "none"
+    for run in results["runs"]:
+        assert run["kv"]["bytes_per_token"] == run["kv"]["formula_bytes_per_token"]
+        assert run["kv"]["constant_bytes"] == run["kv"]["formula_constant_bytes"]
+        assert len(run["decode"]) == 4
+        assert run["train_tokens"] == 1600
+        assert [point["tokens"] for point in run["curve"]] == [320, 640, 960, 1280, 1600]
+        assert run["recompute"]["context"] == 32
+        folder = done / "runs" / run["label"] / "seed-0"
+        assert json.loads((folder / "record.json").read_text()) == run
+        assert json.loads((folder / "config.json").read_text())["options"] == run["options"]
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 25 + 5
+    with (done / "results.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert [row["label"] for row in rows] == labels
+    assert float(rows[0]["loss.val_bpb"]) == results["runs"][0]["loss"]["val_bpb"]
+    assert float(rows[0]["decode.b2.c32.token_ms"]) == results["runs"][0]["decode"][3]["token_ms"]
+    for name in ("frontier", "cache_bytes", "decode", "curves", "recompute"):
+        for suffix in (".pdf", ".png", ".csv", "_wide.pdf"):
+            assert (done / "figures" / f"{name}{suffix}").stat().st_size > 0
+    for name in ("tables/results.md", "tables/results.tex", "report.html"):
+        assert all(label in (done / name).read_text() for label in labels)
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return events
+
+
+def test_tensorboard_has_the_same_tags_in_every_run_with_tokens_as_steps(done):
+    tags = []
+    for variant in STUDY["variants"]:
+        events = scalars(done / "runs" / variant["label"] / "seed-0")
+        tags.append(sorted(events.Tags()["scalars"]))
+        assert [e.step for e in events.Scalars("val/bpb")] == [320, 640, 960, 1280, 1600]
+        assert [e.step for e in events.Scalars("train/loss")] == list(range(64, 1601, 64))
+        assert not any(variant["label"] in tag or variant["arch"] in tag for tag in tags[-1])
+    assert all(t == tags[0] for t in tags)
+    assert {"final/val_bpb", "final/kv_bytes_per_token", "val/bpb", "train/loss"} <= set(tags[0])
+    study = scalars(done / "study").Tags()
+    assert "figures/frontier" in study["images"]
+
+
+def test_tensorboard_has_hyperparameters_with_final_metrics(done):
+    run = json.loads((done / "results.json").read_text())["runs"][0]
+    events = scalars(done / "runs" / run["label"] / "seed-0")
+    plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(plugin).session_start_info.hparams
+    assert hparams["arch"].string_value == run["arch"]
+    assert hparams["width"].number_value == 32
+    (final,) = events.Scalars("final/val_bpb")
+    assert final.value == pytest.approx(run["loss"]["val_bpb"], rel=1e-6)
+    assert final.step == 1600
+
+
+def snapshot(directory):
+    return {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file() and p.name != "plan.json"}
+
+
+def test_the_same_command_again_does_nothing(done, folder):
+    before = snapshot(done)
+    assert kvf("run", write_study(folder), "--out", done) == 0
+    assert snapshot(done) == before
+
+
+def test_a_changed_value_redoes_what_it_touches(done, folder):
+    done = shutil.copytree(done, folder / "changed")
+    before = snapshot(done)
+    variants = [dict(v) for v in STUDY["variants"]]
+    changed = next(v for v in variants if "kv_rank" in v)
+    changed["kv_rank"] += 8
+    assert kvf("run", write_study(folder, "changed.yaml", variants=variants), "--out", done) == 0
+    after = snapshot(done)
+    retrained = {p.parts[-4] for p in before if p.name == "last.ckpt" and before[p] != after.get(p)}
+    assert retrained == {changed["label"]}
+    results = json.loads((done / "results.json").read_text())
+    assert {r["options"]["kv_rank"] for r in results["runs"] if r["label"] == changed["label"]} == {changed["kv_rank"]}
+
+
+def test_stages_one_by_one_and_by_the_directory_alone(folder, capsys):
+    out = folder / "stages"
+    variants = STUDY["variants"][:2]
+    study = write_study(folder, "stages.yaml", variants=variants)
+    assert kvf("eval", study, "--out", out) == 2
+    assert "no run in" in capsys.readouterr().err
+    assert kvf("status", out) == 0
+    assert capsys.readouterr().out.count("missing") == 2
+    assert kvf("train", study, "--out", out) == 0
+    assert kvf("status", out) == 0
+    assert capsys.readouterr().out.count("trained, not evaluated") == 2
+    assert kvf("eval", out) == 0
+    assert kvf("status", out) == 0
+    assert capsys.readouterr().out.count("done") == 2
+    assert not (out / "report.html").exists()
+    assert kvf("plot", out) == 0
+    assert (out / "report.html").exists()
+    assert kvf("run", out, "--set", "eval.loss_tokens=128") == 0
+    assert {r["loss"]["tokens"] for r in json.loads((out / "results.json").read_text())["runs"]} == {128}
+
+
+BAD = [
+    ({"corpus": {"files": ["nothing/*.txt"]}}, "nothing/*.txt"),
+    ({"corpus": {"files": ["empty.txt"]}}, "empty"),
+    ({"corpus": {"files": ["tiny.txt"]}}, "tokens, too few"),
+    ({"corpus": {"name": "wikipedia"}}, "wikipedia"),
+    ({"corpus": {"nmae": "stdlib"}}, "did you mean 'name'"),
+    ({"tokenizer": {"name": "bpe", "vocab_size": 90_000}}, "vocab_size"),
+    ({"tokenizer": {"name": "gpt2"}}, "gpt2"),
+    ({"model": {"width": 30, "heads": 4}}, "heads=4 must divide width=30"),
+    ({"variants": [{"arch": "mla", "kv_rank": 8, "rope_dim": 5}]}, "rope_dim=5: must be even"),
+    ({"model": STUDY["model"] | {"context": 2**15}, "train": {"batch_tokens": 2**15}}, "too few for one sequence"),
+    ({"trian": {"tokens": 5}}, "did you mean 'train'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_one_line_and_status_2(folder, capsys, monkeypatch, changes, message):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "no-encodings"))
+    (folder / "empty.txt").write_text("")
+    (folder / "tiny.txt").write_text("So short.")
+    out = folder / "bad"
+    assert kvf("run", write_study(folder, "bad.yaml", **changes), "--out", out) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("kvfrontier: ")
+    assert len(error.strip().splitlines()) == 1
+    assert not (out / "runs").exists()
+
+
+def test_commands_about_nothing_are_one_line_and_status_2(folder, capsys):
+    for arguments in (
+        ("run", "no-such-study"),
+        ("status", folder / "nowhere"),
+        ("plot", folder / "nowhere"),
+        ("plot", write_study(folder), "--out", folder / "never-run"),
+    ):
+        assert kvf(*arguments) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_help_answers_in_under_a_second():
+    began = time.perf_counter()
+    command = [sys.executable, str(ROOT / "kvfrontier.py"), "--help"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - began < 1
+    assert all(word in answer for word in ("run", "train", "eval", "plot", "status"))
+
+
+def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(folder):
+    out = folder / "stopped"
+    train = STUDY["train"] | {"tokens": 64 * 20_000, "val_points": 2}
+    study = write_study(folder, "stopped.yaml", variants=STUDY["variants"][:1], train=train)
+    command = [sys.executable, str(ROOT / "kvfrontier.py"), "train", study, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = out / "runs" / "mha-0" / "seed-0" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error
+    assert "the same command goes on" in error
+    assert "Traceback" not in error
+    stopped_at = json.loads(metrics.read_text().splitlines()[-1])["tokens"]
+    assert 0 < stopped_at < 64 * 20_000
+    assert (out / "runs" / "mha-0" / "seed-0" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_readme_names_the_commands_that_ci_runs():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    (.*kvfrontier run.*|.*pytest.*)$", readme, re.M)
+    assert any("kvfrontier run" in c for c in commands)
+    test_command = next(c for c in commands if "pytest" in c)
+    assert test_command in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,69 @@
+"""Batch k of seed s is a pure function of (s, k), and validation predicts each token once."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.corpus import Corpus
+from train.data import TrainingBatches, ValidationBatches
+from train.tokens import prepare
+
+TOKENS = np.arange(1003, dtype=np.uint16)
+
+
+@given(seed=st.integers(0, 5), ks=st.lists(st.integers(0, 200), min_size=1, max_size=8))
+def test_a_batch_depends_on_seed_and_number_alone(seed, ks):
+    used = TrainingBatches(TOKENS, context=16, batch_size=4, seed=seed)
+    for k in ks:
+        fresh = TrainingBatches(TOKENS, context=16, batch_size=4, seed=seed)
+        assert torch.equal(used[k], fresh[k])
+
+
+def test_seeds_and_batches_differ():
+    batches = {tuple(TrainingBatches(TOKENS, 16, 4, seed)[k].flatten().tolist()) for seed in range(4) for k in range(4)}
+    assert len(batches) == 16
+
+
+def test_targets_are_the_next_tokens_and_an_epoch_sees_each_sequence_once():
+    data = TrainingBatches(TOKENS, context=10, batch_size=5, seed=3)
+    epoch = torch.cat([data[k] for k in range(20)])  # 100 sequences of 10 in 1002 tokens
+    assert (epoch[:, 1:] == epoch[:, :-1] + 1).all()
+    assert len(set(epoch[:, :-1].flatten().tolist())) == 1000
+    assert not torch.equal(epoch, torch.cat([data[k] for k in range(20, 40)]))
+
+
+@pytest.fixture
+def text(tmp_path):
+    words = [f"word {n} of däta\n" * 9 for n in range(30)]
+    corpus = Corpus("files", words[:20], words[20:], sum(len(w.encode()) for w in words), "f" * 16)
+    return prepare(corpus, "bytes", None, tmp_path)
+
+
+def test_validation_predicts_each_token_once(text):
+    data = ValidationBatches(text, context=16, batch_size=3, limit=10**9)
+    targets = torch.cat([tokens[:, 1:].flatten() for tokens, _ in data]).tolist()
+    assert targets == text.val[1 : (len(text.val) - 1) // 16 * 16 + 1].tolist()
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10**9, None), (64, 64), (70, 64), (1, 16)])
+def test_a_sample_of_validation_is_spread_out_and_its_bytes_are_counted(text, limit, expected):
+    data = ValidationBatches(text, context=16, batch_size=3, limit=limit)
+    tokens = torch.cat([tokens for tokens, _ in data])
+    assert tokens[:, 1:].numel() == (expected or (len(text.val) - 1) // 16 * 16)
+    assert sum(n for _, n in data) == (tokens[:, 1:] != text.tokenizer.eot_token).sum()  # one byte a token, end none
+    if expected == 64:
+        quarter = len(text.val) // 4
+        for n, row in enumerate(tokens.tolist()):
+            near = range(max(0, n * quarter - 64), n * quarter + 64)
+            assert any(text.val[i : i + 17].tolist() == row for i in near)
+
+
+def test_too_few_tokens_are_refused(text):
+    short = dataclasses.replace(text, val=text.val[:16])
+    for make in (lambda: TrainingBatches(TOKENS[:16], 16, 1, 0), lambda: ValidationBatches(short, 16, 1, 9)):
+        with pytest.raises(ValueError, match="too few for context=16"):
+            make()

@@ -1,0 +1,202 @@
+"""Studies: every wrong key or value is one clear line, matching holds what it says, keys tell what must be redone."""
+
+import random
+
+import pytest
+
+from archs import VARIANTS
+from train.corpus import Corpus
+from train.errors import InputError
+from train.study import (
+    STUDIES,
+    find_study,
+    matching_heads,
+    on_meta,
+    parse_study,
+    plan,
+    read_yaml,
+    resolve_variants,
+)
+from train.tokens import prepare
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    texts = [f"some text number {n} to train on\n" * 20 for n in range(40)]
+    corpus = Corpus("files", texts[:30], texts[30:], 1, "0" * 16)
+    return prepare(corpus, "bytes", None, tmp_path_factory.mktemp("cache"))
+
+
+def study(*overrides, **sections):
+    return parse_study({"tokenizer": {"name": "bytes"}, **sections}, overrides)
+
+
+def test_quick_is_complete_and_what_a_study_leaves_out_is_from_it():
+    quick = parse_study(read_yaml(STUDIES / "quick.yaml"))
+    assert {v["arch"] for v in quick.variants} == set(VARIANTS)
+    assert parse_study({}) == quick
+    own = parse_study({"model": {"layers": 6}, "train": {"tokens": 9_999}, "corpus": {"files": ["a.txt"]}})
+    assert own.model == quick.model | {"layers": 6}
+    assert (own.train.tokens, own.train.lr) == (9_999, quick.train.lr)
+    assert (own.corpus.name, own.corpus.files) == (None, ["a.txt"])
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_study_resolves(path):
+    shipped = parse_study(read_yaml(path))
+    (_, first), *others = resolve_variants(shipped, shipped.tokenizer.vocab_size)
+    assert all(abs(params - first) <= 0.005 * first for _, params in others) or shipped.match != "ffn"
+
+
+WRONG = [
+    ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
+    ({"train": {"tokns": 5}}, "unknown key 'train.tokns'; did you mean 'tokens'?"),
+    ({"eval": {"decode": {"batches": [1]}}}, "unknown key 'eval.decode.batches'"),
+    ({"model": {"widht": 64}}, "model: unknown key 'widht'; allowed: width"),
+    ({"train": {"tokens": "many"}}, "train.tokens"),
+    ({"train": {"tokens": 0}}, "tokens=0: must be above 0"),
+    ({"train": {"lr": -1.0}}, "lr=-1.0: must be above 0"),
+    ({"train": {"warmup_tokens": -1}}, "warmup_tokens=-1: must be at least 0"),
+    ({"train": {"precision": "fp8"}}, "train.precision"),
+    ({"train": 7}, "train: must be a mapping"),
+    ({"seeds": []}, "seed: at least one is needed"),
+    ({"seeds": [1, 1]}, "seed 1 stands twice"),
+    ({"seeds": [-1]}, "seeds=-1: must be at least 0"),
+    ({"match": "params"}, "match"),
+    ({"variants": []}, "variants: at least one is needed"),
+    ({"variants": [{"label": "x"}]}, "variants: entry 0 needs an arch"),
+    ({"variants": [{"arch": "mha"}, {"arch": "mha"}]}, "label 'mha' stands twice"),
+    ({"variants": [{"arch": "mha", "label": "../x"}]}, "'../x' names a folder"),
+    ({"variants": [{"arch": "mha", "vocab_size": 9}]}, "set tokenizer.vocab_size"),
+    ({"variants": "mha"}, "variants"),
+    ({"eval": {"decode": {"batch": [0]}}}, "batch=0: must be above 0"),
+    ({"tokenizer": {"vocab_size": 99}}, "tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_a_wrong_study_is_refused_in_one_line(given, message):
+    with pytest.raises(InputError) as caught:
+        parse_study(given)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+SHAPES = [
+    ({"width": 30, "heads": 4}, [{"arch": "mha"}], "mha: heads=4 must divide width=30"),
+    ({}, [{"arch": "gqa", "kv_heads": 3}], "gqa: kv_heads=3 must divide heads=4"),
+    ({}, [{"arch": "mla", "kv_rank": 8, "rope_dim": 3}], "rope_dim=3: must be even"),
+    ({}, [{"arch": "mla", "kv_rank": 8}], "needs the option 'rope_dim'"),
+    ({"layers": 3}, [{"arch": "yoco", "kv_heads": 4}], "layers=3: must be even"),
+    ({}, [{"arch": "mlaa"}], "unknown architecture 'mlaa'"),
+    ({}, [{"arch": "mha", "kv_heads": 2}], "no option 'kv_heads'"),
+    ({}, [{"arch": "mha"}, {"arch": "mqa", "ffn_width": 64}], "match: ffn sets ffn_width"),
+    ({"width": 8, "heads": 4}, [{"arch": "mha"}, {"arch": "mla", "kv_rank": 999, "rope_dim": 2}], "cannot bring"),
+    ({"context": 100}, [{"arch": "mha"}], "batch_tokens=2048 must be a multiple of model.context=100"),
+    ({"context": 0}, [{"arch": "mha"}], "context=0: must be"),
+    ({"context": 2**20}, [{"arch": "mha"}], "batch_tokens"),
+]
+
+
+@pytest.mark.parametrize(("model", "variants", "message"), SHAPES, ids=[m for *_, m in SHAPES])
+def test_an_impossible_shape_is_refused_in_one_line(data, tmp_path, model, variants, message):
+    with pytest.raises(InputError) as caught:
+        plan(study(model=model, variants=variants), data, tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_context_past_the_corpus_is_refused(data, tmp_path):
+    with pytest.raises(InputError, match=r"validation tokens, too few for one sequence of model.context=16384"):
+        plan(study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
+    with pytest.raises(InputError, match="less than one batch"):
+        plan(study("train.tokens=100"), data, tmp_path)
+
+
+def test_overrides_reach_every_place():
+    changed = study(
+        "train.tokens=1_000", "train.lr=1e-3", "variants.gqa.kv_heads=1", "variants.0.label=base", "seeds=[3, 4]"
+    )
+    assert (changed.train.tokens, changed.train.lr, changed.seeds) == (1000, 1e-3, [3, 4])
+    with pytest.raises(InputError, match="variants: entry 0 needs an arch"):
+        study("variants=[{label: x}]")
+
+
+def test_overrides_of_a_given_list_name_variants_by_label_or_place():
+    given = {"variants": [{"arch": "mha"}, {"label": "grouped", "arch": "gqa", "kv_heads": 2}]}
+    by_label, by_place = (parse_study(given, [f"variants.{at}.kv_heads=1"]) for at in ("grouped", "1"))
+    assert by_label.variants[1]["kv_heads"] == by_place.variants[1]["kv_heads"] == 1
+    for wrong in ("variants.nobody.kv_heads=1", "train.tokens"):
+        with pytest.raises(InputError, match="--set"):
+            parse_study(given, [wrong])
+
+
+def test_unknown_studies_and_broken_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no study 'qiuck': give the path of a YAML file or one of .*quick"):
+        find_study("qiuck")
+    for name, text in (("a", "train: {tokens: 1"), ("b", "[1, 2]"), ("c", ""), ("d", "\0")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError) as caught:
+            read_yaml(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_ffn_matching_brings_every_variant_within_half_a_percent():
+    draw = random.Random(0)
+    for _ in range(6):
+        heads = draw.choice([4, 8])
+        shape = {
+            "width": heads * draw.choice([16, 24, 32]),
+            "layers": draw.choice([2, 4, 6]),
+            "heads": heads,
+            "context": 32,
+        }
+        variants = [
+            {"arch": arch, "label": f"{arch}{i}", **options}
+            for arch, variant in VARIANTS.items()
+            for i, options in enumerate(variant.examples)
+        ]
+        (_, first), *others = resolve_variants(study(model=shape, variants=variants), 300)
+        for options, params in others:
+            assert abs(params - first) <= 0.005 * first, options
+
+
+def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
+    variants = [{"arch": "mha"}, {"arch": "gqa", "kv_heads": 2}, {"arch": "mqa"}]
+    (mha, params), *others = resolve_variants(study(match="heads", variants=variants), 300)
+    for (options, matched), kv_heads in zip(others, (2, 1), strict=True):
+        assert options["heads"] + kv_heads == 2 * mha["heads"]
+        assert matched == params
+        assert (options["head_dim"], options["ffn_width"]) == (mha["head_dim"], mha["ffn_width"])
+    options = {"vocab_size": 300, "width": 64, "layers": 2, "heads": 4, "context": 8, "kv_rank": 32, "rope_dim": 8}
+    best = matching_heads("mla", options, 100_000)
+    for heads in range(1, 16):
+        off = abs(on_meta("mla", options | best | {"heads": heads}).count_params() - 100_000)
+        assert off >= abs(on_meta("mla", options | best).count_params() - 100_000)
+
+
+def test_no_matching_leaves_the_widths():
+    resolved = resolve_variants(study(match="none"), 300)
+    assert len({options["ffn_width"] for options, _ in resolved}) == 1
+    assert len({params for _, params in resolved}) > 1
+
+
+@pytest.mark.parametrize(
+    ("override", "retrained", "reevaluated"),
+    [
+        ("variants.gqa.kv_heads=1", {"gqa"}, {"gqa"}),
+        ("train.lr=1e-3", "all", "all"),
+        ("model.layers=2", "all", "all"),
+        ("eval.loss_tokens=999", set(), "all"),
+        ("seeds=[7]", "all", "all"),
+        ("variants.gqa.label=other", set(), set()),
+    ],
+)
+def test_a_changed_value_changes_the_keys_of_what_it_touches(data, tmp_path, override, retrained, reevaluated):
+    variants = [{"arch": "mha"}, {"arch": "mqa"}, {"arch": "gqa", "kv_heads": 2}]
+    before, after = (plan(study(*o, variants=variants), data, tmp_path) for o in ((), (override,)))
+    everything = {run.label for run in before}
+    changed = {a.label for a, b in zip(before, after, strict=True) if a.key != b.key}
+    remeasured = {a.label for a, b in zip(before, after, strict=True) if a.eval_key != b.eval_key}
+    assert changed == (everything if retrained == "all" else retrained)
+    assert remeasured == (everything if reevaluated == "all" else reevaluated)

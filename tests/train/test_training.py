@@ -1,0 +1,189 @@
+"""The Lightning module and data module under a plain Trainer, and runs that are interrupted and go on."""
+
+import dataclasses
+import json
+import math
+import signal
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from train.corpus import Corpus
+from train.data import TextData
+from train.files import read_record
+from train.module import LanguageModel
+from train.progress import StudyProgress
+from train.runner import Interrupted, KeepGoing, step_counts, train_run, train_runs
+from train.study import parse_study, plan
+from train.tokens import prepare
+
+OPTIONS = {"vocab_size": 257, "width": 32, "layers": 2, "heads": 2, "context": 16}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
+    corpus = Corpus("files", texts[:30], texts[30:], sum(map(len, texts)), "0" * 16)
+    return prepare(corpus, "bytes", None, tmp_path_factory.mktemp("cache"))
+
+
+def study(**train):
+    return parse_study(
+        {
+            "tokenizer": {"name": "bytes"},
+            "model": {"width": 32, "layers": 2, "heads": 2, "context": 16, "dropout": 0.1},
+            "variants": [{"arch": "mha"}, {"arch": "mqa"}],
+            "train": {"tokens": 128 * 24, "batch_tokens": 128, "val_tokens": 64, "val_points": 4, "precision": "fp32"}
+            | {"warmup_tokens": 128, **train},
+        }
+    )
+
+
+def test_works_with_a_plain_trainer_and_learns(data, tmp_path):
+    model = LanguageModel("gqa", OPTIONS | {"kv_heads": 1}, tokens=60 * 256, lr=1e-2, warmup_tokens=1000)
+    batches = TextData(data, context=16, batch_size=16, val_tokens=512)
+    trainer = L.Trainer(
+        max_steps=60,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=10,
+        val_check_interval=30,
+        check_val_every_n_epoch=None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(model, batches)
+    assert model.tokens_seen == 60 * 256
+    (validated,) = trainer.validate(model, batches, verbose=False)
+    assert validated["val/loss"] < 2 < math.log(257)
+    assert validated["val/bpb"] == pytest.approx(validated["val/loss"] / math.log(2), rel=0.01)  # a byte is a token
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth():
+    model = LanguageModel("mha", OPTIONS, tokens=10_000, lr=1.0, warmup_tokens=1000)
+    rates = [model.rate(tokens) for tokens in range(0, 10_001, 100)]
+    assert rates[0] < 0.01
+    assert max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_decay_is_on_matrices_alone():
+    groups = LanguageModel("mha", OPTIONS, tokens=1).configure_optimizers()["optimizer"].param_groups
+    assert {p.dim() > 1 for p in groups[0]["params"]} == {True}
+    assert {p.dim() > 1 for p in groups[1]["params"]} == {False}
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
+
+
+def test_the_seed_fixes_the_weights_and_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    first, again, other = (LanguageModel("mha", OPTIONS, tokens=1, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.model.embed.weight, again.model.embed.weight)
+    assert not torch.equal(first.model.embed.weight, other.model.embed.weight)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("tokens", "points"), [(3072, 4), (3071, 4), (128, 10), (128 * 25, 10), (128 * 19, 10)])
+def test_the_last_step_is_validated_and_the_budget_kept(tokens, points):
+    steps, every = step_counts(study(tokens=tokens, val_points=points).train)
+    assert steps % every == 0
+    assert tokens * 0.5 < steps * 128 <= tokens
+
+
+def weights(run):
+    return torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def metrics(run):
+    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "train/tokens_per_s"} for row in rows]
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 13])  # 6: a step that is validated
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(data, tmp_path, monkeypatch, stop_at):
+    config = study().train
+    straight, broken = (plan(study(), data, tmp_path / name)[0] for name in ("straight", "broken"))
+    with StudyProgress("training", 1) as progress:
+        train_run(straight, config, data, progress, "")
+        whole = KeepGoing.on_train_batch_end
+
+        def interrupt(self, trainer, *args):
+            if trainer.global_step == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            whole(self, trainer, *args)
+
+        monkeypatch.setattr(KeepGoing, "on_train_batch_end", interrupt)
+        with pytest.raises(Interrupted):
+            train_run(broken, config, data, progress, "")
+        assert "train" not in read_record(broken)
+        monkeypatch.setattr(KeepGoing, "on_train_batch_end", whole)
+        train_run(broken, config, data, progress, "")
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(broken).values(), strict=True))
+    assert metrics(straight) == metrics(broken)
+    assert read_record(straight)["curve"] == read_record(broken)["curve"]
+    assert [row["tokens"] for row in read_record(broken)["curve"]] == [128 * n for n in (6, 12, 18, 24)]
+
+
+def test_trained_runs_are_left_alone_and_changed_ones_start_over(data, tmp_path):
+    runs = plan(study(), data, tmp_path)
+    assert train_runs(runs, study().train, data) == []
+    before = [(run.directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns for run in runs]
+    assert train_runs(runs, study().train, data) == []
+    assert before == [(run.directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns for run in runs]
+    changed = study(lr=5e-4)
+    again = plan(changed, data, tmp_path)
+    assert all(not read_record(run) for run in again)
+    train_runs(again, changed.train, data)
+    assert {read_record(run)["train"]["lr"] for run in again} == {5e-4}
+
+
+def test_a_run_that_diverges_fails_alone_and_says_so(data, tmp_path, monkeypatch):
+    runs = plan(study(), data, tmp_path)
+    original = LanguageModel.training_step
+
+    def training_step(self, batch, batch_idx):
+        loss = original(self, batch, batch_idx)
+        if self.hparams.arch == "mha" and batch_idx == 9:
+            self._loss = loss.detach() * float("nan")
+        return loss
+
+    monkeypatch.setattr(LanguageModel, "training_step", training_step)
+    failures = train_runs(runs, study().train, data)
+    assert len(failures) == 1
+    assert "mha seed 0 failed: the loss is nan after 1,280 tokens" in failures[0]
+    assert "failed" in read_record(runs[0])
+    assert "train" in read_record(runs[1])
+    monkeypatch.undo()
+    assert train_runs(runs, study().train, data) == []  # tried again
+    assert "train" in read_record(runs[0])
+
+
+def test_a_checkpoint_loads_without_unpickling_code(data, tmp_path):
+    run = plan(study(), data, tmp_path)[0]
+    train_runs([run], study().train, data)
+    checkpoint = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["seen"]["tokens_seen"] == 128 * 24
+
+
+def test_every_variant_of_a_seed_sees_the_same_batches(data, tmp_path, monkeypatch):
+    seen = {}
+    original = LanguageModel.training_step
+
+    def training_step(self, batch, batch_idx):
+        seen.setdefault(self.hparams.arch, []).append(batch.clone())
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", training_step)
+    train_runs(plan(study(), data, tmp_path), study().train, data)
+    assert len(seen["mha"]) == 24
+    assert all(torch.equal(a, b) for a, b in zip(seen["mha"], seen["mqa"], strict=True))
+
+
+def test_bf16_trains_too(data, tmp_path):
+    bf16 = dataclasses.replace(study().train, precision="bf16")
+    runs = plan(dataclasses.replace(study(), train=bf16), data, tmp_path)
+    assert train_runs(runs[:1], bf16, data) == []
+    assert read_record(runs[0])["precision"] == "bf16"
