@@ -17,10 +17,10 @@ from archs import Decoder
 
 WARMUP_STEPS = 3
 STEPS = 40
-SECONDS_A_POINT = 1.5  # of prefills, and of decode steps; at least MIN_REPEATS of each
+SECONDS_A_POINT = 1.0  # of prefills, and of decode steps; at least MIN_REPEATS of each
 MIN_REPEATS = 5
 MEMORY_BOUND = 0.5  # share of the roof from which on memory is said to set a step's time
-ROOF_BYTES = 2**28  # larger than any CPU's or GPU's cache in small machines; halved until it fits
+ROOF_BYTES = 2**28  # more than the last-level cache of a GPU or of most CPUs
 
 
 @dataclass(frozen=True)
@@ -61,42 +61,49 @@ def measure_roof(device: torch.device) -> float:
     return x.nbytes / min(timed(f, device, 2 * MIN_REPEATS, 2).median for f in reductions) / 1e6
 
 
-@torch.inference_mode()
 def measure_decode(model: Decoder, batches: list[int], contexts: list[int], roof_gb_s: float) -> Iterator[dict]:
-    """The record's `decode`, a grid point at a time. A point whose cache does not fit in memory is left out.
-
-    `context` is the length of the prompt; the decode steps follow it. Bytes a step must read: every weight that it
-    multiplies with once, and the batch's cache.
-    """
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    weight_bytes = model.matmul_flops() // 2 * dtype.itemsize
+    """The record's `decode`, a grid point at a time. A point that does not fit in memory is left out."""
     for batch in batches:
         for context in contexts:
-            room = context + WARMUP_STEPS + STEPS
-            if batch * model.kv_stored_bytes(room, dtype) > 0.8 * _free_bytes(device):
+            device, dtype = model.embed.weight.device, model.embed.weight.dtype
+            if batch * model.kv_stored_bytes(context + WARMUP_STEPS + STEPS, dtype) > 0.8 * _free_bytes(device):
                 continue
-            cache = model.new_cache(batch, room)
-            prompt = torch.randint(model.options.vocab_size, (batch, context), device=device)
-            prefill = timed(partial(model.prefill, prompt, cache), device, MIN_REPEATS, 1, before=cache.reset)
-            step = timed(partial(model.decode, prompt[:, 0], cache), device, STEPS, WARMUP_STEPS)
-            seconds = step.median / 1e3
-            kv_bytes = batch * model.kv_read_bytes(cache.length, dtype)
-            roof_fraction = (weight_bytes + kv_bytes) / seconds / 1e9 / roof_gb_s
-            yield {
-                "batch": batch,
-                "context": context,
-                "prefill_ms": prefill.median,
-                "prefill_ms_iqr": prefill.iqr,
-                "token_ms": step.median,
-                "token_ms_iqr": step.iqr,
-                "tokens_per_s": batch / seconds,
-                "kv_read_gb_s": kv_bytes / seconds / 1e9,
-                "roof_gb_s": roof_gb_s,
-                "roof_fraction": roof_fraction,
-                "memory_bound": roof_fraction >= MEMORY_BOUND,
-                "backend": "torch sdpa",
-                "device": device.type,
-            }
+            try:
+                yield _decode_point(model, batch, context, roof_gb_s)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def _decode_point(model: Decoder, batch: int, context: int, roof_gb_s: float) -> dict:
+    """`context` is the length of the prompt; the decode steps that are timed follow it.
+
+    Bytes that a step must read: every weight that it multiplies with, once, and the batch's cache.
+    """
+    device, dtype = model.embed.weight.device, model.embed.weight.dtype
+    cache = model.new_cache(batch, context + WARMUP_STEPS + STEPS)
+    prompt = torch.randint(model.options.vocab_size, (batch, context), device=device)
+    prefill = timed(partial(model.prefill, prompt, cache), device, MIN_REPEATS, 1, before=cache.reset)
+    step = timed(partial(model.decode, prompt[:, 0], cache), device, STEPS, WARMUP_STEPS)
+    seconds = step.median / 1e3
+    weight_bytes = model.matmul_flops() // 2 * dtype.itemsize
+    kv_bytes = batch * model.kv_read_bytes((context + cache.length) // 2, dtype)
+    roof_fraction = (weight_bytes + kv_bytes) / seconds / 1e9 / roof_gb_s
+    return {
+        "batch": batch,
+        "context": context,
+        "prefill_ms": prefill.median,
+        "prefill_ms_iqr": prefill.iqr,
+        "token_ms": step.median,
+        "token_ms_iqr": step.iqr,
+        "tokens_per_s": batch / seconds,
+        "kv_read_gb_s": kv_bytes / seconds / 1e9,
+        "roof_gb_s": roof_gb_s,
+        "roof_fraction": roof_fraction,
+        "memory_bound": roof_fraction >= MEMORY_BOUND,
+        "backend": "torch sdpa",
+        "device": device.type,
+    }
 
 
 @torch.inference_mode()

@@ -209,10 +209,9 @@ def _check(study: Study) -> None:
                 f"variants: the label {variant_label(variant)!r} names a folder: use up to 64 letters, digits, spaces "
                 "and ._+=-, beginning with a letter or digit"
             )
-        if "vocab_size" in variant:
-            raise InputError(
-                f"variants: {variant_label(variant)}: vocab_size is the tokenizer's; set tokenizer.vocab_size"
-            )
+        for option, key in (("vocab_size", "tokenizer.vocab_size"), ("context", "model.context")):
+            if option in variant:
+                raise InputError(f"variants: {option} is the same for all of them; set {key}")
     at_least_0 = {"warmup_tokens": study.train.warmup_tokens, "weight_decay": study.train.weight_decay}
     above_0 = vars(study.train) | vars(study.eval) | vars(study.eval.decode) | vars(study.tokenizer)
     for name, value in [*at_least_0.items(), *(("seeds", seed) for seed in study.seeds)]:
