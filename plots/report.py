@@ -95,8 +95,9 @@ def loss_conclusion(study: Study) -> str:
     low, high = study.seeds
     if high == 1:
         return (
-            "One seed: nothing can be concluded about which variant has the lower loss. Differences between these "
-            "architectures are 0.002 to 0.04 nats per token, below what another seed changes." + text
+            "One seed: nothing can be concluded about which variant has the lower loss. Published differences between "
+            "these architectures are 0.002 to 0.04 nats per token, and another seed alone can move the loss by more."
+            + text
         )
     if low == 1:
         return "Some variants have one seed only: nothing can be concluded about their order in loss." + text

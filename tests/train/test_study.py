@@ -92,7 +92,7 @@ SHAPES = [
     ({}, [{"arch": "mha", "kv_heads": 2}], "no option 'kv_heads'"),
     ({}, [{"arch": "mha"}, {"arch": "mqa", "ffn_width": 64}], "match: ffn sets ffn_width"),
     ({"width": 8, "heads": 4}, [{"arch": "mha"}, {"arch": "mla", "kv_rank": 999, "rope_dim": 2}], "cannot bring"),
-    ({"context": 100}, [{"arch": "mha"}], "batch_tokens=2048 must be a multiple of model.context=100"),
+    ({"context": 100}, [{"arch": "mha"}], "must be a multiple of model.context=100"),
     ({"context": 0}, [{"arch": "mha"}], "context=0: must be"),
     ({"context": 2**20}, [{"arch": "mha"}], "batch_tokens"),
 ]
