@@ -6,6 +6,8 @@ as that group's query length, so that each cached byte is read once and no mask 
 Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, D key size, E value size.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,12 +39,21 @@ def merge_heads(x_BHTD: Tensor) -> Tensor:
     return x_BHTD.transpose(1, 2).flatten(2)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
-    """torch's scaled_dot_product_attention; in fp32 under autocast on a CPU, where its bf16 backward is 4x slower."""
-    if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return F.scaled_dot_product_attention(q, k, v, **kwargs)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **kwargs)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwargs) -> Tensor:
+    """torch's scaled_dot_product_attention, kept on its fast kernels.
+
+    On a CPU they want equal key and value sizes, and under autocast fp32: their bf16 backward is 4x slower. On a GPU
+    those that take a mask do not know groups, so that there, in training and prefill alone, the keys are repeated.
+    """
+    if attn_mask is not None and q.is_cuda and kwargs.pop("enable_gqa", False):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    value_size = v.shape[-1]
+    if not q.is_cuda and k.shape[-1] > value_size:
+        v = F.pad(v, (0, k.shape[-1] - value_size))
+    fp32 = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", enabled=False) if fp32 else contextlib.nullcontext():
+        q, k, v = (x.float() if fp32 else x for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **kwargs)[..., :value_size]
 
 
 def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float | None = None) -> Tensor:

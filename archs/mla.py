@@ -86,9 +86,11 @@ class LatentAttention(nn.Module):
         o = self.o
         up_HXR = self.kv_up.weight.view(o.heads, o.nope_dim + o.v_dim, o.kv_rank)
         k_up_HNR, v_up_HER = up_HXR.split((o.nope_dim, o.v_dim), dim=1)
-        q_BHTX = torch.cat((q_nope_BHTN @ k_up_HNR, q_rope_BHTP), dim=-1)
+        # einsum, not @: batched over heads, it does not copy the weights for each sequence.
+        q_latent_BHTR = torch.einsum("bhtn,hnr->bhtr", q_nope_BHTN, k_up_HNR)
+        q_BHTX = torch.cat((q_latent_BHTR, q_rope_BHTP), dim=-1)
         latent_BHTR = attend(q_BHTX, kept_B1SX, kept_B1SX, self.scale)[..., : o.kv_rank]
-        return latent_BHTR @ v_up_HER.transpose(1, 2)
+        return torch.einsum("bhtr,her->bhte", latent_BHTR, v_up_HER)
 
 
 class MLA(Decoder):

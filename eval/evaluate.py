@@ -1,7 +1,6 @@
 """The eval stage: from each trained run's checkpoint to its record's loss, cache bytes and decode speed."""
 
 import functools
-import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,9 +10,9 @@ from archs import Decoder, build
 from eval.loss import measure_loss
 from eval.memory import measure_memory
 from eval.speed import measure_decode, measure_recompute, measure_roof
-from train.files import is_evaluated, read_record, write_json
+from train.files import describe_machine, is_evaluated, read_record, write_json
 from train.progress import StudyProgress
-from train.study import EvalConfig, Run
+from train.study import EvalConfig, Run, find_device, resolve_dtype
 from train.tokens import TokenSet
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -21,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def evaluate_runs(runs: Sequence[Run], config: EvalConfig, data: TokenSet) -> list[str]:
     """Evaluates what is trained and not evaluated with these settings yet; returns a line for each run that failed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     pending = [run for run in runs if "train" in read_record(run) and not is_evaluated(run)]
     if not pending:
         return []
@@ -37,9 +36,9 @@ def evaluate_runs(runs: Sequence[Run], config: EvalConfig, data: TokenSet) -> li
                 failures.append(f"{run.label} seed {run.seed} could not be evaluated: {str(e).splitlines()[0]}")
                 progress.say(failures[-1])
                 continue
-            record = read_record(run) | measured | {"eval_key": run.eval_key}
-            write_json(run.directory / "record.json", record)
+            record = read_record(run) | measured | {"eval_key": run.eval_key, "measured_on": describe_machine()}
             _log_hyperparameters(run, record)
+            write_json(run.directory / "record.json", record)
     return failures
 
 
@@ -47,7 +46,7 @@ def measure(
     run: Run, config: EvalConfig, data: TokenSet, device: torch.device, roof_gb_s: float, show: Callable[[str], None]
 ) -> dict:
     """The measured part of a run's record; `show` is told of each quantity."""
-    dtype = DTYPES.get(config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = DTYPES[resolve_dtype(config.dtype)]
     contexts = sorted(config.decode.context)
     model = load_model(run).to(device)
     measured = {"loss": measure_loss(model, data, config.loss_tokens, device)}
@@ -55,11 +54,11 @@ def measure(
     model = model.to(dtype)
     measured["kv"] = measure_memory(model, dtype, contexts)
     show(f"{measured['kv']['bytes_per_token']:,} cache bytes a token")
-    gc.collect()
-    measured["decode"] = []
+    measured |= {"decode": [], "decode_skipped": []}
     for point in measure_decode(model, config.decode.batch, contexts, roof_gb_s):
-        measured["decode"].append(point)
-        show(f"batch {point['batch']} context {point['context']}: {point['tokens_per_s']:,.0f} tokens/s")
+        measured["decode_skipped" if "skipped" in point else "decode"].append(point)
+        result = point.get("skipped") or f"{point['tokens_per_s']:,.0f} tokens/s"
+        show(f"batch {point['batch']} context {point['context']}: {result}")
     measured["recompute"] = measure_recompute(model, contexts[-1])
     show("recomputing the prefix")
     return measured

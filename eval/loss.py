@@ -12,7 +12,7 @@ TOKENS_AT_ONCE = 8192
 
 @torch.inference_mode()
 def measure_loss(model: nn.Module, data: TokenSet, limit: int, device: torch.device) -> dict:
-    """{val_nats: a token, val_bpb: a byte of text, tokens} over the first `limit` held-out tokens, in fp32."""
+    """{val_nats: a token, val_bpb: a byte of text, tokens} over about `limit` held-out tokens, in fp32."""
     context = model.options.context
     nats, tokens, n_bytes = 0.0, 0, 0
     for batch, batch_bytes in ValidationBatches(data, context, max(1, TOKENS_AT_ONCE // context), limit):

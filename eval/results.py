@@ -2,24 +2,17 @@
 
 import csv
 import datetime
-import importlib.metadata
 import io
 import json
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from archs import VARIANTS
 from eval.compare import compare
-from train.files import device_name, is_evaluated, read_json, read_record, write_atomic, write_json
+from train.files import is_evaluated, read_json, read_record, write_atomic, write_json
 from train.study import Run, Study, variant_label
 from train.tokens import TokenSet
-
-PACKAGES = "kvfrontier", "torch", "lightning", "tiktoken", "tokenizers", "numpy"
 
 
 def write_results(name: str, study: Study, runs: Sequence[Run], data: TokenSet, directory: Path) -> int:
@@ -28,8 +21,7 @@ def write_results(name: str, study: Study, runs: Sequence[Run], data: TokenSet, 
     results = {
         "study": name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        **_measured_on(records),
         "corpus": data.facts,
         "match": study.match,
         "archs": list(VARIANTS),
@@ -38,22 +30,19 @@ def write_results(name: str, study: Study, runs: Sequence[Run], data: TokenSet, 
         "comparisons": compare(records, [variant_label(v) for v in study.variants]),
     }
     path = directory / "results.json"
-    if read_json(path) | {"created": None} != json.loads(json.dumps(results)) | {"created": None}:
+    table = directory / "results.csv"
+    same = read_json(path) | {"created": None} == json.loads(json.dumps(results)) | {"created": None}
+    if not same or not table.exists():
         write_json(path, results)
-        write_atomic(directory / "results.csv", _csv(records).encode())
+        write_atomic(table, _csv(records).encode())
     return len(records)
 
 
-def _machine() -> dict:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {
-        "device": device_name(device),
-        "cpu": device_name(torch.device("cpu")),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
+def _measured_on(records: Sequence[dict]) -> dict:
+    """{machine, versions} of the first record's measurements; others, where runs were measured elsewhere, beside it."""
+    first, *others = [record["measured_on"] for record in records] or [{"machine": {}, "versions": {}}]
+    different = [other for n, other in enumerate(others) if other != first and other not in others[:n]]
+    return first | ({"also_measured_on": different} if different else {})
 
 
 def _csv(records: Sequence[dict]) -> str:

@@ -4,7 +4,8 @@ Prefill and decode are timed apart, caches allocated beforehand, after warm-up, 
 measurement; medians with interquartile ranges. The roof is the read bandwidth of the same device in the same run.
 """
 
-import os
+import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,15 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from archs import Decoder
+from archs import Cache, Decoder
 
-WARMUP_STEPS = 3
-STEPS = 40
-SECONDS_A_POINT = 1.0  # of prefills, and of decode steps; at least MIN_REPEATS of each
-MIN_REPEATS = 5
+DECODE_STEPS = 40  # room in the cache after the prompt; longer samples go through it again
+SECONDS = 0.5  # at least, of prefills and of decode steps at each point
 MEMORY_BOUND = 0.5  # share of the roof from which on memory is said to set a step's time
-ROOF_BYTES = 2**28  # more than the last-level cache of a GPU or of most CPUs
+ROOF_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the last-level cache; on a GPU also than a launch's worth
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,22 @@ class Timing:
 
 
 def timed(step: Callable[[], object], device: torch.device, repeats: int, warmup: int, before=lambda: None) -> Timing:
-    """Times `step` up to `repeats` times, fewer when that takes long; `before` runs untimed before each."""
+    """Times `step` at least `repeats` times and for SECONDS; `before` runs untimed before each."""
     times: list[float] = []
-    began = time.perf_counter()
-    for n in range(warmup + repeats):
+    total = 0.0
+    while len(times) < repeats or total < SECONDS:
         before()
         _synchronize(device)
         start = time.perf_counter()
         step()
         _synchronize(device)
-        if n >= warmup:
-            times.append((time.perf_counter() - start) * 1e3)
-        if len(times) >= MIN_REPEATS and time.perf_counter() - began > SECONDS_A_POINT:
-            break
+        if warmup:
+            warmup -= 1
+        else:
+            times.append(time.perf_counter() - start)
+            total += times[-1]
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Timing(median, high - low)
+    return Timing(median * 1e3, (high - low) * 1e3)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -56,22 +57,26 @@ def _synchronize(device: torch.device) -> None:
 
 def measure_roof(device: torch.device) -> float:
     """Bytes a second, in GB/s, at which the device reads a large array: the best of several reductions."""
-    x = torch.ones(ROOF_BYTES // 4, device=device)
+    x = torch.ones(ROOF_BYTES[device.type] // 4, device=device)
     reductions = (x.sum, x.amax, lambda: torch.dot(x, x))
-    return x.nbytes / min(timed(f, device, 2 * MIN_REPEATS, 2).median for f in reductions) / 1e6
+    return x.nbytes / min(timed(f, device, 10, 2).median for f in reductions) / 1e6
 
 
 def measure_decode(model: Decoder, batches: list[int], contexts: list[int], roof_gb_s: float) -> Iterator[dict]:
-    """The record's `decode`, a grid point at a time. A point that does not fit in memory is left out."""
+    """The record's `decode`, a grid point at a time; one that does not fit has `skipped`, the reason, and no times."""
+    device, dtype = model.embed.weight.device, model.embed.weight.dtype
     for batch in batches:
         for context in contexts:
-            device, dtype = model.embed.weight.device, model.embed.weight.dtype
-            if batch * model.kv_stored_bytes(context + WARMUP_STEPS + STEPS, dtype) > 0.8 * _free_bytes(device):
+            cache_bytes = batch * model.kv_stored_bytes(context + DECODE_STEPS, dtype)
+            free = _free_bytes(device)
+            if cache_bytes > 0.8 * free:
+                reason = f"the cache needs {cache_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+                yield {"batch": batch, "context": context, "skipped": reason}
                 continue
             try:
                 yield _decode_point(model, batch, context, roof_gb_s)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            except torch.OutOfMemoryError as e:
+                yield {"batch": batch, "context": context, "skipped": str(e).splitlines()[0]}
 
 
 @torch.inference_mode()
@@ -81,13 +86,13 @@ def _decode_point(model: Decoder, batch: int, context: int, roof_gb_s: float) ->
     Bytes that a step must read: every weight that it multiplies with, once, and the batch's cache.
     """
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    cache = model.new_cache(batch, context + WARMUP_STEPS + STEPS)
+    cache = model.new_cache(batch, context + DECODE_STEPS)
     prompt = torch.randint(model.options.vocab_size, (batch, context), device=device)
-    prefill = timed(partial(model.prefill, prompt, cache), device, MIN_REPEATS, 1, before=cache.reset)
-    step = timed(partial(model.decode, prompt[:, 0], cache), device, STEPS, WARMUP_STEPS)
+    prefill = timed(partial(model.prefill, prompt, cache), device, 3, 1, before=cache.reset)
+    step = _timed_steps(model, prompt[:, 0], cache, context)
     seconds = step.median / 1e3
     weight_bytes = model.matmul_flops() // 2 * dtype.itemsize
-    kv_bytes = batch * model.kv_read_bytes((context + cache.length) // 2, dtype)
+    kv_bytes = batch * model.kv_read_bytes(context + DECODE_STEPS // 2, dtype)
     roof_fraction = (weight_bytes + kv_bytes) / seconds / 1e9 / roof_gb_s
     return {
         "batch": batch,
@@ -101,9 +106,19 @@ def _decode_point(model: Decoder, batch: int, context: int, roof_gb_s: float) ->
         "roof_gb_s": roof_gb_s,
         "roof_fraction": roof_fraction,
         "memory_bound": roof_fraction >= MEMORY_BOUND,
-        "backend": "torch sdpa",
+        "backend": attention_backend(model, prompt[:, 0], cache),
         "device": device.type,
     }
+
+
+def _timed_steps(model: Decoder, tokens_B: torch.Tensor, cache: Cache, context: int) -> Timing:
+    """Decode steps from `context` on; when the cache is full they begin again there, over what it held."""
+
+    def rewind() -> None:
+        if cache.length == cache.max_tokens:
+            cache.length = context
+
+    return timed(partial(model.decode, tokens_B, cache), tokens_B.device, DECODE_STEPS, 3, before=rewind)
 
 
 @torch.inference_mode()
@@ -111,14 +126,41 @@ def measure_recompute(model: Decoder, context: int) -> dict:
     """Why the cache exists: milliseconds for the token after `context` others, with the cache and from scratch."""
     device = model.embed.weight.device
     prompt = torch.randint(model.options.vocab_size, (1, context), device=device)
-    cache = model.new_cache(1, context + WARMUP_STEPS + STEPS)
+    cache = model.new_cache(1, context + DECODE_STEPS)
     model.prefill(prompt, cache)
-    cached = timed(partial(model.decode, prompt[:, 0], cache), device, STEPS, WARMUP_STEPS)
-    recomputed = timed(partial(model.prefill, prompt, cache), device, MIN_REPEATS, 1, before=cache.reset)
+    cached = _timed_steps(model, prompt[:, 0], cache, context)
+    recomputed = timed(partial(model.prefill, prompt, cache), device, 3, 1, before=cache.reset)
     return {"batch": 1, "context": context, "cached_ms": cached.median, "recomputed_ms": recomputed.median}
 
 
-def _free_bytes(device: torch.device) -> int:
+class _Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def attention_backend(model: Decoder, tokens_B: torch.Tensor, cache: Cache) -> str:
+    """Which of torch's attention kernels a decode step runs, such as `sdpa flash`; `sdpa math` where none is fused."""
+    cache.length -= 1
+    with _Operators() as operators:
+        model.decode(tokens_B, cache)
+    prefix = "_scaled_dot_product_"
+    kernels = {name.removeprefix(prefix).split("_")[0] for name in operators.names if name.startswith(prefix)}
+    return f"sdpa {'+'.join(sorted(kernels)) or 'math'}"
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that can be had; infinite where the system does not say."""
+    gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf

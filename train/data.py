@@ -5,11 +5,14 @@ compared in pairs. Each epoch cuts the training tokens into sequences at an offs
 an order of its own, both drawn from (seed, epoch).
 """
 
+import itertools
+from collections.abc import Iterator
+
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from train.tokens import TokenSet
 
@@ -68,8 +71,12 @@ class ValidationBatches(Dataset):
 class TextData(L.LightningDataModule):
     """Training and validation batches for a Trainer. A run that is resumed goes on at the batch where it stopped.
 
-    data = TextData(prepare(load_corpus("stdlib"), "bytes", None, default_cache_dir()), context=128, batch_size=16)
-    Trainer(max_steps=1000).fit(LanguageModel("mha", {...}, tokens=2_048_000), data)
+        data = TextData(prepare(load_corpus("stdlib"), "bytes", None, default_cache_dir()), context=128, batch_size=16)
+        model = LanguageModel("mha", {...}, tokens=1000 * 16 * 128)
+        Trainer(max_steps=1000, val_check_interval=100, check_val_every_n_epoch=None).fit(model, data)
+
+    Training has no end but `max_steps`, so that validation goes by steps. On several devices each takes every n-th
+    batch, of `batch_size` sequences, and each validates on all of the held-out text.
     """
 
     def __init__(self, data: TokenSet, context: int, batch_size: int, seed: int = 0, val_tokens: int = 65_536):
@@ -78,21 +85,25 @@ class TextData(L.LightningDataModule):
         self.validation = ValidationBatches(data, context, batch_size, val_tokens)
 
     def train_dataloader(self) -> DataLoader:
-        done = self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
-        return DataLoader(self.training, batch_size=None, sampler=_From(done))
+        if not self.trainer:
+            return DataLoader(_InOrder(self.training), batch_size=None)
+        trainer = self.trainer
+        done = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size
+        return DataLoader(_InOrder(self.training, done + trainer.global_rank, trainer.world_size), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.validation, batch_size=None)
+        return DataLoader(_InOrder(self.validation), batch_size=None)
 
 
-class _From:
-    """Batch numbers from the first that has not been trained on; the Trainer's max_steps ends them."""
+class _InOrder(IterableDataset):
+    """Every `step`-th item of a dataset from `first` on: an order that no Trainer replaces by a sampler of its own."""
 
-    def __init__(self, first: int):
-        self.first = first
+    def __init__(self, dataset: Dataset, first: int = 0, step: int = 1):
+        self.dataset, self.first, self.step = dataset, first, step
 
-    def __iter__(self):
-        k = self.first
-        while True:
-            yield k
-            k += 1
+    def __iter__(self) -> Iterator:
+        for k in itertools.count(self.first, self.step):
+            try:
+                yield self.dataset[k]
+            except IndexError:
+                return

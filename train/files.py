@@ -1,10 +1,14 @@
 """Files that are there whole or not at all, and the records in them."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+PACKAGES = "kvfrontier", "torch", "lightning", "tiktoken", "tokenizers", "numpy"
 
 if TYPE_CHECKING:
     import torch
@@ -54,3 +58,21 @@ def device_name(device: "torch.device") -> str:
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as f:
         return next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
     return device.type
+
+
+def describe_machine() -> dict:
+    """{machine, versions}: what a measurement was made on and with."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = {
+        "device": device_name(torch.device("cuda" if cuda else "cpu")),
+        "cpu": device_name(torch.device("cpu")),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"machine": machine, "versions": versions}

@@ -55,7 +55,9 @@ class LanguageModel(L.LightningModule):
         matrices = [p for p in self.parameters() if p.dim() > 1]
         vectors = [p for p in self.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": h.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=(0.9, 0.95), fused=True)
+        # A fused step unscales 16-mixed gradients itself, after they were clipped.
+        fused = not (self._trainer and self.trainer.precision == "16-mixed")
+        optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=(0.9, 0.95), fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.rate(self.tokens_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -105,7 +107,12 @@ class LanguageModel(L.LightningModule):
                 }
             )
 
-    def _tick(self, counts: bool = True) -> None:
+    def on_train_end(self) -> None:
+        self._tick(wait=True)
+
+    def _tick(self, counts: bool = True, wait: bool = False) -> None:
+        if wait and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.train_seconds += counts * (now - self._since)
         self._since = now
@@ -120,15 +127,17 @@ class LanguageModel(L.LightningModule):
     # Validation
 
     def on_validation_epoch_start(self) -> None:
-        self._val = torch.zeros(3, dtype=torch.float64, device=self.device)  # nats, tokens, bytes
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._tick(wait=True)
+        self._val = []  # nats, tokens, bytes of each batch
 
     def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
         tokens, n_bytes = batch
         nats = token_nats(self.model, tokens)
-        self._val += torch.stack([nats.double().sum(), *self._val.new_tensor([nats.numel(), n_bytes])])
+        self._val.append((nats.sum().item(), nats.numel(), n_bytes))
 
     def on_validation_epoch_end(self) -> None:
-        nats, tokens, n_bytes = self.all_gather(self._val).view(-1, 3).sum(0).tolist()
+        nats, tokens, n_bytes = (sum(column) for column in zip(*self._val, strict=True))
         metrics = {"val/loss": nats / tokens, "val/bpb": bits_per_byte(nats, n_bytes)}
         fitting = self.trainer.state.fn == "fit"
         self.log_dict(metrics, logger=not fitting)  # for callbacks, and as the result of Trainer.validate

@@ -27,7 +27,7 @@ from train.data import TextData
 from train.files import device_name, read_json, read_record, write_atomic, write_json
 from train.module import LanguageModel
 from train.progress import StudyProgress
-from train.study import Run, TrainConfig
+from train.study import Run, TrainConfig, find_device
 from train.tokens import TokenSet
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
@@ -65,7 +65,7 @@ def train_runs(runs: Sequence[Run], config: TrainConfig, data: TokenSet) -> list
 def step_counts(config: TrainConfig) -> tuple[int, int]:
     """(optimizer steps, steps between validations): the budget rounded down so that the last step is validated."""
     steps = config.tokens // config.batch_tokens
-    val_every = max(1, steps // config.val_points)
+    val_every = max(min(2, steps), steps // config.val_points)  # 2: a checkpoint can come between
     return steps // val_every * val_every, val_every
 
 
@@ -94,10 +94,11 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
     tensorboard = TensorBoardLogger(
         run.directory, name="", version="", default_hp_metric=False, purge_step=tokens_done + 1 if tokens_done else None
     )
+    keep_going = KeepGoing(checkpoint, val_every)
     trainer = L.Trainer(
         max_steps=steps,
         max_epochs=-1,
-        accelerator="auto",
+        accelerator="gpu" if find_device().type == "cuda" else "cpu",
         devices=1,
         precision="bf16-mixed" if run.precision == "bf16" else "32-true",
         logger=[tensorboard, metrics],
@@ -108,7 +109,7 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[KeepGoing(checkpoint, val_every), ShowProgress(progress, name, steps)],
+        callbacks=[keep_going, ShowProgress(progress, name, steps)],
         plugins=[AtomicCheckpoints()],
     )
     batches = TextData(data, context, config.batch_tokens // context, run.seed, config.val_tokens)
@@ -130,6 +131,8 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
             "curve": metrics.curve(),
         },
     )
+    if keep_going.signum:  # it came at the last step
+        raise Interrupted(keep_going.signum)
 
 
 class KeepGoing(L.Callback):
@@ -141,10 +144,10 @@ class KeepGoing(L.Callback):
     def __init__(self, path: Path, val_every: int):
         self.path, self.val_every = path, val_every
         self.signum: int | None = None
+        self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
         self.saved = time.monotonic()
-        self.handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -152,7 +155,7 @@ class KeepGoing(L.Callback):
         self.signum = signum
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.val_every == 0 and self.val_every > 1:
+        if (batch_idx + 1) % self.val_every == 0:
             return
         if self.signum or time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS:
             trainer.save_checkpoint(self.path)

@@ -176,7 +176,9 @@ def _override(settings: dict, override: str) -> None:
     at: Any = settings
     for name in parents:
         if isinstance(at, list):
-            at = next((v for i, v in enumerate(at) if name in (str(i), str(v.get("label", v.get("arch"))))), None)
+            labels = [str(v.get("label", v.get("arch"))) if isinstance(v, dict) else None for v in at]
+            place = labels.index(name) if name in labels else int(name) if name.isdecimal() else len(at)
+            at = at[place] if place < len(at) else None
         elif isinstance(at, dict):
             at = at.setdefault(name, {})
     if not isinstance(at, dict):
@@ -262,6 +264,7 @@ def plan(study: Study, data: TokenSet, directory: Path) -> list[Run]:
     variants = resolve_variants(study, data.n_vocab)
     _check_budget(study, data)
     precision = resolve_precision(study.train.precision)
+    dtype = resolve_dtype(study.eval.dtype)
     runs = []
     for variant, (options, params) in zip(study.variants, variants, strict=True):
         for seed in study.seeds:
@@ -276,7 +279,7 @@ def plan(study: Study, data: TokenSet, directory: Path) -> list[Run]:
             name = variant_label(variant)
             folder = directory / "runs" / name / f"seed-{seed}"
             key = content_key(decides)
-            eval_key = content_key([key, dataclasses.asdict(study.eval)])
+            eval_key = content_key([key, dataclasses.asdict(study.eval), dtype, find_device().type])
             arch = variant["arch"]
             facts = {"match": study.match, "precision": precision, "corpus_fingerprint": data.facts["fingerprint"]}
             runs.append(Run(name, arch, options, seed, params, **facts, key=key, eval_key=eval_key, directory=folder))
@@ -287,13 +290,23 @@ def content_key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def find_device() -> torch.device:
+    """What trains and measures: the first GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def resolve_precision(precision: str) -> str:
     """`auto` is bf16 where the machine multiplies it fast: GPUs from Ampere on, CPUs with AMX tiles; else fp32."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    if find_device().type == "cuda":
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
     return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
+
+
+def resolve_dtype(dtype: str) -> str:
+    """Of weights and cache while decoding: `auto` is bf16 on a GPU and fp32 on a CPU."""
+    return {"cuda": "bf16", "cpu": "fp32"}[find_device().type] if dtype == "auto" else dtype
 
 
 def _check_budget(study: Study, data: TokenSet) -> None:
@@ -329,7 +342,8 @@ def resolve_variants(study: Study, vocab_size: int) -> list[tuple[dict, int]]:
                 options |= matching_heads(variant["arch"], options, resolved[0][1])
             model = on_meta(variant["arch"], options)
         except ValueError as e:
-            raise InputError(f"variants: {variant_label(variant)}: {e}") from None
+            where = "" if variant_label(variant) == variant["arch"] else f"{variant_label(variant)}: "
+            raise InputError(f"variants: {where}{e}") from None
         resolved.append((dataclasses.asdict(model.options), model.count_params()))
     return resolved
 
@@ -368,10 +382,11 @@ def _line(count) -> tuple[int, int]:
 def matching_heads(arch: str, options: dict, params: int) -> dict:
     """The number of query heads that brings the total parameters nearest to `params`, head and FFN sizes held.
 
-    For MHA, GQA and MQA that holds n_q + n_kv, and so the attention's parameters (TPA, arXiv 2501.06425).
+    Where keys and values have heads in every layer, as in MHA, GQA and MQA, that holds n_q + n_kv (TPA, arXiv
+    2501.06425).
     """
-    sizes = dataclasses.asdict(on_meta(arch, options).options)
-    held = {name: sizes[name] for name in ("head_dim", "ffn_width")}
+    base = {f.name: options[f.name] for f in dataclasses.fields(Options) if f.name in options}
+    held = {name: getattr(Options(**base), name) for name in ("head_dim", "ffn_width")}
 
     def off(heads: int) -> float:
         try:
@@ -379,4 +394,4 @@ def matching_heads(arch: str, options: dict, params: int) -> dict:
         except ValueError:  # a number of heads that this variant cannot have
             return float("inf")
 
-    return held | {"heads": min(range(1, 4 * options["heads"] + 1), key=off)}
+    return held | {"heads": min(range(1, 4 * base["heads"] + 1), key=off)}
