@@ -72,6 +72,7 @@ def _run_stages(args: argparse.Namespace) -> int:
     name, directory = _directory(args)
     if args.stage == "plot":
         return _plot(directory)
+    from train.errors import InputError
     from train.progress import console
     from train.study import Study, load_data, parse_study, plan
 
@@ -79,10 +80,10 @@ def _run_stages(args: argparse.Namespace) -> int:
     study: Study = parse_study(given, args.overrides)
     data = load_data(study, beside)
     runs = plan(study, data, directory)
-    _write_plan(directory, name, study, beside, runs)
 
     failures = []
     if args.stage in ("run", "train"):
+        _write_plan(directory, name, study, beside, runs)
         from train.files import read_record
 
         if any("train" not in read_record(run) for run in runs):
@@ -103,12 +104,18 @@ def _run_stages(args: argparse.Namespace) -> int:
             from eval.evaluate import evaluate_runs  # takes seconds to import
 
             failures += evaluate_runs(runs, study.eval, data)
-        if not write_results(name, study, runs, data, directory):
-            from train.errors import InputError
-
-            raise InputError(f"no run in {directory} is trained and evaluated yet; see kvfrontier status {directory}")
+        if write_results(name, study, runs, data, directory):
+            _write_plan(directory, name, study, beside, runs)
+        elif not failures:
+            raise InputError(f"no run in {directory} is trained with these settings; see kvfrontier status {directory}")
+        else:
+            return _report(failures)
     if args.stage == "run":
         _plot(directory, only_if_changed=True)
+    return _report(failures)
+
+
+def _report(failures: list[str]) -> int:
     for failure in failures:
         print(f"kvfrontier: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -22,7 +22,7 @@ from archs.cache import Cache
 NORM_EPS = 1e-6
 
 
-def option(default: Any = dataclasses.MISSING, *, at_least: float = 1, below: float = math.inf) -> Any:
+def option(default: Any = dataclasses.MISSING, *, at_least: float = 1, below: float = 2**31) -> Any:
     """A field of `Options` with its range; None as default means: derived from the others."""
     return field(default=default, metadata={"at_least": at_least, "below": below})
 
@@ -83,8 +83,8 @@ def _checked(f: dataclasses.Field, value: Any) -> Any:
         return value
     low, high = f.metadata["at_least"], f.metadata["below"]
     kind = "a whole number" if f.type is int else "a number"
-    limits = f"{kind} of at least {low}" + (f" and below {high}" if high < math.inf else "")
-    Options.check(number and low <= value < high, f"{f.name}={value!r}: must be {limits}")
+    fits = number and low <= value < high
+    Options.check(fits, f"{f.name}={value!r}: must be {kind} of at least {low} and below {high}")
     return f.type(value)
 
 

@@ -36,7 +36,12 @@ def evaluate_runs(runs: Sequence[Run], config: EvalConfig, data: TokenSet) -> li
                 failures.append(f"{run.label} seed {run.seed} could not be evaluated: {str(e).splitlines()[0]}")
                 progress.say(failures[-1])
                 continue
-            record = read_record(run) | measured | {"eval_key": run.eval_key, "measured_on": describe_machine()}
+            record = (
+                read_record(run)
+                | run.settings()
+                | measured
+                | {"eval_key": run.eval_key, "measured_on": describe_machine()}
+            )
             _log_hyperparameters(run, record)
             write_json(run.directory / "record.json", record)
     return failures
@@ -59,8 +64,9 @@ def measure(
         measured["decode_skipped" if "skipped" in point else "decode"].append(point)
         result = point.get("skipped") or f"{point['tokens_per_s']:,.0f} tokens/s"
         show(f"batch {point['batch']} context {point['context']}: {result}")
-    measured["recompute"] = measure_recompute(model, contexts[-1])
-    show("recomputing the prefix")
+    if measured["decode"]:
+        measured["recompute"] = measure_recompute(model, max(point["context"] for point in measured["decode"]))
+        show("recomputing the prefix")
     return measured
 
 

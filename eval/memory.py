@@ -9,6 +9,7 @@ import torch
 
 from archs import Decoder
 
+FILLED = 4096  # tokens at most: caches longer than that, for windows longer than that, are allocated and filled so far
 CONTEXTS = [2**n for n in range(10, 21)]  # 1K to 1M tokens
 
 
@@ -41,7 +42,7 @@ def measure_memory(model: Decoder, dtype: torch.dtype, contexts: Iterable[int] =
 def _length_with_full_windows(model: Decoder, dtype: torch.dtype) -> int:
     """A number of tokens from which on, by the formulas, a sequence grows by the same for each further one."""
     per_token, constant = model.kv_bytes_per_token(dtype), model.kv_constant_bytes(dtype)
-    for tokens in (2**n for n in range(7, 20)):
+    for tokens in (2**n for n in range(7, 32)):
         if model.kv_stored_bytes(tokens, dtype) == tokens * per_token + constant:
             return tokens
     raise BytesDiffer(f"by the formulas a sequence of {tokens} tokens does not hold {per_token} each and {constant}")
@@ -51,5 +52,5 @@ def _length_with_full_windows(model: Decoder, dtype: torch.dtype) -> int:
 def _filled_bytes(model: Decoder, tokens: int, dtype: torch.dtype) -> int:
     device = model.embed.weight.device
     cache = model.new_cache(1, tokens, dtype, device)
-    model.prefill(torch.zeros(1, tokens, dtype=torch.int64, device=device), cache)
+    model.prefill(torch.zeros(1, min(tokens, FILLED), dtype=torch.int64, device=device), cache)
     return cache.nbytes

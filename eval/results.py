@@ -16,8 +16,13 @@ from train.tokens import TokenSet
 
 
 def write_results(name: str, study: Study, runs: Sequence[Run], data: TokenSet, directory: Path) -> int:
-    """Gathers the complete records of this study's runs; returns how many. Unchanged results keep their files."""
+    """Gathers the complete records of this study's runs; returns how many there are.
+
+    Without any, and where nothing changed, the files stay as they are.
+    """
     records = [read_record(run) for run in runs if is_evaluated(run)]
+    if not records:
+        return 0
     results = {
         "study": name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -40,7 +45,7 @@ def write_results(name: str, study: Study, runs: Sequence[Run], data: TokenSet, 
 
 def _measured_on(records: Sequence[dict]) -> dict:
     """{machine, versions} of the first record's measurements; others, where runs were measured elsewhere, beside it."""
-    first, *others = [record["measured_on"] for record in records] or [{"machine": {}, "versions": {}}]
+    first, *others = [record["measured_on"] for record in records]
     different = [other for n, other in enumerate(others) if other != first and other not in others[:n]]
     return first | ({"also_measured_on": different} if different else {})
 

@@ -56,9 +56,10 @@ def draw(directory: Path) -> list[Path]:
     text = tables.to_markdown(results, *([comparisons] if comparisons else []))
     write("tables/results.md", text)
     write("tables/results.tex", tables.to_latex(results))
-    write("report.html", report.page(study, drawn, left_out))
     images = {name: directory / "figures" / f"{name}_wide.png" for name in FIGURES if name not in left_out}
-    return [*written, _tensorboard(directory / "study", images, text)]
+    written.append(_tensorboard(directory / "study", images, text))
+    write("report.html", report.page(study, drawn, left_out))  # last: its being there says that all of it is
+    return written
 
 
 def _csv(rows: list[dict]) -> str:

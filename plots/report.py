@@ -67,7 +67,8 @@ def matching_rule(study: Study) -> str:
     rule = study.raw.get("match") or dig(study.raw, "study_settings.match")
     said = {
         "ffn": "ffn: each variant's feed-forward layers are widened to the first variant's parameter count.",
-        "heads": "heads: the sum of query and KV heads is held; parameters may differ.",
+        "heads": "heads: each variant has the number of query heads that comes nearest to the first one's parameter "
+        "count, FFN and head sizes held; where every layer has KV heads that holds query plus KV heads.",
         "none": "none: every variant is built as it is written; parameters may differ.",
     }
     return said.get(rule, str(rule) if rule else "The results do not say which rule matched the variants.")
@@ -112,7 +113,14 @@ def comparison_conclusions(study: Study) -> list[tuple[str, str]]:
     for entry in study.raw.get("comparisons") or []:
         sentence = f"{entry.get('label')} against {entry.get('baseline')} ({entry.get('metric')})"
         verdicts.setdefault(str(entry.get("verdict")), []).append(sentence)
-    return [(f"Verdict: {verdict}", "; ".join(said) + ".") for verdict, said in verdicts.items()]
+    told = [(f"Verdict: {verdict}", "; ".join(said) + ".") for verdict, said in verdicts.items()]
+    separated = sum(len(said) for verdict, said in verdicts.items() if verdict in ("lower", "higher"))
+    if separated and len(study.raw["comparisons"]) > 1:
+        many = len(study.raw["comparisons"])
+        told.append(
+            ("Chance", f"{many} comparisons, each at its own level: the more there are, the likelier a false one.")
+        )
+    return told
 
 
 def memory_conclusion(study: Study) -> str:
@@ -137,6 +145,9 @@ def speed_conclusion(study: Study) -> str:
         {str(entry.get("device")) for v in study.variants for run in v.runs for entry in run.get("decode") or []}
     )
     text = f"Timings on this one machine ({', '.join(devices)}): another machine, kernel or size may turn their order. "
+    if skipped := [(v.label, point) for v in study.variants for point in v.first("decode_skipped") or []]:
+        places = "; ".join(f"{label} at batch {p['batch']}, context {p['context']}" for label, p in skipped)
+        text += f"Not timed, as it did not fit in memory: {places}. "
     free = sum(bound is False for bound in bounds)
     if None in bounds:
         return text + "The results do not say which points memory bounds: credit no speed to fewer cache bytes."
@@ -152,6 +163,10 @@ def size_conclusion(study: Study) -> str:
     counts = [count for v in study.variants if (count := number(v.first("params")))]
     if len(counts) < len(study.variants):
         return "Parameter counts are missing: nothing is known about whether the variants are of one size."
+    planned = dig(study.raw, "study_settings.variants")
+    baseline = str(planned[0].get("label", planned[0].get("arch"))) if planned else study.variants[0].label
+    if baseline not in [v.label for v in study.variants]:
+        return f"The first variant, {baseline}, to whose size the others were matched, has no results."
     off = max(abs(count / counts[0] - 1) for count in counts)
     fair = "so parameter count explains no difference" if off <= 0.005 else "so a difference in loss may be one of size"
     return f"Parameters differ by at most {100 * off:.2f} % from the first variant's, {fair}."

@@ -111,9 +111,10 @@ def _matches(pattern: str, folders: Sequence[Path]) -> list[Path]:
         paths = [Path(os.path.abspath(folder / name)) for name in found if (folder / name).is_file()]
         if paths:
             return paths
-    searched = (
-        "" if os.path.isabs(expanded) else f" in {' or '.join(str(Path(folder).absolute()) for folder in folders)}"
-    )
+    places = dict.fromkeys(str(Path(folder).absolute()) for folder in folders)
+    searched = "" if os.path.isabs(expanded) else f" in {' or '.join(places)}"
+    if any(os.path.isdir(os.path.join(folder, expanded)) for folder in places):
+        raise InputError(f"corpus: {pattern!r} is a folder; give a pattern for its files, such as '{pattern}/**/*.txt'")
     raise InputError(f"corpus: no file matches {pattern!r}{searched}; give files or patterns such as 'texts/**/*.txt'")
 
 

@@ -5,6 +5,7 @@ matched widths included, and hashed into the run's key: a run is done when a rec
 study value retrains exactly the runs whose key it changes.
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -20,8 +21,9 @@ from typing import Any, Literal
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from torch.overrides import TorchFunctionMode
 
-from archs import build
+from archs import Decoder, build
 from archs.decoder import Options
 from train.corpus import load_corpus
 from train.errors import InputError
@@ -121,8 +123,9 @@ _Loader.add_implicit_resolver(
 def find_study(name: str) -> Path:
     """The path of a study given by its path or by its name in studies/."""
     for path in (Path(name), STUDIES / f"{name}.yaml"):
-        if path.is_file():
-            return path
+        with contextlib.suppress(OSError):  # a name that is too long
+            if path.is_file():
+                return path
     shipped = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
     raise InputError(f"no study {name!r}: give the path of a YAML file or one of {shipped}")
 
@@ -130,7 +133,7 @@ def find_study(name: str) -> Path:
 def read_yaml(path: Path) -> dict:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise InputError(f"{path} is not a YAML file: {_one_line(str(e))}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must be a mapping with some of the keys {_names(Study)}")
@@ -146,7 +149,7 @@ def parse_study(given: dict, overrides: Sequence[str] = ()) -> Study:
         merged[section] = _merge(base[section], merged[section], section)
     for override in overrides:
         _override(merged, override)
-    _check_keys(merged, Study)
+    merged = _check_keys(merged, Study)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
@@ -170,7 +173,7 @@ def _override(settings: dict, override: str) -> None:
         raise InputError(f"--set {override}: must be key=value, such as train.tokens=100_000")
     try:
         parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:
         raise InputError(f"--set {override}: {_one_line(str(e))}") from None
     *parents, last = key.split(".")
     at: Any = settings
@@ -186,15 +189,27 @@ def _override(settings: dict, override: str) -> None:
     at[last] = parsed
 
 
-def _check_keys(given: dict, config: type, where: str = "") -> None:
-    allowed = {f.name: f.type for f in dataclasses.fields(config)}
+def _check_keys(given: dict, config: type, where: str = "") -> dict:
+    """The mapping without keys that have no value; InputError for a key that `config` does not have."""
+    allowed = {f.name: f for f in dataclasses.fields(config)}
+    checked = {}
     for key, value in given.items():
         if key not in allowed:
             close = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"unknown key {where + str(key)!r}{hint} Allowed: {', '.join(allowed)}")
-        if dataclasses.is_dataclass(allowed[key]) and isinstance(value, dict):
-            _check_keys(value, allowed[key], f"{where}{key}.")
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise InputError(f"unknown key {where + str(key)!r}; {hint}allowed: {', '.join(allowed)}")
+        if dataclasses.is_dataclass(allowed[key].type):
+            if not isinstance(value, dict):
+                keys = _names(allowed[key].type)
+                raise InputError(f"{where}{key}: must be a mapping with the keys {keys}, not {value!r}")
+            value = _check_keys(value, allowed[key].type, f"{where}{key}.")
+        if value is not None:
+            checked[key] = value
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    for name, f in allowed.items():
+        if name not in checked and (f.default, f.default_factory) == required:
+            raise InputError(f"{where}{name}: needs a value")
+    return checked
 
 
 def _check(study: Study) -> None:
@@ -204,7 +219,7 @@ def _check(study: Study) -> None:
     if not study.variants:
         raise InputError("variants: at least one is needed, such as {label: mha, arch: mha}")
     for number, variant in enumerate(study.variants):
-        if not isinstance(variant.get("arch"), str):
+        if not isinstance(variant.get("arch"), str) or isinstance(variant.get("label"), bool):
             raise InputError(f"variants: entry {number} needs an arch, such as {{label: mha, arch: mha}}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+=-]{0,63}", variant_label(variant)):
             raise InputError(
@@ -216,6 +231,8 @@ def _check(study: Study) -> None:
                 raise InputError(f"variants: {option} is the same for all of them; set {key}")
     at_least_0 = {"warmup_tokens": study.train.warmup_tokens, "weight_decay": study.train.weight_decay}
     above_0 = vars(study.train) | vars(study.eval) | vars(study.eval.decode) | vars(study.tokenizer)
+    if too_large := [seed for seed in study.seeds if seed >= 2**32]:
+        raise InputError(f"seeds={too_large[0]}: must be below 2**32")
     for name, value in [*at_least_0.items(), *(("seeds", seed) for seed in study.seeds)]:
         if not 0 <= value < math.inf:
             raise InputError(f"{name}={value}: must be at least 0")
@@ -236,7 +253,8 @@ def _check(study: Study) -> None:
 
 
 def variant_label(variant: dict) -> str:
-    return str(variant.get("label", variant["arch"]))
+    given = variant.get("label")
+    return str(variant["arch"] if given is None else given)
 
 
 def _names(config: type) -> str:
@@ -279,7 +297,7 @@ def plan(study: Study, data: TokenSet, directory: Path) -> list[Run]:
             name = variant_label(variant)
             folder = directory / "runs" / name / f"seed-{seed}"
             key = content_key(decides)
-            eval_key = content_key([key, dataclasses.asdict(study.eval), dtype, find_device().type])
+            eval_key = content_key([key, study.match, dataclasses.asdict(study.eval), dtype, find_device().type])
             arch = variant["arch"]
             facts = {"match": study.match, "precision": precision, "corpus_fingerprint": data.facts["fingerprint"]}
             runs.append(Run(name, arch, options, seed, params, **facts, key=key, eval_key=eval_key, directory=folder))
@@ -348,9 +366,18 @@ def resolve_variants(study: Study, vocab_size: int) -> list[tuple[dict, int]]:
     return resolved
 
 
-def on_meta(arch: str, options: dict):
+class _Uninitialised(TorchFunctionMode):
+    """Leaves weights as they are: torch's random numbers for meta tensors take 4 seconds to import."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def on_meta(arch: str, options: dict) -> Decoder:
     """The model without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         return build(arch, **options)
 
 

@@ -1,8 +1,8 @@
 """A corpus as token files, written once and memory-mapped by every run.
 
-A study trains many models on the same tokens, often in several processes and for corpora larger than memory. So the
-tokens lie flat in two files (each document followed by the end of text), under a name that is a hash of the corpus
-and the tokenizer: a changed corpus is another folder, and nothing has to be invalidated.
+A study trains many models on the same tokens, often in several processes. So the tokens lie flat in two files (each
+document followed by the end of text), under a name that is a hash of the corpus and the tokenizer: a changed corpus is
+another folder, and nothing has to be invalidated.
 """
 
 import hashlib

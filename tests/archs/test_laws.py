@@ -228,6 +228,7 @@ def test_initialisation_scales_residual_projections(arch, options):
 WRONG = [
     ({"heads": 3}, "heads=3 must divide width=64"),
     ({"heads": 0}, "heads=0"),
+    ({"vocab_size": 10**30}, "below 2"),
     ({"width": -8}, "width=-8"),
     ({"layers": 2.0}, "layers=2.0"),
     ({"layers": True}, "layers=True"),

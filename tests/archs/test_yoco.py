@@ -40,6 +40,18 @@ def test_parallel_chunkwise_and_recurrent_retention_agree(chunk):
     torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-4)
 
 
+def test_chunks_of_retention_do_not_change_the_model(monkeypatch):
+    model = build("yoco", **SHAPE, **GRET).eval()
+    tokens = torch.randint(61, (2, 50))
+    with torch.inference_mode():
+        whole = model(tokens)
+        monkeypatch.setattr("archs.yoco.CHUNK", 7)
+        torch.testing.assert_close(model(tokens), whole, rtol=1e-4, atol=1e-5)
+        cache = model.new_cache(2, 50)
+        model.prefill(tokens[:, :31], cache)
+        torch.testing.assert_close(model.prefill(tokens[:, 31:], cache), whole[:, -1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [SWA, GRET], ids=["swa", "gret"])
 def test_early_exit_prefill_equals_the_full_forward_and_runs_the_cross_decoder_once(options):
     model = build("yoco", **SHAPE, **options).eval()

@@ -70,7 +70,14 @@ WRONG = [
     ({"variants": [{"arch": "mha", "vocab_size": 9}]}, "set tokenizer.vocab_size"),
     ({"variants": "mha"}, "variants"),
     ({"eval": {"decode": {"batch": [0]}}}, "batch=0: must be above 0"),
-    ({"tokenizer": {"vocab_size": 99}}, "tokenizer"),
+    ({"tokenizer": {"vocab_size": 99}}, "tokenizer.name: needs a value"),
+    ({"tokenizer": "bytes"}, "tokenizer: must be a mapping with the keys name, vocab_size, not 'bytes'"),
+    ({"corpus": None}, "corpus: must be a mapping"),
+    ({"seeds": None}, "seeds: needs a value"),
+    ({"seeds": [10**22]}, "must be below 2**32"),
+    ({"corpus": {"a": 1}}, "unknown key 'corpus.a'; allowed: name, files"),
+    ({"variants": [{"arch": "mha", "context": 8}]}, "context is the same for all of them; set model.context"),
+    ({"variants": [{"arch": "mha", "label": True}]}, "variants: entry 0"),
 ]
 
 
@@ -126,15 +133,19 @@ def test_overrides_of_a_given_list_name_variants_by_label_or_place():
     given = {"variants": [{"arch": "mha"}, {"label": "grouped", "arch": "gqa", "kv_heads": 2}]}
     by_label, by_place = (parse_study(given, [f"variants.{at}.kv_heads=1"]) for at in ("grouped", "1"))
     assert by_label.variants[1]["kv_heads"] == by_place.variants[1]["kv_heads"] == 1
-    for wrong in ("variants.nobody.kv_heads=1", "train.tokens"):
+    for wrong in ("variants.nobody.kv_heads=1", "train.tokens", "seeds.0.x=3", "train.tokens.x=1", "seeds=2023-13-45"):
         with pytest.raises(InputError, match="--set"):
             parse_study(given, [wrong])
+    with pytest.raises(InputError, match="--set variants"):
+        parse_study({"variants": ["mha"]}, ["variants.mha.kv_heads=1"])
 
 
 def test_unknown_studies_and_broken_files_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"no study 'qiuck': give the path of a YAML file or one of .*quick"):
         find_study("qiuck")
-    for name, text in (("a", "train: {tokens: 1"), ("b", "[1, 2]"), ("c", ""), ("d", "\0")):
+    with pytest.raises(InputError, match="no study"):
+        find_study("x" * 300)
+    for name, text in (("a", "train: {tokens: 1"), ("b", "[1, 2]"), ("c", ""), ("d", "\0"), ("e", "seeds: 2023-13-45")):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError) as caught:
             read_yaml(tmp_path / name)
@@ -190,6 +201,7 @@ def test_no_matching_leaves_the_widths():
         ("eval.loss_tokens=999", set(), "all"),
         ("seeds=[7]", "all", "all"),
         ("variants.gqa.label=other", set(), set()),
+        ("match=none", {"mqa", "gqa"}, "all"),
     ],
 )
 def test_a_changed_value_changes_the_keys_of_what_it_touches(data, tmp_path, override, retrained, reevaluated):

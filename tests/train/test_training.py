@@ -140,6 +140,41 @@ def test_trained_runs_are_left_alone_and_changed_ones_start_over(data, tmp_path)
     assert {read_record(run)["train"]["lr"] for run in again} == {5e-4}
 
 
+def test_a_run_that_was_killed_before_its_record_was_written_gets_one(data, tmp_path):
+    run = plan(study(), data, tmp_path)[0]
+    train_runs([run], study().train, data)
+    record = read_record(run)
+    (run.directory / "record.json").unlink()
+    assert train_runs([run], study().train, data) == []
+    assert read_record(run)["curve"] == record["curve"]
+    assert read_record(run)["train_tokens"] == record["train_tokens"]
+
+
+def test_a_signal_at_the_last_step_stops_the_study_after_the_run(data, tmp_path, monkeypatch):
+    runs = plan(study(), data, tmp_path)
+    original = LanguageModel.on_validation_epoch_end
+
+    def on_validation_epoch_end(self):
+        original(self)
+        if self.tokens_seen == 128 * 24:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(LanguageModel, "on_validation_epoch_end", on_validation_epoch_end)
+    with pytest.raises(Interrupted):
+        train_runs(runs, study().train, data)
+    assert ["train" in read_record(run) for run in runs] == [True, False]
+
+
+def test_batches_go_round_the_devices_in_turn(data):
+    batches = TextData(data, context=16, batch_size=2)
+    one = [batch for batch, _ in zip(batches.train_dataloader(), range(6), strict=False)]
+    trainer = batches.trainer = type("Trainer", (), {"global_step": 1, "accumulate_grad_batches": 1, "world_size": 2})()
+    for rank in (0, 1):
+        trainer.global_rank = rank
+        own = [batch for batch, _ in zip(batches.train_dataloader(), range(2), strict=False)]
+        assert all(torch.equal(a, b) for a, b in zip(own, one[2 + rank :: 2], strict=True))
+
+
 def test_a_run_that_diverges_fails_alone_and_says_so(data, tmp_path, monkeypatch):
     runs = plan(study(), data, tmp_path)
     original = LanguageModel.training_step
