@@ -9,10 +9,12 @@ import torch
 
 from archs import VARIANTS, build
 from eval.compare import compare, t_cdf, t_interval, t_quantile
+from eval.evaluate import measure_speed
 from eval.loss import measure_loss
 from eval.memory import CONTEXTS, BytesDiffer, measure_memory
 from eval.speed import measure_decode, measure_recompute, measure_roof, timed
 from train.corpus import Corpus
+from train.study import parse_study
 from train.tokens import prepare
 
 SHAPE = {"vocab_size": 258, "width": 32, "layers": 2, "heads": 4, "context": 16}
@@ -82,6 +84,25 @@ def test_the_decode_grid_is_filled_and_its_rates_follow_from_its_times():
         weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
         moved = p["kv_read_gb_s"] * p["token_ms"] * 1e6 + weights
         assert p["roof_fraction"] == pytest.approx(moved / p["token_ms"] / 1e6 / 10.0)
+
+
+def test_of_two_rounds_the_faster_stands():
+    config = parse_study({}, ["eval.decode={batch: [1], context: [8, 16]}"]).eval
+    model = build("mha", **SHAPE).eval()
+    slow = {"token_ms": 1e9, "token_ms_iqr": 1.0, "prefill_ms": 0.0, "prefill_ms_iqr": 2.0, "tokens_per_s": 0.0}
+    fast = slow | {"token_ms": 0.0, "prefill_ms": 1e9}
+    before = {
+        "decode": [{"batch": 1, "context": 8} | slow, {"batch": 1, "context": 16} | fast],
+        "recompute": {"cached_ms": 0.0, "recomputed_ms": 1e9},
+    }
+    best = measure_speed(model, config, 10.0, lambda _: None, before)
+    first, second = best["decode"]
+    assert 0 < first["token_ms"] < 1e9
+    assert (first["prefill_ms"], first["prefill_ms_iqr"]) == (0.0, 2.0)
+    assert (second["token_ms"], second["token_ms_iqr"], second["tokens_per_s"]) == (0.0, 1.0, 0.0)
+    assert 0 < second["prefill_ms"] < 1e9
+    assert best["recompute"]["cached_ms"] == 0.0
+    assert 0 < best["recompute"]["recomputed_ms"] < 1e9
 
 
 def test_a_cache_that_does_not_fit_is_left_out_with_the_reason(monkeypatch):
