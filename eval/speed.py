@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from archs import Cache, Decoder
 
 DECODE_STEPS = 40  # room in the cache after the prompt; longer samples go through it again
-SECONDS = 0.5  # at least, of prefills and of decode steps at each point
+SECONDS = 0.3  # at least, of prefills and of decode steps at each point
 MEMORY_BOUND = 0.5  # share of the roof from which on memory is said to set a step's time
 ROOF_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the last-level cache; on a GPU also than a launch's worth
 
@@ -88,7 +88,7 @@ def _decode_point(model: Decoder, batch: int, context: int, roof_gb_s: float) ->
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     cache = model.new_cache(batch, context + DECODE_STEPS)
     prompt = torch.randint(model.options.vocab_size, (batch, context), device=device)
-    prefill = timed(partial(model.prefill, prompt, cache), device, 3, 1, before=cache.reset)
+    prefill = timed(partial(model.prefill, prompt, cache), device, 2, 1, before=cache.reset)
     step = _timed_steps(model, prompt[:, 0], cache, context)
     seconds = step.median / 1e3
     weight_bytes = model.matmul_flops() // 2 * dtype.itemsize
@@ -129,7 +129,7 @@ def measure_recompute(model: Decoder, context: int) -> dict:
     cache = model.new_cache(1, context + DECODE_STEPS)
     model.prefill(prompt, cache)
     cached = _timed_steps(model, prompt[:, 0], cache, context)
-    recomputed = timed(partial(model.prefill, prompt, cache), device, 3, 1, before=cache.reset)
+    recomputed = timed(partial(model.prefill, prompt, cache), device, 2, 1, before=cache.reset)
     return {"batch": 1, "context": context, "cached_ms": cached.median, "recomputed_ms": recomputed.median}
 
 
