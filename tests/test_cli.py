@@ -252,11 +252,11 @@ def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(folder):
     command = [sys.executable, str(ROOT / "kvfrontier.py"), "train", study, "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = out / "runs" / "mha-0" / "seed-0" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # importing takes long where cores are shared
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
     assert "the same command goes on" in error
     assert "Traceback" not in error
