@@ -73,39 +73,39 @@ def _run_stages(args: argparse.Namespace) -> int:
     if args.stage == "plot":
         return _plot(directory)
     from train.errors import InputError
+    from train.plan import Plan
     from train.progress import console
-    from train.study import Study, load_data, parse_study, plan
+    from train.study import load_data, parse_study
 
     given, beside = _given(args)
-    study: Study = parse_study(given, args.overrides)
-    data = load_data(study, beside)
-    runs = plan(study, data, directory)
+    study = parse_study(given, args.overrides)
+    plan = Plan(study, load_data(study, beside), directory)
 
     failures = []
     if args.stage in ("run", "train"):
-        _write_plan(directory, name, study, beside, runs)
-        from train.files import read_record
-
-        if any("train" not in read_record(run) for run in runs):
+        _write_plan(name, beside, plan)
+        if any(True for _ in plan.to_train()):
             from train.runner import Interrupted, train_runs
 
             try:
-                failures += train_runs(runs, study.train, data)
+                failures += train_runs(plan)
             except Interrupted as e:
                 console.print(f"{e}: stopped after a checkpoint; the same command goes on from here", highlight=False)
                 return 128 + e.signum
+            finally:
+                _write_plan(name, beside, plan)
         else:
-            console.print(f"all {len(runs)} runs are trained", highlight=False)
+            console.print(f"all {len(plan.runs())} runs are trained", highlight=False)
     if args.stage in ("run", "eval"):
         from eval.results import write_results
         from train.files import is_evaluated
 
-        if not all(is_evaluated(run) for run in runs):
+        if not all(is_evaluated(run) for run in plan.runs()):
             from eval.evaluate import evaluate_runs  # takes seconds to import
 
-            failures += evaluate_runs(runs, study.eval, data)
-        if write_results(name, study, runs, data, directory):
-            _write_plan(directory, name, study, beside, runs)
+            failures += evaluate_runs(plan)
+        if write_results(name, plan):
+            _write_plan(name, beside, plan)
         elif not failures:
             raise InputError(f"no run in {directory} is trained with these settings; see kvfrontier status {directory}")
         else:
@@ -160,23 +160,32 @@ def _read_plan(directory: Path) -> dict:
     return read_json(directory / PLAN)
 
 
-def _write_plan(directory: Path, name: str, study, beside: Path, runs: list) -> None:
+def _write_plan(name: str, beside: Path, plan) -> None:
     from train.errors import InputError
     from train.files import write_json
 
-    plan = {
+    runs = [
+        {
+            "name": run.name,
+            "directory": run.directory.relative_to(plan.directory).as_posix(),
+            "key": run.key,
+            "eval_key": None if run in tuning else run.eval_key,
+            "tokens": run.variant.tokens,
+        }
+        for tuning in [plan.tuning_runs()]
+        for run in [*tuning, *plan.runs()]
+    ]
+    waiting = [f"{v.label} seed {seed}" for v in plan.variants for seed in plan.study.seeds if not plan.run(v, seed)]
+    content = {
         "study": name,
         "study_file": str(beside.resolve()),
-        "settings": study.settings(),
-        "runs": [
-            {"label": r.label, "seed": r.seed, "key": r.key, "eval_key": r.eval_key, "tokens": study.train.tokens}
-            for r in runs
-        ],
+        "settings": plan.study.settings(),
+        "runs": runs + [{"name": name} for name in waiting],
     }
     try:
-        write_json(directory / PLAN, plan)
+        write_json(plan.directory / PLAN, content)
     except OSError as e:
-        raise InputError(f"cannot write to {directory}: {e.strerror}; choose another place with --out") from None
+        raise InputError(f"cannot write to {plan.directory}: {e.strerror}; choose another place with --out") from None
 
 
 def _plot(directory: Path, only_if_changed: bool = False) -> int:
@@ -203,19 +212,22 @@ def _status(args: argparse.Namespace) -> int:
     if runs is None:
         raise InputError(f"{args.directory} is no study's directory: it has no {PLAN}")
     for run in runs:
-        print(f"{run['label']}  seed {run['seed']}  {_state(args.directory, run)}")
+        print(f"{run['name']}  {_state(args.directory, run)}")
     return 0
 
 
 def _state(directory: Path, run: dict) -> str:
     from train.files import read_json
 
-    folder = directory / "runs" / run["label"] / f"seed-{run['seed']}"
+    if "directory" not in run:
+        return "waiting for its learning rate"
+    folder = directory / run["directory"]
     record = read_json(folder / "record.json")
     if record.get("key") == run["key"]:
         if "failed" in record:
             return f"failed: {record['failed']}"
-        return "done" if record.get("eval_key") == run["eval_key"] else "trained, not evaluated"
+        done = run["eval_key"] in (None, record.get("eval_key"))  # what tunes a rate is not evaluated
+        return "done" if done else "trained, not evaluated"
     if read_json(folder / "config.json").get("key") != run["key"]:
         return "missing"
     tokens = 0

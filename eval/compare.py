@@ -3,39 +3,79 @@
 Seeds are the unit, paired: with the same seed both variants saw the same tokens in the same order.
 """
 
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 METRIC = "val_bpb"
+METRICS = METRIC, "accuracy"  # what a study is about; whatever else stands in a record's loss is detail
 LEVEL = 0.95
+SAME = "corpus_fingerprint", "tokenizer", "match"  # what two records must share to be compared
 
 
-def compare(records: Sequence[dict], labels: Sequence[str]) -> list[dict]:
-    """A COMPARISON of each label with the first, over the seeds that both have."""
-    losses = {label: {r["seed"]: r["loss"][METRIC] for r in records if r["label"] == label} for label in labels}
-    baseline, *others = labels
-    comparisons = []
-    for label in others:
-        seeds = sorted(losses[label].keys() & losses[baseline].keys())
-        if not seeds:
-            continue
-        differences = [losses[label][seed] - losses[baseline][seed] for seed in seeds]
-        low, high = t_interval(differences, LEVEL) if len(seeds) > 1 else (None, None)
-        comparisons.append(
-            {
-                "label": label,
-                "baseline": baseline,
-                "metric": METRIC,
-                "seeds": seeds,
-                "mean_diff": statistics.fmean(differences),
-                "ci_low": low,
-                "ci_high": high,
-                "level": LEVEL,
-                "verdict": verdict(low, high),
-            }
-        )
-    return comparisons
+class NotComparable(ValueError):
+    """Records that differ in more than their variant; the message names the field and both values."""
+
+
+def compare(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """A COMPARISON of each label with its baseline, over the seeds that both have: first those of METRICS, then, as
+    details, those of every other number in the records' loss, named by its path."""
+    check_comparable(records)
+    values: dict[str, dict[str, dict[int, float]]] = {}  # metric -> label -> seed
+    for record in records:
+        for metric, value in qualities(record["loss"]):
+            values.setdefault(metric, {}).setdefault(record["label"], {})[record["seed"]] = value
+    baselines = {record["label"]: record["baseline"] for record in records}
+    comparisons = {
+        metric: [
+            found
+            for label, baseline in baselines.items()
+            if label != baseline and (found := _comparison(of_label, metric, label, baseline))
+        ]
+        for metric, of_label in values.items()
+    }
+    details = [found for metric in values if metric not in METRICS for found in comparisons[metric]]
+    return [found for metric in METRICS for found in comparisons.get(metric, [])], details
+
+
+def check_comparable(records: Sequence[dict]) -> None:
+    for field in SAME:
+        found = {json.dumps(record[field]): record for record in records}
+        if len(found) > 1:
+            (a, first), (b, second) = list(found.items())[:2]
+            raise NotComparable(
+                f"runs cannot be compared: {field} is {a} for {first['label']} and {b} for {second['label']}; "
+                "give them one study, or compare each within its own"
+            )
+
+
+def qualities(loss: dict, path: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted path, value) of what is measured; whole numbers are counts."""
+    for key, value in loss.items():
+        if isinstance(value, dict):
+            yield from qualities(value, f"{path}{key}.")
+        elif isinstance(value, float):
+            yield path + key, value
+
+
+def _comparison(values: dict[str, dict[int, float]], metric: str, label: str, baseline: str) -> dict | None:
+    seeds = sorted(values.get(label, {}).keys() & values.get(baseline, {}).keys())
+    if not seeds:
+        return None
+    differences = [values[label][seed] - values[baseline][seed] for seed in seeds]
+    low, high = t_interval(differences, LEVEL) if len(seeds) > 1 else (None, None)
+    return {
+        "label": label,
+        "baseline": baseline,
+        "metric": metric,
+        "seeds": seeds,
+        "mean_diff": statistics.fmean(differences),
+        "ci_low": low,
+        "ci_high": high,
+        "level": LEVEL,
+        "verdict": verdict(low, high),
+    }
 
 
 def verdict(low: float | None, high: float | None) -> str:

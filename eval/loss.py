@@ -1,21 +1,20 @@
 """Validation loss on the held-out text, each token predicted once with at most `context` tokens before it."""
 
-import torch
-from torch import nn
-
-from train.data import ValidationBatches
-from train.module import bits_per_byte, token_nats
-from train.tokens import TokenSet
-
-TOKENS_AT_ONCE = 8192
+from eval.subject import Subject
+from train.module import bits_per_byte
 
 
-@torch.inference_mode()
-def measure_loss(model: nn.Module, data: TokenSet, limit: int, device: torch.device) -> dict:
-    """{val_nats: a token, val_bpb: a byte of text, tokens} over about `limit` held-out tokens, in fp32."""
-    context = model.options.context
-    nats, tokens, n_bytes = 0.0, 0, 0
-    for batch, batch_bytes in ValidationBatches(data, context, max(1, TOKENS_AT_ONCE // context), limit):
-        loss = token_nats(model, batch.to(device))
-        nats, tokens, n_bytes = nats + loss.double().sum().item(), tokens + loss.numel(), n_bytes + batch_bytes
-    return {"val_nats": nats / tokens, "val_bpb": bits_per_byte(nats, n_bytes), "tokens": tokens}
+def measure(subject: Subject) -> dict:
+    """loss: {val_nats: a token, val_bpb: a byte of text, tokens}, and nats_at: the mean over the tokens with so many
+    tokens of context before them, in bins from the key to before the next one."""
+    p = subject.predictions
+    nats, tokens = p.nats_NT.double().sum().item(), int(p.predicted_NT.sum())
+    loss = {"val_nats": nats / tokens, "val_bpb": bits_per_byte(nats, p.n_bytes), "tokens": tokens}
+    if p.predicted_NT.all():
+        context = p.nats_NT.shape[1]
+        bins = [2**n for n in range(context.bit_length()) if 2**n <= context]
+        of_bin = zip(bins, [*bins[1:], context + 1], strict=True)
+        # The target in column t has t + 1 tokens before it.
+        loss["nats_at"] = {str(a): p.nats_NT[:, a - 1 : b - 1].double().mean().item() for a, b in of_bin}
+    subject.show(f"{loss['val_bpb']:.3f} bits per byte")
+    return {"loss": loss}

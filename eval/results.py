@@ -5,42 +5,50 @@ import datetime
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from archs import VARIANTS
 from eval.compare import compare
+from eval.frontier import bytes_for_baseline
 from train.files import is_evaluated, read_json, read_record, write_atomic, write_json
-from train.study import Run, Study, variant_label
-from train.tokens import TokenSet
+from train.plan import Plan, matching_tables
 
 
-def write_results(name: str, study: Study, runs: Sequence[Run], data: TokenSet, directory: Path) -> int:
+def write_results(name: str, plan: Plan) -> int:
     """Gathers the complete records of this study's runs; returns how many there are.
 
     Without any, and where nothing changed, the files stay as they are.
     """
-    records = [read_record(run) for run in runs if is_evaluated(run)]
+    records = [read_record(run) for run in plan.runs() if is_evaluated(run)]
     if not records:
         return 0
+    comparisons, details = compare(records)
     results = {
         "study": name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **_measured_on(records),
-        "corpus": data.facts,
-        "match": study.match,
+        "corpus": plan.data.facts,
+        "match": plan.study.match,
         "archs": list(VARIANTS),
-        "study_settings": study.settings(),
+        "study_settings": plan.study.settings(),
         "runs": records,
-        "comparisons": compare(records, [variant_label(v) for v in study.variants]),
+        "comparisons": comparisons,
+        "bytes_for_baseline": bytes_for_baseline(records),
+        "details": details,
     }
-    path = directory / "results.json"
-    table = directory / "results.csv"
-    same = read_json(path) | {"created": None} == json.loads(json.dumps(results)) | {"created": None}
-    if not same or not table.exists():
-        write_json(path, results)
+    path = plan.directory / "results.json"
+    table = plan.directory / "results.csv"
+    if not _same(read_json(path), results) or not table.exists():
+        write_json(path, results | {"matching": matching_tables(plan.study, plan.data.n_vocab)})
         write_atomic(table, _csv(records).encode())
     return len(records)
+
+
+def _same(written: dict, results: dict) -> bool:
+    """But for when they were written, and for what follows from the rest."""
+    apart = {"created", "matching"}
+    known = {key: value for key, value in written.items() if key not in apart}
+    return known == {key: value for key, value in json.loads(json.dumps(results)).items() if key not in apart}
 
 
 def _measured_on(records: Sequence[dict]) -> dict:

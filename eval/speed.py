@@ -6,6 +6,7 @@ measurement; medians with interquartile ranges. The roof is the read bandwidth o
 
 import gc
 import math
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,37 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs import Cache, Decoder
+from eval.subject import Subject
 
+REPEATED = True  # in each round of the evaluation
 DECODE_STEPS = 40  # room in the cache after the prompt; longer samples go through it again
 SECONDS = 0.3  # at least, of prefills and of decode steps at each point
 MEMORY_BOUND = 0.5  # share of the roof from which on memory is said to set a step's time
 ROOF_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the last-level cache; on a GPU also than a launch's worth
+
+
+def measure(subject: Subject) -> dict:
+    """decode: a point for each batch and context of the study's grid; decode_skipped: those that did not fit;
+    recompute: the time of a token without a cache. Of what was timed in an earlier round too, the faster."""
+    model, before = subject.model, subject.measured
+    known = {(point["batch"], point["context"]): point for point in before.get("decode", [])}
+    measured: dict = {"decode": [], "decode_skipped": []}
+    grid = subject.config.decode
+    for point in measure_decode(model, grid.batch, sorted(grid.context), subject.roof_gb_s):
+        if "skipped" in point:
+            measured["decode_skipped"].append(point)
+            subject.show(f"batch {point['batch']} context {point['context']}: {point['skipped']}")
+        else:
+            rounds = point, known.get((point["batch"], point["context"]), point)
+            steps, prefill = (min(rounds, key=operator.itemgetter(name)) for name in ("token_ms", "prefill_ms"))
+            measured["decode"].append(steps | {name: prefill[name] for name in ("prefill_ms", "prefill_ms_iqr")})
+            subject.show(f"batch {point['batch']} context {point['context']}: {point['tokens_per_s']:,.0f} tokens/s")
+    if measured["decode"]:
+        recompute = measure_recompute(model, max(point["context"] for point in measured["decode"]))
+        known = before.get("recompute", recompute)
+        times = {name: min(recompute[name], known[name]) for name in ("cached_ms", "recomputed_ms")}
+        measured["recompute"] = recompute | times
+    return measured
 
 
 @dataclass(frozen=True)

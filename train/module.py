@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archs import build
+from train.batches import IGNORED
 
 
 class LanguageModel(L.LightningModule):
@@ -76,13 +77,14 @@ class LanguageModel(L.LightningModule):
     def on_train_start(self) -> None:
         self._since, self._logged = time.perf_counter(), (self.train_seconds, self.tokens_seen)
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if self.model.options.dropout:  # a pure function of seed and place: nothing to restore when resuming
             torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = token_nats(self.model, batch).mean()
-        self.tokens_seen += batch[:, 1:].numel() * self.trainer.world_size
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        loss = token_nats(self.model(inputs), targets).sum() / (targets != IGNORED).sum()
+        self.tokens_seen += targets.numel() * self.trainer.world_size
         self._loss = loss.detach()
         return loss
 
@@ -131,10 +133,10 @@ class LanguageModel(L.LightningModule):
             self._tick(wait=True)
         self._val = []  # nats, tokens, bytes of each batch
 
-    def validation_step(self, batch: tuple[Tensor, int], batch_idx: int) -> None:
-        tokens, n_bytes = batch
-        nats = token_nats(self.model, tokens)
-        self._val.append((nats.sum().item(), nats.numel(), n_bytes))
+    def validation_step(self, batch: tuple[Tensor, Tensor, int], batch_idx: int) -> None:
+        inputs, targets, n_bytes = batch
+        nats = token_nats(self.model(inputs), targets)
+        self._val.append((nats.sum().item(), (targets != IGNORED).sum().item(), n_bytes))
 
     def on_validation_epoch_end(self) -> None:
         nats, tokens, n_bytes = (sum(column) for column in zip(*self._val, strict=True))
@@ -150,11 +152,11 @@ class LanguageModel(L.LightningModule):
             logger.log_metrics(metrics, step=self.tokens_seen)
 
 
-def token_nats(model: torch.nn.Module, batch_BT: Tensor) -> Tensor:
-    """Cross-entropy in nats (B, T - 1) of each token of a batch but the first, given those before it."""
-    logits = model(batch_BT[:, :-1]).float()
-    targets = batch_BT[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+def token_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Cross-entropy in nats (B, T) of each target, computed in fp32; 0 where it is IGNORED."""
+    logits = logits_BTV.float().flatten(0, 1)
+    nats = F.cross_entropy(logits, targets_BT.flatten(), reduction="none", ignore_index=IGNORED)
+    return nats.view(targets_BT.shape)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:

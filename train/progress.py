@@ -35,6 +35,10 @@ class StudyProgress:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
+    def left(self, work: float) -> None:
+        """How much there is still to do, where that was not known before."""
+        self.total = self.done + work
+
     def skip(self, work: float) -> None:
         """Work that need not be done (any more)."""
         self.total -= work

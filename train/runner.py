@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from train.data import TextData
-from train.files import device_name, read_json, read_record, write_atomic, write_json
+from train.files import device_name, read_json, write_atomic, write_json
 from train.module import LanguageModel
+from train.plan import Plan, Run, Variant, find_device
 from train.progress import StudyProgress
-from train.study import Run, TrainConfig, find_device
+from train.study import TrainConfig
 from train.tokens import TokenSet
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
@@ -42,29 +42,34 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-def train_runs(runs: Sequence[Run], config: TrainConfig, data: TokenSet) -> list[str]:
+def train_runs(plan: Plan) -> list[str]:
     """Trains what is not trained yet; returns a line for each run that failed. Interrupted if a signal came."""
-    pending = [run for run in runs if "train" not in read_record(run)]
-    failures = []
-    if not pending:
-        return failures
+    failures: list[str] = []
     _quiet_lightning()
-    steps, _ = step_counts(config)
-    with StudyProgress("training", steps * len(pending)) as progress:
-        for number, run in enumerate(pending, 1):
-            name = f"{number}/{len(pending)} {run.label} seed {run.seed}"
+    config = plan.study.train
+    with StudyProgress("training", 0) as progress:
+        for number, run in enumerate(plan.to_train(), 1):
+            left = plan.left()
+            progress.left(sum(_work(variant) for variant in left))
             try:
-                train_run(run, config, data, progress, name)
+                train_run(run, config, plan.data, progress, f"{number}/{number - 1 + len(left)} {run.name}")
             except (RuntimeError, ArithmeticError) as e:  # out of memory, not finite: the other runs go on
-                failures.append(f"{run.label} seed {run.seed} failed: {str(e).splitlines()[0]}")
+                failures.append(f"{run.name} failed: {str(e).splitlines()[0]}")
                 write_json(run.directory / "record.json", {"key": run.key, "failed": failures[-1]})
                 progress.say(failures[-1])
+    for variant in plan.untunable():
+        failures.append(f"{variant.label}: no learning rate gave a finite loss; set others in train.lr")
     return failures
 
 
-def step_counts(config: TrainConfig) -> tuple[int, int]:
+def _work(variant: Variant) -> int:
+    """Of one run, in the unit of the study's progress."""
+    return variant.params * variant.tokens
+
+
+def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     """(optimizer steps, steps between validations): the budget rounded down so that the last step is validated."""
-    steps = config.tokens // config.batch_tokens
+    steps = tokens // config.batch_tokens
     val_every = max(min(2, steps), steps // config.val_points)  # 2: a checkpoint can come between
     return steps // val_every * val_every, val_every
 
@@ -77,19 +82,20 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
         tokens_done = torch.load(checkpoint, weights_only=True, mmap=True)["seen"]["tokens_seen"]
     else:
         shutil.rmtree(run.directory, ignore_errors=True)
-        write_json(run.directory / "config.json", run.settings() | {"train": vars(config), "corpus": data.facts})
-    steps, val_every = step_counts(config)
+        train = vars(config) | {"lr": run.lr, "tokens": run.variant.tokens}
+        write_json(run.directory / "config.json", run.settings() | {"train": train, "corpus": data.facts})
+    steps, val_every = step_counts(run.variant.tokens, config)
     module = LanguageModel(
-        run.arch,
-        run.options,
+        run.variant.arch,
+        run.variant.options,
         tokens=steps * config.batch_tokens,
-        lr=config.lr,
+        lr=run.lr,
         warmup_tokens=config.warmup_tokens,
         weight_decay=config.weight_decay,
         clip=config.clip,
         seed=run.seed,
     )
-    context = run.options["context"]
+    context = run.variant.options["context"]
     metrics = JSONLines(run.directory / "metrics.jsonl", up_to_tokens=tokens_done)
     tensorboard = TensorBoardLogger(
         run.directory, name="", version="", default_hp_metric=False, purge_step=tokens_done + 1 if tokens_done else None
@@ -109,7 +115,7 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[keep_going, ShowProgress(progress, name, steps)],
+        callbacks=[keep_going, ShowProgress(progress, name, steps, _work(run.variant) / steps)],
         plugins=[AtomicCheckpoints()],
     )
     batches = TextData(data, context, config.batch_tokens // context, run.seed, config.val_tokens)
@@ -124,7 +130,7 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
             "train": {
                 "tokens_per_s": module.tokens_seen / module.train_seconds,
                 "seconds": module.train_seconds,
-                "lr": config.lr,
+                "lr": run.lr,
                 "device": device_name(trainer.strategy.root_device),
                 "flops_per_token": 3 * module.model.flops_per_token(context),
             },
@@ -172,19 +178,19 @@ class KeepGoing(L.Callback):
 class ShowProgress(L.Callback):
     """Tells the study's display of each step."""
 
-    def __init__(self, progress: StudyProgress, name: str, steps: int):
-        self.progress, self.name, self.steps = progress, name, steps
+    def __init__(self, progress: StudyProgress, name: str, steps: int, work: float):
+        self.progress, self.name, self.steps, self.work = progress, name, steps, work
         self.loss = self.speed = ""
 
     def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self.progress.skip(trainer.global_step)
+        self.progress.skip(trainer.global_step * self.work)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
             self.loss = f"loss {outputs['loss'].item():.3f}"
             self.speed = f"{module.tokens_seen / module.train_seconds:,.0f} tokens/s"
         detail = f"step {batch_idx + 1}/{self.steps}  {self.loss}  {self.speed}"
-        self.progress.show(self.name, detail, 1)
+        self.progress.show(self.name, detail, self.work)
 
 
 class JSONLines(Logger):

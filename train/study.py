@@ -1,16 +1,13 @@
-"""Studies: a YAML file in, the runs to train out.
+"""Studies: a YAML file in, checked and typed settings out.
 
-A study is a grid, variants by seeds, on one corpus and one tokenizer. Whatever decides a run's result is resolved here,
-matched widths included, and hashed into the run's key: a run is done when a record with its key is there, and a changed
-study value retrains exactly the runs whose key it changes.
+A study is a grid, variants by sizes by seeds, on one corpus and one tokenizer. What its settings mean in runs is worked
+out in train/plan.py.
 """
 
 import contextlib
 import copy
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -18,19 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from torch.overrides import TorchFunctionMode
 
-from archs import Decoder, build
 from archs.decoder import Options
 from train.corpus import load_corpus
 from train.errors import InputError
+from train.mqar import RecallTask
 from train.tokens import TokenSet, default_cache_dir, prepare
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
-MATCH_TOLERANCE = 0.005
 MERGED = "model", "train", "eval"  # sections that a study overrides key by key; the others it replaces whole
 
 
@@ -38,6 +32,7 @@ MERGED = "model", "train", "eval"  # sections that a study overrides key by key;
 class CorpusConfig:
     name: str | None = None
     files: list[str] = dataclasses.field(default_factory=list)
+    pairs: list[int] | None = None  # of mqar
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class TokenizerConfig:
 class TrainConfig:
     tokens: int
     batch_tokens: int
-    lr: float
+    lr: float | list[float]  # a list: tuned over, for each variant
     warmup_tokens: int
     weight_decay: float
     clip: float
@@ -82,30 +77,10 @@ class Study:
     seeds: list[int]
     train: TrainConfig
     eval: EvalConfig
+    sizes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def settings(self) -> dict:
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One variant with one seed. `options` are complete: `build(arch, **options)` makes the model."""
-
-    label: str
-    arch: str
-    options: dict[str, Any]
-    seed: int
-    params: int
-    match: str
-    precision: str
-    corpus_fingerprint: str
-    key: str  # of what decides the trained weights
-    eval_key: str  # of that and of what is measured
-    directory: Path
-
-    def settings(self) -> dict:
-        """What a record says of the run before anything is measured."""
-        return {name: value for name, value in vars(self).items() if name not in ("eval_key", "directory")}
 
 
 # Reading
@@ -216,16 +191,16 @@ def _check(study: Study) -> None:
     known = [f.name for f in dataclasses.fields(Options) if f.name != "vocab_size"]
     if unknown := [key for key in study.model if key not in known]:
         raise InputError(f"model: unknown key {unknown[0]!r}; allowed: {', '.join(known)}")
+    of_size = ["tokens", *(name for name in known if name != "context")]
+    for size in study.sizes:
+        if unknown := [key for key in size if key not in of_size]:
+            raise InputError(f"sizes: unknown key {unknown[0]!r}; allowed: {', '.join(of_size)}")
     if not study.variants:
         raise InputError("variants: at least one is needed, such as {label: mha, arch: mha}")
     for number, variant in enumerate(study.variants):
         if not isinstance(variant.get("arch"), str) or isinstance(variant.get("label"), bool):
             raise InputError(f"variants: entry {number} needs an arch, such as {{label: mha, arch: mha}}")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+=-]{0,63}", variant_label(variant)):
-            raise InputError(
-                f"variants: the label {variant_label(variant)!r} names a folder: use up to 64 letters, digits, spaces "
-                "and ._+=-, beginning with a letter or digit"
-            )
+        check_label(variant_label(variant))
         for option, key in (("vocab_size", "tokenizer.vocab_size"), ("context", "model.context")):
             if option in variant:
                 raise InputError(f"variants: {option} is the same for all of them; set {key}")
@@ -243,6 +218,7 @@ def _check(study: Study) -> None:
     for name, values in (
         ("label", [variant_label(v) for v in study.variants]),
         ("seed", study.seeds),
+        ("train.lr", study.train.lr if isinstance(study.train.lr, list) else [study.train.lr]),
         ("eval.decode.batch", study.eval.decode.batch),
         ("eval.decode.context", study.eval.decode.context),
     ):
@@ -257,6 +233,14 @@ def variant_label(variant: dict) -> str:
     return str(variant["arch"] if given is None else given)
 
 
+def check_label(label: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+=-]{0,63}", label):
+        raise InputError(
+            f"variants: the label {label!r} names a folder: use up to 64 letters, digits, spaces and ._+=-, beginning "
+            "with a letter or digit"
+        )
+
+
 def _names(config: type) -> str:
     return ", ".join(f.name for f in dataclasses.fields(config))
 
@@ -266,159 +250,18 @@ def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-# Resolving
-
-
-def load_data(study: Study, study_file: Path, cache_dir: Path | None = None) -> TokenSet:
+def load_data(study: Study, study_file: Path, cache_dir: Path | None = None) -> TokenSet | RecallTask:
     """The study's corpus in tokens; file patterns are looked for beside the study file, then in the current folder."""
-    cache_dir = cache_dir or default_cache_dir()
-    folders = study_file.resolve().parent, Path.cwd()
-    corpus = load_corpus(study.corpus.name, study.corpus.files, folders)
-    return prepare(corpus, study.tokenizer.name, study.tokenizer.vocab_size, cache_dir)
-
-
-def plan(study: Study, data: TokenSet, directory: Path) -> list[Run]:
-    """Every run of the study, seeds within variants. InputError for a shape or a budget that cannot be."""
-    variants = resolve_variants(study, data.n_vocab)
-    _check_budget(study, data)
-    precision = resolve_precision(study.train.precision)
-    dtype = resolve_dtype(study.eval.dtype)
-    runs = []
-    for variant, (options, params) in zip(study.variants, variants, strict=True):
-        for seed in study.seeds:
-            decides = {
-                "arch": variant["arch"],
-                "options": options,
-                "seed": seed,
-                "corpus": data.facts["fingerprint"],
-                "tokenizer": dataclasses.asdict(study.tokenizer),
-                "train": dataclasses.asdict(study.train) | {"precision": precision},
-            }
-            name = variant_label(variant)
-            folder = directory / "runs" / name / f"seed-{seed}"
-            key = content_key(decides)
-            eval_key = content_key([key, study.match, dataclasses.asdict(study.eval), dtype, find_device().type])
-            arch = variant["arch"]
-            facts = {"match": study.match, "precision": precision, "corpus_fingerprint": data.facts["fingerprint"]}
-            runs.append(Run(name, arch, options, seed, params, **facts, key=key, eval_key=eval_key, directory=folder))
-    return runs
-
-
-def content_key(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def find_device() -> torch.device:
-    """What trains and measures: the first GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(precision: str) -> str:
-    """`auto` is bf16 where the machine multiplies it fast: GPUs from Ampere on, CPUs with AMX tiles; else fp32."""
-    if precision != "auto":
-        return precision
-    if find_device().type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
-
-
-def resolve_dtype(dtype: str) -> str:
-    """Of weights and cache while decoding: `auto` is bf16 on a GPU and fp32 on a CPU."""
-    return {"cuda": "bf16", "cpu": "fp32"}[find_device().type] if dtype == "auto" else dtype
-
-
-def _check_budget(study: Study, data: TokenSet) -> None:
-    context, train = study.model["context"], study.train
-    if train.batch_tokens % context:
-        raise InputError(f"train.batch_tokens={train.batch_tokens} must be a multiple of model.context={context}")
-    if train.tokens < train.batch_tokens:
-        raise InputError(
-            f"train.tokens={train.tokens} is less than one batch of train.batch_tokens={train.batch_tokens}"
-        )
-    for split, tokens in (("training", len(data.train)), ("validation", len(data.val))):
-        if tokens <= context:
+    corpus, tokenizer = study.corpus, study.tokenizer
+    if corpus.name == "mqar":
+        if tokenizer.name != "ids" or not tokenizer.vocab_size or not corpus.pairs or corpus.files:
             raise InputError(
-                f"the corpus has {tokens} {split} tokens, too few for one sequence of model.context={context} "
-                "and the token after it: give more text or a shorter context"
+                "corpus mqar is generated, as token ids: it needs pairs, such as [4, 16], no files, and "
+                "tokenizer: {name: ids, vocab_size: 256}"
             )
-
-
-def resolve_variants(study: Study, vocab_size: int) -> list[tuple[dict, int]]:
-    """Complete build options and total parameters of each variant, matched to the first by the study's rule."""
-    resolved: list[tuple[dict, int]] = []
-    for variant in study.variants:
-        own = {key: value for key, value in variant.items() if key not in ("label", "arch")}
-        options = {"vocab_size": vocab_size, **study.model, **own}
-        try:
-            if resolved and study.match == "ffn":
-                if "ffn_width" in own:
-                    raise ValueError("match: ffn sets ffn_width; leave it out here, or use match: none")
-                options["ffn_width"] = matching_ffn_width(variant["arch"], options, resolved[0][1])
-            elif resolved and study.match == "heads":
-                if "heads" in own:
-                    raise ValueError("match: heads sets heads; leave it out here, or use match: none")
-                options |= matching_heads(variant["arch"], options, resolved[0][1])
-            model = on_meta(variant["arch"], options)
-        except ValueError as e:
-            where = "" if variant_label(variant) == variant["arch"] else f"{variant_label(variant)}: "
-            raise InputError(f"variants: {where}{e}") from None
-        resolved.append((dataclasses.asdict(model.options), model.count_params()))
-    return resolved
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Leaves weights as they are: torch's random numbers for meta tensors take 4 seconds to import."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def on_meta(arch: str, options: dict) -> Decoder:
-    """The model without memory for its weights."""
-    with torch.device("meta"), _Uninitialised():
-        return build(arch, **options)
-
-
-def matching_ffn_width(arch: str, options: dict, params: int) -> int:
-    """The FFN width that brings the total parameters to `params`: the roundest within a fifth of the tolerance.
-
-    GLA (arXiv 2505.21487) and MQA (arXiv 1911.02150) match in this way. ValueError if the nearest width is not within
-    the tolerance.
-    """
-    fixed, per_unit = _line(lambda width: on_meta(arch, options | {"ffn_width": width}).count_params())
-    exact = (params - fixed) / per_unit
-    for step in (64, 32, 16, 8, 4, 2, 1):
-        width = max(step, round(exact / step) * step)
-        off = abs(fixed + width * per_unit - params) / params
-        if off <= (MATCH_TOLERANCE / 5 if step > 1 else MATCH_TOLERANCE):
-            return width
-    raise ValueError(
-        f"match: ffn cannot bring the parameters within {MATCH_TOLERANCE:.1%} of the first variant's {params:,}: "
-        f"the nearest, ffn_width={width}, is {off:.1%} off; use a larger model or match: none"
-    )
-
-
-def _line(count) -> tuple[int, int]:
-    """(value at 0, slope) of a linear function of a whole number."""
-    one, two = count(1), count(2)
-    return 2 * one - two, two - one
-
-
-def matching_heads(arch: str, options: dict, params: int) -> dict:
-    """The number of query heads that brings the total parameters nearest to `params`, head and FFN sizes held.
-
-    Where keys and values have heads in every layer, as in MHA, GQA and MQA, that holds n_q + n_kv (TPA, arXiv
-    2501.06425).
-    """
-    base = {f.name: options[f.name] for f in dataclasses.fields(Options) if f.name in options}
-    held = {name: getattr(Options(**base), name) for name in ("head_dim", "ffn_width")}
-
-    def off(heads: int) -> float:
-        try:
-            return abs(on_meta(arch, options | held | {"heads": heads}).count_params() - params)
-        except ValueError:  # a number of heads that this variant cannot have
-            return float("inf")
-
-    return held | {"heads": min(range(1, 4 * base["heads"] + 1), key=off)}
+        return RecallTask(corpus.pairs, tokenizer.vocab_size)
+    if corpus.pairs is not None:
+        raise InputError("corpus.pairs goes with corpus.name=mqar alone")
+    folders = study_file.resolve().parent, Path.cwd()
+    text = load_corpus(corpus.name, corpus.files, folders)
+    return prepare(text, tokenizer.name, tokenizer.vocab_size, cache_dir or default_cache_dir())

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from train.batches import TrainingBatches, ValidationBatches
 from train.corpus import Corpus
 from train.errors import InputError
 from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes
@@ -46,6 +47,21 @@ class TokenSet:
     def token_bytes(self) -> np.ndarray:
         """int64 (n_vocab,): bytes of text that each token stands for, the end of text 0."""
         return token_bytes(self.tokenizer)
+
+    def check(self, context: int) -> None:
+        """InputError where a split has not even one sequence of `context` tokens."""
+        for split, tokens in (("training", len(self.train)), ("validation", len(self.val))):
+            if tokens <= context:
+                raise InputError(
+                    f"the corpus has {tokens} {split} tokens, too few for one sequence of model.context={context} "
+                    "and the token after it: give more text or a shorter context"
+                )
+
+    def training(self, context: int, batch_size: int, seed: int) -> TrainingBatches:
+        return TrainingBatches(self.train, context, batch_size, seed)
+
+    def validation(self, context: int, batch_size: int, limit: int) -> ValidationBatches:
+        return ValidationBatches(self.val, self.token_bytes, context, batch_size, limit)
 
     @property
     def facts(self) -> dict[str, str | int | float]:

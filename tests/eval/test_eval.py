@@ -1,25 +1,35 @@
 """Loss, bytes and speeds against what they are said to be."""
 
+import itertools
 import math
 import random
 import time
+import types
 
 import pytest
 import torch
 
 from archs import VARIANTS, build
-from eval.compare import compare, t_cdf, t_interval, t_quantile
-from eval.evaluate import measure_speed
-from eval.loss import measure_loss
+from eval import loss, recall, speed
+from eval.compare import NotComparable, compare, t_cdf, t_interval, t_quantile
+from eval.evaluate import measures
+from eval.frontier import bytes_for_baseline, crossing
 from eval.memory import CONTEXTS, BytesDiffer, measure_memory
 from eval.speed import measure_decode, measure_recompute, measure_roof, timed
+from eval.subject import Subject
 from train.corpus import Corpus
+from train.mqar import RecallTask
 from train.study import parse_study
 from train.tokens import prepare
 
 SHAPE = {"vocab_size": 258, "width": 32, "layers": 2, "heads": 4, "context": 16}
 CPU = torch.device("cpu")
 EACH = [(arch, options) for arch, variant in VARIANTS.items() for options in variant.examples]
+
+
+def subject(model, data=None, overrides=("eval.loss_tokens=1_000_000",), measured=None):
+    config = parse_study({}, overrides).eval
+    return Subject(model, data, config, torch.float32, 10.0, lambda _: None, measured or {})
 
 
 @pytest.mark.parametrize(("arch", "options"), EACH)
@@ -59,7 +69,7 @@ def test_loss_is_the_mean_over_held_out_tokens_in_bits_of_their_text(tmp_path):
     words = [f"word {n} of däta\n" * 9 for n in range(30)]
     text = prepare(Corpus("files", words[:20], words[20:], 1, "f" * 16), "bytes", None, tmp_path)
     model = build("mha", **SHAPE | {"vocab_size": 257}).eval()
-    measured = measure_loss(model, text, 10**9, CPU)
+    measured = loss.measure(subject(model, text))["loss"]
     nats, n_bytes, tokens = 0.0, 0, 0
     for start in range(0, len(text.val) - 16, 16):
         row = torch.tensor(text.val[start : start + 17].astype("int64"))
@@ -87,7 +97,6 @@ def test_the_decode_grid_is_filled_and_its_rates_follow_from_its_times():
 
 
 def test_of_two_rounds_the_faster_stands():
-    config = parse_study({}, ["eval.decode={batch: [1], context: [8, 16]}"]).eval
     model = build("mha", **SHAPE).eval()
     slow = {"token_ms": 1e9, "token_ms_iqr": 1.0, "prefill_ms": 0.0, "prefill_ms_iqr": 2.0, "tokens_per_s": 0.0}
     fast = slow | {"token_ms": 0.0, "prefill_ms": 1e9}
@@ -95,7 +104,7 @@ def test_of_two_rounds_the_faster_stands():
         "decode": [{"batch": 1, "context": 8} | slow, {"batch": 1, "context": 16} | fast],
         "recompute": {"cached_ms": 0.0, "recomputed_ms": 1e9},
     }
-    best = measure_speed(model, config, 10.0, lambda _: None, before)
+    best = speed.measure(subject(model, None, ["eval.decode={batch: [1], context: [8, 16]}"], before))
     first, second = best["decode"]
     assert 0 < first["token_ms"] < 1e9
     assert (first["prefill_ms"], first["prefill_ms_iqr"]) == (0.0, 2.0)
@@ -154,14 +163,16 @@ def test_intervals_cover_what_they_claim(n):
     assert covered / trials == pytest.approx(0.95, abs=0.015)
 
 
-def record(label, seed, bpb):
-    return {"label": label, "seed": seed, "loss": {"val_bpb": bpb}}
+def record(label, seed, bpb, **others):
+    same = {"size": "", "corpus_fingerprint": "f", "tokenizer": {"name": "bytes"}, "match": "ffn"}
+    facts = {"label": label, "family": label[0], "seed": seed, "baseline": "a", "kv": {"bytes_per_token": 64}}
+    return same | facts | {"loss": {"val_bpb": bpb}} | others
 
 
 def test_differences_are_paired_by_seed():
     """Seeds move all variants alike: paired, a small constant difference is certain; unpaired, it would be lost."""
-    records = [record(label, s, s / 10 + d) for label, d in (("a", 0), ("b", 0.01), ("c", -0.01)) for s in range(4)]
-    b, c = compare(records, ["a", "b", "c"])
+    records = [record(label, s, s / 10 + d) for label, d in (("a", 0.0), ("b", 0.01), ("c", -0.01)) for s in range(4)]
+    (b, c), _ = compare(records)
     assert (b["verdict"], c["verdict"]) == ("higher", "lower")
     assert (b["seeds"], b["baseline"]) == ([0, 1, 2, 3], "a")
     assert b["mean_diff"] == pytest.approx(0.01)
@@ -169,6 +180,150 @@ def test_differences_are_paired_by_seed():
 
 def test_one_seed_separates_nothing_and_missing_seeds_are_left_out():
     records = [record("a", 0, 2.0), record("b", 0, 1.0), record("b", 1, 1.0)]
-    (only,) = compare(records, ["a", "b"])
+    ((only,), _) = compare(records)
     assert (only["verdict"], only["ci_low"], only["ci_high"], only["seeds"]) == ("not separable", None, None, [0])
-    assert compare([record("b", 0, 1.0)], ["a", "b"]) == []
+    assert compare([record("b", 0, 1.0)]) == ([], [])
+
+
+def test_every_number_in_the_loss_is_compared_and_counts_are_not():
+    losses = {"val_bpb": 1.0, "tokens": 9, "hit_nats": 2.0, "nats_at": {"1": 3.0, "2": 4.0}}
+    records = [record(label, s, 0.0, loss=losses) for label in "ab" for s in (0, 1)]
+    main, details = compare(records)
+    assert [c["metric"] for c in main] == ["val_bpb"]
+    assert [c["metric"] for c in details] == ["hit_nats", "nats_at.1", "nats_at.2"]
+
+
+def test_each_size_has_a_baseline_of_its_own():
+    bpb = {"a-s": 1.0, "b-s": 1.5, "a-l": 0.5, "b-l": 0.6}
+    records = [
+        record(label, s, x, size=label[2:], baseline=f"a{label[1:]}") for label, x in bpb.items() for s in (0, 1)
+    ]
+    main, _ = compare(records)
+    assert {c["label"]: (c["baseline"], round(c["mean_diff"], 3)) for c in main} == {
+        "b-s": ("a-s", 0.5),
+        "b-l": ("a-l", 0.1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [("corpus_fingerprint", "g"), ("tokenizer", {"name": "bpe"}), ("match", "none")],
+)
+def test_what_differs_in_more_than_the_variant_is_never_compared(field, other):
+    with pytest.raises(NotComparable, match=rf"{field} is .* for a and .* for b"):
+        compare([record("a", 0, 1.0), record("b", 0, 1.0, **{field: other})])
+
+
+# The bytes that a family needs for the baseline's loss
+
+
+def test_the_crossing_is_interpolated_over_the_logarithm_of_the_bytes():
+    curve = [(6.0, [0.3, 0.1]), (8.0, [-0.1, -0.3])]
+    assert crossing(curve, 0.95)["bytes_per_token"] == pytest.approx(2**7)
+    assert crossing(curve[:1], 0.95) == {"bytes_per_token": None, "low": None, "high": None, "verdict": "not reached"}
+    at_most = crossing([(8.0, [-0.2, -0.2]), (9.0, [-0.3, -0.3])], 0.95)
+    assert (at_most["bytes_per_token"], at_most["verdict"], at_most["high"]) == (256, "at most", 256)
+
+
+def test_at_the_ends_of_its_interval_a_t_interval_of_the_interpolated_difference_touches_zero():
+    draw = random.Random(0)
+    reached = 0
+    for _ in range(200):
+        levels = sorted((draw.uniform(-0.1, 0.2) for _ in range(4)), reverse=True)
+        curve = [(float(x), [level + draw.gauss(0, 0.02) for _ in range(5)]) for x, level in enumerate(levels)]
+        found = crossing(curve, 0.95)
+
+        def interpolated(n_bytes, curve=curve):
+            x = math.log2(n_bytes)
+            (x0, before), (_, after) = curve[min(int(x), 2)], curve[min(int(x), 2) + 1]
+            return [a + (x - x0) * (b - a) for a, b in zip(before, after, strict=True)]
+
+        if found["low"]:
+            assert t_interval(interpolated(found["low"]), 0.95)[0] == pytest.approx(0, abs=1e-9)
+        if found["high"] and found["high"] > 1:
+            assert t_interval(interpolated(found["high"]), 0.95)[1] == pytest.approx(0, abs=1e-9)
+        if found["verdict"] == "reached":
+            reached += 1
+            assert sum(interpolated(found["bytes_per_token"])) == pytest.approx(0, abs=1e-9)
+            assert (found["low"] or 0) <= found["bytes_per_token"] <= (found["high"] or math.inf)
+    assert reached > 50
+
+
+def test_the_interval_of_the_crossing_covers_the_true_one():
+    """Three variants on a straight line through zero at 8 bytes, each seed with noise of its own at each of them."""
+    draw = random.Random(1)
+    trials, covered = 2000, 0
+    for _ in range(trials):
+        curve = [(x, [0.02 * (3 - x) + draw.gauss(0, 0.01) for _ in range(5)]) for x in (1.0, 3.0, 5.0)]
+        found = crossing(curve, 0.95)
+        covered += (found["low"] or 0) <= 8 <= (found["high"] or math.inf)
+    assert covered / trials == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_family_is_read_at_its_own_bytes_and_the_baselines_own_family_reaches_it_there():
+    bpb = {"a-2": (1.0, 256), "a-1": (1.2, 128), "b-2": (0.9, 64), "b-1": (1.1, 32), "c": (1.3, 16)}
+    records = [
+        record(label, s, x + s, baseline="a-2", kv={"bytes_per_token": n})
+        for label, (x, n) in bpb.items()
+        for s in (0, 1)
+    ]
+    a, b, c = bytes_for_baseline(records)
+    assert (a["bytes_per_token"], a["verdict"], a["labels"]) == (256, "reached", ["a-1", "a-2"])
+    assert b["bytes_per_token"] == pytest.approx(2**5.5)
+    assert b["baseline_bytes_per_token"] == 256
+    assert (c["bytes_per_token"], c["verdict"]) == (None, "not reached")
+
+
+# Recall
+
+
+def test_a_recall_hit_ends_a_pair_that_stood_in_the_context_before():
+    draw = random.Random(2)
+    tokens = torch.tensor([[draw.randrange(4) for _ in range(40)] for _ in range(5)])
+    hits = recall.recall_hits(tokens[:, :-1], tokens[:, 1:])
+    for row, hit in zip(tokens.tolist(), hits.tolist(), strict=True):
+        pairs = list(itertools.pairwise(row))
+        assert hit == [pair in pairs[:t] for t, pair in enumerate(pairs)]
+
+
+def test_hits_rest_and_places_make_up_the_whole_loss(tmp_path):
+    words = [f"word {n} of word {n}\n" * 9 for n in range(30)]
+    text = prepare(Corpus("files", words[:20], words[20:], 1, "f" * 16), "bytes", None, tmp_path)
+    measured = subject(build("mha", **SHAPE | {"vocab_size": 257}).eval(), text)
+    whole, split = loss.measure(measured)["loss"], recall.measure(measured)["loss"]
+    assert split["hit_tokens"] + split["rest_tokens"] == whole["tokens"]
+    assert split["hit_tokens"] > 0
+    summed = split["hit_nats"] * split["hit_tokens"] + split["rest_nats"] * split["rest_tokens"]
+    assert summed / whole["tokens"] == pytest.approx(whole["val_nats"])
+    sizes = {"1": 1, "2": 2, "4": 4, "8": 8, "16": 1}
+    assert sum(whole["nats_at"][k] * n for k, n in sizes.items()) / 16 == pytest.approx(whole["val_nats"])
+
+
+class Oracle(torch.nn.Module):
+    """Answers every query of at most `known` pairs right, by looking."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.options = types.SimpleNamespace(context=32)
+        self.embed = torch.nn.Embedding(1, 1)
+        self.known = known
+
+    def forward(self, inputs):
+        logits = torch.zeros(*inputs.shape, 64)
+        for b, row in enumerate(inputs.tolist()):
+            pairs = next(n for n in range(1, 17) if row[2 * n] == 0 or row[2 * n] in row[0 : 2 * n : 2])
+            for t in range(2 * pairs, 32):
+                if row[t] and pairs <= self.known:
+                    logits[b, t, row[row.index(row[t]) + 1]] = 9.0
+        return logits
+
+
+def test_accuracy_counts_queries_by_the_number_of_pairs():
+    measured = recall.measure(subject(Oracle(4), RecallTask([2, 4, 8], 64), ["eval.loss_tokens=3072"]))["loss"]
+    assert measured["accuracy_at"]["2"] == measured["accuracy_at"]["4"] == 1.0
+    assert measured["accuracy_at"]["8"] < 0.2
+    assert measured["accuracy"] == pytest.approx((2 + 4 + 8 * measured["accuracy_at"]["8"]) / 14)
+
+
+def test_a_measure_is_a_module_of_the_package():
+    assert {"loss", "memory", "recall", "speed"} <= {m.__name__.removeprefix("eval.") for m in measures()}

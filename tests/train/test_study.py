@@ -1,23 +1,22 @@
 """Studies: every wrong key or value is one clear line, matching holds what it says, keys tell what must be redone."""
 
+import math
 import random
+from pathlib import Path
 
 import pytest
 
 from archs import VARIANTS
 from train.corpus import Corpus
 from train.errors import InputError
-from train.study import (
-    STUDIES,
-    find_study,
-    matching_heads,
-    on_meta,
-    parse_study,
-    plan,
-    read_yaml,
-    resolve_variants,
-)
+from train.files import write_json
+from train.matching import matching_heads, on_meta
+from train.plan import Plan, matching_tables, resolve_variants
+from train.study import STUDIES, find_study, load_data, parse_study, read_yaml
 from train.tokens import prepare
+from train.tuning import WIDENED_AT_MOST
+
+THREE = "[{arch: mha}, {arch: mqa}, {arch: gqa, kv_heads: 2}]"
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,10 @@ def test_quick_is_complete_and_what_a_study_leaves_out_is_from_it():
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_study_resolves(path):
     shipped = parse_study(read_yaml(path))
-    (_, first), *others = resolve_variants(shipped, shipped.tokenizer.vocab_size)
-    assert all(abs(params - first) <= 0.005 * first for _, params in others) or shipped.match != "ffn"
+    variants = {variant.label: variant for variant in resolve_variants(shipped, shipped.tokenizer.vocab_size)}
+    for variant in variants.values():
+        first = variants[variant.baseline].params
+        assert abs(variant.params - first) <= 0.005 * first or shipped.match != "ffn"
 
 
 WRONG = [
@@ -56,6 +57,13 @@ WRONG = [
     ({"train": {"tokens": "many"}}, "train.tokens"),
     ({"train": {"tokens": 0}}, "tokens=0: must be above 0"),
     ({"train": {"lr": -1.0}}, "lr=-1.0: must be above 0"),
+    ({"train": {"lr": [1e-3, 0]}}, "lr=0.0: must be above 0"),
+    ({"train": {"lr": [1e-3, 1e-3]}}, "train.lr 0.001 stands twice"),
+    ({"train": {"lr": []}}, "train.lr: at least one is needed"),
+    ({"train": {"lr": "fast"}}, "train.lr"),
+    ({"sizes": [{"depth": 3}]}, "sizes: unknown key 'depth'; allowed: tokens, width"),
+    ({"sizes": [{"context": 3}]}, "sizes: unknown key 'context'"),
+    ({"sizes": {"width": 3}}, "sizes"),
     ({"train": {"warmup_tokens": -1}}, "warmup_tokens=-1: must be at least 0"),
     ({"train": {"precision": "fp8"}}, "train.precision"),
     ({"train": 7}, "train: must be a mapping"),
@@ -108,16 +116,16 @@ SHAPES = [
 @pytest.mark.parametrize(("model", "variants", "message"), SHAPES, ids=[m for *_, m in SHAPES])
 def test_an_impossible_shape_is_refused_in_one_line(data, tmp_path, model, variants, message):
     with pytest.raises(InputError) as caught:
-        plan(study(model=model, variants=variants), data, tmp_path)
+        Plan(study(model=model, variants=variants), data, tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_context_past_the_corpus_is_refused(data, tmp_path):
     with pytest.raises(InputError, match=r"validation tokens, too few for one sequence of model.context=16384"):
-        plan(study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
+        Plan(study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
     with pytest.raises(InputError, match="less than one batch"):
-        plan(study("train.tokens=100"), data, tmp_path)
+        Plan(study("train.tokens=100"), data, tmp_path)
 
 
 def test_overrides_reach_every_place():
@@ -167,18 +175,19 @@ def test_ffn_matching_brings_every_variant_within_half_a_percent():
             for arch, variant in VARIANTS.items()
             for i, options in enumerate(variant.examples)
         ]
-        (_, first), *others = resolve_variants(study(model=shape, variants=variants), 300)
-        for options, params in others:
-            assert abs(params - first) <= 0.005 * first, options
+        first, *others = resolve_variants(study(model=shape, variants=variants), 300)
+        for variant in others:
+            assert abs(variant.params - first.params) <= 0.005 * first.params, variant.options
 
 
 def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
     variants = [{"arch": "mha"}, {"arch": "gqa", "kv_heads": 2}, {"arch": "mqa"}]
-    (mha, params), *others = resolve_variants(study(match="heads", variants=variants), 300)
-    for (options, matched), kv_heads in zip(others, (2, 1), strict=True):
-        assert options["heads"] + kv_heads == 2 * mha["heads"]
-        assert matched == params
-        assert (options["head_dim"], options["ffn_width"]) == (mha["head_dim"], mha["ffn_width"])
+    first, *others = resolve_variants(study(match="heads", variants=variants), 300)
+    mha = first.options
+    for variant, kv_heads in zip(others, (2, 1), strict=True):
+        assert variant.options["heads"] + kv_heads == 2 * mha["heads"]
+        assert variant.params == first.params
+        assert (variant.options["head_dim"], variant.options["ffn_width"]) == (mha["head_dim"], mha["ffn_width"])
     options = {"vocab_size": 300, "width": 64, "layers": 2, "heads": 4, "context": 8, "kv_rank": 32, "rope_dim": 8}
     best = matching_heads("mla", options, 100_000)
     for heads in range(1, 16):
@@ -188,8 +197,8 @@ def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
 
 def test_no_matching_leaves_the_widths():
     resolved = resolve_variants(study(match="none"), 300)
-    assert len({options["ffn_width"] for options, _ in resolved}) == 1
-    assert len({params for _, params in resolved}) > 1
+    assert len({variant.options["ffn_width"] for variant in resolved}) == 1
+    assert len({variant.params for variant in resolved}) > 1
 
 
 @pytest.mark.parametrize(
@@ -200,15 +209,134 @@ def test_no_matching_leaves_the_widths():
         ("model.layers=2", "all", "all"),
         ("eval.loss_tokens=999", set(), "all"),
         ("seeds=[7]", "all", "all"),
-        ("variants.gqa.label=other", set(), set()),
+        ("variants.gqa.label=other", set(), {"gqa"}),
         ("match=none", {"mqa", "gqa"}, "all"),
     ],
 )
 def test_a_changed_value_changes_the_keys_of_what_it_touches(data, tmp_path, override, retrained, reevaluated):
     variants = [{"arch": "mha"}, {"arch": "mqa"}, {"arch": "gqa", "kv_heads": 2}]
-    before, after = (plan(study(*o, variants=variants), data, tmp_path) for o in ((), (override,)))
-    everything = {run.label for run in before}
-    changed = {a.label for a, b in zip(before, after, strict=True) if a.key != b.key}
-    remeasured = {a.label for a, b in zip(before, after, strict=True) if a.eval_key != b.eval_key}
+    before, after = (Plan(study(*o, variants=variants), data, tmp_path).runs() for o in ((), (override,)))
+    everything = {run.variant.label for run in before}
+    changed = {a.variant.label for a, b in zip(before, after, strict=True) if a.key != b.key}
+    remeasured = {a.variant.label for a, b in zip(before, after, strict=True) if a.eval_key != b.eval_key}
     assert changed == (everything if retrained == "all" else retrained)
     assert remeasured == (everything if reevaluated == "all" else reevaluated)
+
+
+# Lists, sizes and learning rates
+
+
+def test_lists_become_families_with_every_combination_and_sizes_multiply_them():
+    variants = [
+        {"arch": "mha", "head_dim": [32, 16]},
+        {"label": "y", "arch": "yoco", "kv_heads": [4, 2], "self_decoder": ["swa", "gret"], "window": 8},
+    ]
+    plain = resolve_variants(study(variants=variants), 300)
+    labels = ["mha-32", "mha-16", "y-4-swa", "y-4-gret", "y-2-swa", "y-2-gret"]
+    assert [v.label for v in plain] == labels
+    assert {v.family for v in plain} == {"mha", "y"}
+    assert {v.baseline for v in plain} == {"mha-32"}
+    assert [v.options["head_dim"] for v in plain[:2]] == [32, 16]
+    sizes = [{"width": 96}, {"width": 192, "layers": 6, "tokens": 720_000}]
+    sized = resolve_variants(study(variants=variants, sizes=sizes), 300)
+    assert [v.label for v in sized] == [f"{label}-{size}" for size in ("96x4", "192x6") for label in labels]
+    assert [v.baseline for v in sized] == ["mha-32-96x4"] * 6 + ["mha-32-192x6"] * 6
+    assert {(v.size, v.options["width"], v.options["layers"], v.tokens) for v in sized} == {
+        ("96x4", 96, 4, study().train.tokens),
+        ("192x6", 192, 6, 720_000),
+    }
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"variants": [{"arch": "gqa", "kv_heads": []}]}, "gqa: kv_heads is an empty list"),
+        ({"variants": [{"arch": "gqa", "kv_heads": [2, 2]}]}, "'gqa-2' stands twice"),
+        ({"variants": [{"arch": "gqa", "kv_heads": [2, 3]}]}, "gqa-3: gqa: kv_heads=3 must divide"),
+        (
+            {"variants": [{"arch": "gqa", "kv_heads": 2, "label": "x" * 60}], "sizes": [{"width": 100}]},
+            "names a folder",
+        ),
+        ({"sizes": [{"width": 64}, {"width": 64, "ffn_width": 9}]}, "'mha-64x4' stands twice"),
+        ({"sizes": [{"width": 64, "tokens": 3}]}, "train.tokens=3 is less than one batch"),
+        ({"sizes": [{"width": 64, "tokens": "many"}]}, "train.tokens=many is"),
+        ({"sizes": [{"width": "wide"}]}, "width='wide': must be a whole number"),
+    ],
+)
+def test_lists_and_sizes_that_cannot_be_are_refused_in_one_line(data, tmp_path, sections, message):
+    with pytest.raises(InputError) as caught:
+        Plan(study(**sections), data, tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_matching_tables_show_what_each_rule_holds_and_what_it_costs():
+    variants = [{"arch": "mha"}, {"arch": "mqa"}, {"arch": "mla", "kv_rank": 32, "rope_dim": 8, "ffn_width": 64}]
+    tables = matching_tables(study(match="none", variants=variants), 300)
+    (mha, mqa, mla), (mha_, mqa_, _), (_, none, _) = (tables[rule] for rule in ("ffn", "heads", "none"))
+    assert mha == mha_
+    assert abs(mqa["params"] / mha["params"] - 1) < 0.005
+    assert (mqa["heads"], mqa["ffn_width"] > mha["ffn_width"]) == (mha["heads"], True)
+    assert (mqa_["ffn_width"], mqa_["heads"]) == (mha["ffn_width"], 7)
+    assert mqa_["score_flops_per_token"] / mha["score_flops_per_token"] == pytest.approx(7 / 4)
+    assert none["params"] < mha["params"]
+    assert "match: ffn sets ffn_width" in mla["error"]
+
+
+def tried(plan, losses):
+    """Trains nothing: writes the records that the tuning runs of an invented loss would leave."""
+    order = []
+    for run in plan.to_train():
+        if "lr" not in run.name:
+            break
+        order.append((run.variant.label, run.lr))
+        loss = losses(run.variant.label, run.lr)
+        record = {"failed": "diverged"} if loss is None else {"train": {}, "curve": [{"val_bpb": loss}]}
+        write_json(run.directory / "record.json", {"key": run.key} | record)
+    return order
+
+
+def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(data, tmp_path):
+    best = {"mha": 4e-3, "mqa": 2.5e-4, "gqa": 1e-3}
+    plan = Plan(study("train.lr=[5e-4, 1e-3, 2e-3]", "seeds=[0, 1000]", "variants=" + THREE), data, tmp_path)
+    assert plan.runs() == []
+    assert len(plan.left()) == 3 * 3 + 3 * 2
+    order = tried(plan, lambda label, lr: 2 + abs(math.log(lr / best[label])))
+    assert [lr for label, lr in order if label == "mha"] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert [lr for label, lr in order if label == "mqa"] == [5e-4, 1e-3, 2e-3, 2.5e-4, 1.25e-4]
+    assert [lr for label, lr in order if label == "gqa"] == [5e-4, 1e-3, 2e-3]
+    runs = plan.runs()
+    assert {run.variant.label: run.lr for run in runs} == best
+    assert {run.seed for run in runs} == {0, 1000}
+    assert {run.seed for run in plan.tuning_runs()} == {1001} == {run.tuning["seed"] for run in runs}
+    assert [rate["lr"] for rate in runs[0].tuning["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert not runs[0].tuning["at_edge"]
+    assert list(plan.to_train()) == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
+    given = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).runs()[0]
+    assert given.key == runs[0].key  # how a rate was found does not change the run
+
+
+def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_path):
+    plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=" + THREE), data, tmp_path)
+    tried(plan, lambda label, lr: {"mha": None, "mqa": 2.0 - lr if lr < 3e-3 else None, "gqa": 2.0 - lr}[label])
+    chosen = {run.variant.label: run for run in plan.runs()}
+    assert [variant.label for variant in plan.untunable()] == ["mha"]
+    assert chosen["mqa"].lr == 2e-3
+    assert chosen["mqa"].tuning["rates"][-1] == {"lr": 4e-3, "val_bpb": None}
+    assert chosen["gqa"].lr == 2e-3 * 2**WIDENED_AT_MOST
+    assert chosen["gqa"].tuning["at_edge"]
+
+
+def test_a_generated_task_needs_its_own_tokenizer():
+    sections = {"corpus": {"name": "mqar", "pairs": [2, 4]}, "tokenizer": {"name": "ids", "vocab_size": 64}}
+    assert load_data(study(**sections), Path("x.yaml")).n_vocab == 64
+    for wrong in (
+        {"tokenizer": {"name": "bytes"}},
+        {"tokenizer": {"name": "ids"}},
+        {"corpus": {"name": "mqar"}},
+        {"corpus": {"name": "mqar", "pairs": [99]}},
+        {"corpus": {"name": "mqar", "pairs": [2, 2]}},
+        {"corpus": {"name": "stdlib", "pairs": [2]}},
+    ):
+        with pytest.raises(InputError, match="pairs"):
+            load_data(study(**sections | wrong), Path("x.yaml"))

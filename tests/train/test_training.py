@@ -1,6 +1,5 @@
 """The Lightning module and data module under a plain Trainer, and runs that are interrupted and go on."""
 
-import dataclasses
 import json
 import math
 import signal
@@ -14,9 +13,10 @@ from train.corpus import Corpus
 from train.data import TextData
 from train.files import read_record
 from train.module import LanguageModel
+from train.plan import Plan
 from train.progress import StudyProgress
 from train.runner import Interrupted, KeepGoing, step_counts, train_run, train_runs
-from train.study import parse_study, plan
+from train.study import parse_study
 from train.tokens import prepare
 
 OPTIONS = {"vocab_size": 257, "width": 32, "layers": 2, "heads": 2, "context": 16}
@@ -88,7 +88,7 @@ def test_the_seed_fixes_the_weights_and_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize(("tokens", "points"), [(3072, 4), (3071, 4), (128, 10), (128 * 25, 10), (128 * 19, 10)])
 def test_the_last_step_is_validated_and_the_budget_kept(tokens, points):
-    steps, every = step_counts(study(tokens=tokens, val_points=points).train)
+    steps, every = step_counts(tokens, study(val_points=points).train)
     assert steps % every == 0
     assert tokens * 0.5 < steps * 128 <= tokens
 
@@ -105,7 +105,7 @@ def metrics(run):
 @pytest.mark.parametrize("stop_at", [1, 5, 6, 13])  # 6: a step that is validated
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(data, tmp_path, monkeypatch, stop_at):
     config = study().train
-    straight, broken = (plan(study(), data, tmp_path / name)[0] for name in ("straight", "broken"))
+    straight, broken = (Plan(study(), data, tmp_path / name).runs()[0] for name in ("straight", "broken"))
     with StudyProgress("training", 1) as progress:
         train_run(straight, config, data, progress, "")
         whole = KeepGoing.on_train_batch_end
@@ -128,30 +128,33 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(data, tmp_path, mon
 
 
 def test_trained_runs_are_left_alone_and_changed_ones_start_over(data, tmp_path):
-    runs = plan(study(), data, tmp_path)
-    assert train_runs(runs, study().train, data) == []
+    plan = Plan(study(), data, tmp_path)
+    runs = plan.runs()
+    assert train_runs(plan) == []
     before = [(run.directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns for run in runs]
-    assert train_runs(runs, study().train, data) == []
+    assert train_runs(plan) == []
     assert before == [(run.directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns for run in runs]
     changed = study(lr=5e-4)
-    again = plan(changed, data, tmp_path)
-    assert all(not read_record(run) for run in again)
-    train_runs(again, changed.train, data)
-    assert {read_record(run)["train"]["lr"] for run in again} == {5e-4}
+    again = Plan(changed, data, tmp_path)
+    assert all(not read_record(run) for run in again.runs())
+    train_runs(again)
+    assert {read_record(run)["train"]["lr"] for run in again.runs()} == {5e-4}
 
 
 def test_a_run_that_was_killed_before_its_record_was_written_gets_one(data, tmp_path):
-    run = plan(study(), data, tmp_path)[0]
-    train_runs([run], study().train, data)
+    plan = Plan(study(), data, tmp_path)
+    run = plan.runs()[0]
+    train_runs(plan)
     record = read_record(run)
     (run.directory / "record.json").unlink()
-    assert train_runs([run], study().train, data) == []
+    assert train_runs(plan) == []
     assert read_record(run)["curve"] == record["curve"]
     assert read_record(run)["train_tokens"] == record["train_tokens"]
 
 
 def test_a_signal_at_the_last_step_stops_the_study_after_the_run(data, tmp_path, monkeypatch):
-    runs = plan(study(), data, tmp_path)
+    plan = Plan(study(), data, tmp_path)
+    runs = plan.runs()
     original = LanguageModel.on_validation_epoch_end
 
     def on_validation_epoch_end(self):
@@ -161,22 +164,23 @@ def test_a_signal_at_the_last_step_stops_the_study_after_the_run(data, tmp_path,
 
     monkeypatch.setattr(LanguageModel, "on_validation_epoch_end", on_validation_epoch_end)
     with pytest.raises(Interrupted):
-        train_runs(runs, study().train, data)
+        train_runs(plan)
     assert ["train" in read_record(run) for run in runs] == [True, False]
 
 
 def test_batches_go_round_the_devices_in_turn(data):
     batches = TextData(data, context=16, batch_size=2)
-    one = [batch for batch, _ in zip(batches.train_dataloader(), range(6), strict=False)]
+    one = [inputs for (inputs, _), _ in zip(batches.train_dataloader(), range(6), strict=False)]
     trainer = batches.trainer = type("Trainer", (), {"global_step": 1, "accumulate_grad_batches": 1, "world_size": 2})()
     for rank in (0, 1):
         trainer.global_rank = rank
-        own = [batch for batch, _ in zip(batches.train_dataloader(), range(2), strict=False)]
+        own = [inputs for (inputs, _), _ in zip(batches.train_dataloader(), range(2), strict=False)]
         assert all(torch.equal(a, b) for a, b in zip(own, one[2 + rank :: 2], strict=True))
 
 
 def test_a_run_that_diverges_fails_alone_and_says_so(data, tmp_path, monkeypatch):
-    runs = plan(study(), data, tmp_path)
+    plan = Plan(study(), data, tmp_path)
+    runs = plan.runs()
     original = LanguageModel.training_step
 
     def training_step(self, batch, batch_idx):
@@ -186,19 +190,20 @@ def test_a_run_that_diverges_fails_alone_and_says_so(data, tmp_path, monkeypatch
         return loss
 
     monkeypatch.setattr(LanguageModel, "training_step", training_step)
-    failures = train_runs(runs, study().train, data)
+    failures = train_runs(plan)
     assert len(failures) == 1
     assert "mha seed 0 failed: the loss is nan after 1,280 tokens" in failures[0]
     assert "failed" in read_record(runs[0])
     assert "train" in read_record(runs[1])
     monkeypatch.undo()
-    assert train_runs(runs, study().train, data) == []  # tried again
+    assert train_runs(plan) == []  # tried again
     assert "train" in read_record(runs[0])
 
 
 def test_a_checkpoint_loads_without_unpickling_code(data, tmp_path):
-    run = plan(study(), data, tmp_path)[0]
-    train_runs([run], study().train, data)
+    plan = Plan(study(), data, tmp_path)
+    run = plan.runs()[0]
+    train_runs(plan)
     checkpoint = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["seen"]["tokens_seen"] == 128 * 24
 
@@ -208,17 +213,16 @@ def test_every_variant_of_a_seed_sees_the_same_batches(data, tmp_path, monkeypat
     original = LanguageModel.training_step
 
     def training_step(self, batch, batch_idx):
-        seen.setdefault(self.hparams.arch, []).append(batch.clone())
+        seen.setdefault(self.hparams.arch, []).append(batch[0].clone())
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(LanguageModel, "training_step", training_step)
-    train_runs(plan(study(), data, tmp_path), study().train, data)
+    train_runs(Plan(study(), data, tmp_path))
     assert len(seen["mha"]) == 24
     assert all(torch.equal(a, b) for a, b in zip(seen["mha"], seen["mqa"], strict=True))
 
 
 def test_bf16_trains_too(data, tmp_path):
-    bf16 = dataclasses.replace(study().train, precision="bf16")
-    runs = plan(dataclasses.replace(study(), train=bf16), data, tmp_path)
-    assert train_runs(runs[:1], bf16, data) == []
-    assert read_record(runs[0])["precision"] == "bf16"
+    plan = Plan(study(precision="bf16"), data, tmp_path)
+    assert train_runs(plan) == []
+    assert read_record(plan.runs()[0])["precision"] == "bf16"

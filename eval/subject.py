@@ -1,0 +1,65 @@
+"""What a measure is given: a trained model, the data, and the model's predictions on the held-out part of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from archs import Decoder
+from train.batches import IGNORED
+from train.data import RecallTask, TokenSet
+from train.module import token_nats
+from train.study import EvalConfig
+
+TOKENS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of held-out sequences (N, T): the loss of each target in nats and whether it was the likeliest token.
+
+    What is not predicted has the target IGNORED and 0 nats. `n_bytes` of text (or of answers) is what all targets stand
+    for.
+    """
+
+    inputs_NT: Tensor
+    targets_NT: Tensor
+    nats_NT: Tensor
+    right_NT: Tensor
+    n_bytes: int
+
+    @property
+    def predicted_NT(self) -> Tensor:
+        return self.targets_NT != IGNORED
+
+    def mean_nats(self, mask_NT: Tensor) -> float:
+        return self.nats_NT[mask_NT].double().mean().item()
+
+
+@dataclass
+class Subject:
+    """`measured` is what the record holds so far; `show` tells the user what was found."""
+
+    model: Decoder  # in fp32; for the REPEATED measures in `dtype`
+    data: TokenSet | RecallTask
+    config: EvalConfig
+    dtype: torch.dtype  # of weights and cache while decoding
+    roof_gb_s: float
+    show: Callable[[str], None]
+    measured: dict = field(default_factory=dict)
+
+    @cached_property
+    @torch.inference_mode()
+    def predictions(self) -> Predictions:
+        """In fp32, of about `loss_tokens` held-out tokens, each predicted once from at most `context` before it."""
+        context, device = self.model.options.context, self.model.embed.weight.device
+        columns, n_bytes = [], 0
+        batches = self.data.validation(context, max(1, TOKENS_AT_ONCE // context), self.config.loss_tokens)
+        for inputs, targets, batch_bytes in batches:
+            logits = self.model(inputs.to(device))
+            nats = token_nats(logits, targets.to(device))
+            columns.append((inputs, targets, nats.cpu(), logits.argmax(-1).cpu() == targets))
+            n_bytes += batch_bytes
+        return Predictions(*map(torch.cat, zip(*columns, strict=True)), n_bytes)

@@ -1,0 +1,68 @@
+"""Batches of a tokenised corpus: batch k of seed s is a pure function of (s, k).
+
+Every variant of a seed therefore sees the same tokens in the same order, a run is resumed by counting, and seeds can be
+compared in pairs. Each epoch cuts the training tokens into sequences at an offset of its own and goes through them in
+an order of its own, both drawn from (seed, epoch).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORED = -100  # as a target: nothing is to be predicted there
+
+
+class TrainingBatches(Dataset):
+    """Item k is batch k of `seed`: inputs and, one further on, targets, both (batch_size, context) int64. Endless."""
+
+    def __init__(self, tokens: np.ndarray, context: int, batch_size: int, seed: int):
+        if len(tokens) <= context:
+            raise ValueError(f"{len(tokens)} training tokens are too few for context={context}")
+        self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
+        self.per_epoch = (len(tokens) - 1) // context
+        self._epoch = -1
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        places = range(k * self.batch_size, (k + 1) * self.batch_size)
+        starts = [self._start(*divmod(place, self.per_epoch)) for place in places]
+        return _inputs_and_targets([self.tokens[start : start + self.context + 1] for start in starts])
+
+    def _start(self, epoch: int, place: int) -> int:
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self._offset = rng.integers(len(self.tokens) - self.per_epoch * self.context)
+            self._order = rng.permutation(self.per_epoch)
+            self._epoch = epoch
+        return int(self._offset + self._order[place] * self.context)
+
+
+class ValidationBatches(Dataset):
+    """Held-out tokens, each predicted once: item k is (inputs, targets, bytes of text that the targets stand for).
+
+    `limit` is the number of tokens predicted, rounded to whole sequences; at least one sequence, at most all there are.
+    They are spread evenly over the held-out text, so that a small sample stands for all of it.
+    """
+
+    def __init__(self, tokens: np.ndarray, token_bytes: np.ndarray, context: int, batch_size: int, limit: int):
+        if len(tokens) <= context:
+            raise ValueError(f"{len(tokens)} validation tokens are too few for context={context}")
+        self.available = (len(tokens) - 1) // context
+        self.sequences = min(self.available, max(1, limit // context))
+        self.tokens, self.token_bytes, self.context, self.batch_size = tokens, token_bytes, context, batch_size
+
+    def __len__(self) -> int:
+        return -(-self.sequences // self.batch_size)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, int]:
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        numbers = range(k * self.batch_size, min((k + 1) * self.batch_size, self.sequences))
+        rows = [n * self.available // self.sequences * self.context for n in numbers]
+        inputs, targets = _inputs_and_targets([self.tokens[row : row + self.context + 1] for row in rows])
+        return inputs, targets, int(self.token_bytes[targets].sum())
+
+
+def _inputs_and_targets(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -1,0 +1,101 @@
+"""Multi-query associative recall, a task that isolates what attention's memory is for (Zoology, arXiv 2312.04927,
+section 4 and its appendix on synthetic data).
+
+A sequence begins with key-value pairs, all keys different: k1 v1 k2 v2 ... Then each key comes once more, in a random
+order at places that crowd towards the beginning, and the model must say its value there; nothing is predicted anywhere
+else. Between the queries stands a blank: with a small vocabulary, random tokens, as the paper has there, would be keys.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from train.batches import IGNORED
+from train.errors import InputError
+
+FORMAT = 1  # raised when the same settings give other sequences
+BLANK = 0
+CROWDING = 0.01  # exponent of the power law of a query's distance from the pairs
+HELD_OUT = 2**32  # no seed of a study
+
+
+class RecallTask:
+    """Sequences generated when they are asked for; keys are the lower half of the vocabulary, values the upper half."""
+
+    def __init__(self, pairs: Sequence[int], vocab_size: int):
+        most = (vocab_size - 2) // 2
+        if not pairs or len(set(pairs)) < len(pairs) or not all(0 < n <= most for n in pairs):
+            raise InputError(
+                f"corpus.pairs={list(pairs)}: must be different numbers of key-value pairs, each from 1 to {most}, as "
+                f"half of tokenizer.vocab_size={vocab_size} are keys"
+            )
+        self.pairs, self.n_vocab = sorted(pairs), vocab_size
+        self.token_bytes = ((vocab_size - 1).bit_length() + 7) // 8
+
+    @property
+    def facts(self) -> dict:
+        """results.json's "corpus": there is no text, and there are as many tokens as are trained on."""
+        settings = {"task": "mqar", "format": FORMAT, "pairs": self.pairs, "vocab_size": self.n_vocab}
+        fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        counts = {"bytes": 0, "train_tokens": 0, "val_tokens": 0, "bytes_per_token": self.token_bytes}
+        return {"name": "mqar", "fingerprint": fingerprint, "generated": True, "pairs": self.pairs, **counts}
+
+    def check(self, context: int) -> None:
+        if 4 * self.pairs[-1] > context:
+            raise InputError(
+                f"{self.pairs[-1]} key-value pairs and as many queries take {4 * self.pairs[-1]} tokens, more than "
+                f"model.context={context}: lower corpus.pairs or raise model.context"
+            )
+
+    def training(self, context: int, batch_size: int, seed: int) -> "RecallBatches":
+        return RecallBatches(self, context, batch_size, seed)
+
+    def validation(self, context: int, batch_size: int, limit: int) -> "RecallBatches":
+        """Each number of pairs equally often, about `limit` tokens in all, the same for every variant and seed."""
+        sequences = -(-max(1, limit // context) // len(self.pairs)) * len(self.pairs)
+        return RecallBatches(self, context, batch_size, HELD_OUT, sequences)
+
+
+class RecallBatches(Dataset):
+    """Item k is (inputs, targets), both (batch_size, context) int64, targets IGNORED but at the queries.
+
+    With `sequences` there are so many, and the bytes that the targets stand for are a third entry. Sequence n has the
+    n-th number of pairs, round and round, and depends on (seed, n) alone.
+    """
+
+    def __init__(self, task: RecallTask, context: int, batch_size: int, seed: int, sequences: int | None = None):
+        task.check(context)
+        self.task, self.context, self.batch_size, self.seed, self.sequences = task, context, batch_size, seed, sequences
+
+    def __len__(self) -> int:
+        return -(-self.sequences // self.batch_size)
+
+    def __getitem__(self, k: int) -> tuple:
+        first, last = k * self.batch_size, (k + 1) * self.batch_size
+        if self.sequences is not None:
+            last = min(last, self.sequences)
+        if first >= last:
+            raise IndexError(k)
+        inputs, targets = map(torch.stack, zip(*(self._sequence(n) for n in range(first, last)), strict=True))
+        if self.sequences is None:
+            return inputs, targets
+        return inputs, targets, int((targets != IGNORED).sum()) * self.task.token_bytes
+
+    def _sequence(self, n: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((self.seed, n))
+        pairs, half = self.task.pairs[n % len(self.task.pairs)], self.task.n_vocab // 2
+        keys = 1 + rng.choice(half - 1, pairs, replace=False)
+        values = half + rng.integers(self.task.n_vocab - half, size=pairs)
+        inputs = np.full(self.context, BLANK)
+        targets = np.full(self.context, IGNORED)
+        inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2] = keys, values
+        places = (self.context - 2 * pairs) // 2
+        crowding = np.arange(1, places + 1) ** (CROWDING - 1.0)
+        asked = 2 * pairs + 2 * rng.choice(places, pairs, replace=False, p=crowding / crowding.sum())
+        inputs[asked], targets[asked] = keys, values
+        return torch.from_numpy(inputs), torch.from_numpy(targets)

@@ -1,0 +1,298 @@
+"""What a study asks for: its variants, complete and matched, and their runs.
+
+Lists in a variant become a family of variants, sizes multiply them, and each has a learning rate, given or tuned.
+Whatever decides a run's weights is hashed into its key: a run is done when a record with its key is there, and a
+changed study value retrains exactly the runs whose key it changes.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.errors import InputError
+from train.files import read_record
+from train.matching import FREE, RULES, matched, on_meta
+from train.mqar import RecallTask
+from train.study import Study, check_label, variant_label
+from train.tokens import TokenSet
+from train.tuning import at_edge, best_rate, next_rate, tuning_seed
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`build(arch, **options)` makes the model: the options are complete."""
+
+    label: str
+    family: str  # the study's label for it, without what its lists and the sizes add
+    size: str  # empty where the study has no sizes
+    baseline: str  # the label of the first variant of its size, which it is matched to and compared with
+    arch: str
+    options: dict[str, Any]
+    params: int
+    tokens: int  # training budget
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed and one learning rate."""
+
+    variant: Variant
+    seed: int
+    lr: float
+    precision: str
+    match: str
+    corpus_fingerprint: str
+    tokenizer: dict
+    tuning: dict | None  # {seed, at_edge, rates: [{lr, val_bpb}]}: how the rate was found; None where it was given
+    key: str  # of what decides the trained weights
+    eval_key: str  # of that and of what is measured
+    directory: Path
+    name: str
+
+    def settings(self) -> dict:
+        """What a record says of the run before anything is measured."""
+        names = "seed", "match", "precision", "corpus_fingerprint", "tokenizer", "tuning", "key"
+        facts = {name: value for name, value in vars(self.variant).items() if name != "tokens"}
+        return facts | {name: getattr(self, name) for name in names}
+
+
+class Plan:
+    """The runs of a study in `directory`. InputError for a shape or a budget that cannot be.
+
+    Which runs there are depends, where rates are tuned, on the records that tuning runs have left so far.
+    """
+
+    def __init__(self, study: Study, data: TokenSet | RecallTask, directory: Path):
+        self.study, self.data, self.directory = study, data, directory
+        self.variants = resolve_variants(study, data.n_vocab)
+        _check_budget(study, data, {variant.tokens for variant in self.variants})
+        self.rates = study.train.lr if isinstance(study.train.lr, list) else None
+
+    def runs(self) -> list[Run]:
+        """The runs to compare, seeds within variants, of all variants whose learning rate is known."""
+        runs = [self.run(variant, seed) for variant in self.variants for seed in self.study.seeds]
+        return [run for run in runs if run is not None]
+
+    def tuning_runs(self) -> list[Run]:
+        """The tuning runs that are done or next, rates within variants."""
+        return [self._tuning_run(variant, rate) for variant in self.variants for rate in self._rates(variant)]
+
+    def to_train(self) -> Iterator[Run]:
+        """What is not trained yet, a run at a time as records appear: rates first, then a whole seed after the other,
+        so that a study that is stopped has complete pairs."""
+        for variant in self.variants:
+            while (rate := self._next_rate(variant)) is not None:
+                yield self._tuning_run(variant, rate)
+        for seed in self.study.seeds:
+            for variant in self.variants:
+                run = self.run(variant, seed)
+                if run is not None and "train" not in read_record(run):
+                    yield run
+
+    def left(self) -> list[Variant]:
+        """The variant of each run that is still to train, as far as can be said before the rates are known."""
+        rates = [v for v in self.variants for rate in self.rates or () if rate not in self._losses(v)]
+        runs = [(v, self.run(v, seed)) for v in self.variants for seed in self.study.seeds]
+        return rates + [v for v, run in runs if run is None or "train" not in read_record(run)]
+
+    def untunable(self) -> list[Variant]:
+        """The variants for which no learning rate gave a finite loss."""
+        return [v for v in self.variants if self.rates and self._next_rate(v) is None and self._tuned(v) is None]
+
+    def run(self, variant: Variant, seed: int) -> Run | None:
+        """None while the learning rate is not known."""
+        where = self.directory / "runs" / variant.label / f"seed-{seed}"
+        name = f"{variant.label} seed {seed}"
+        if self.rates is None:
+            return self._run(variant, seed, self.study.train.lr, None, where, name)
+        lr = self._tuned(variant)
+        if lr is None:
+            return None
+        losses = self._losses(variant)
+        rates = [{"lr": lr, "val_bpb": loss if math.isfinite(loss) else None} for lr, loss in sorted(losses.items())]
+        tuning = {"seed": tuning_seed(self.study.seeds), "at_edge": at_edge(losses), "rates": rates}
+        return self._run(variant, seed, lr, tuning, where, name)
+
+    # Tuning
+
+    def _tuning_run(self, variant: Variant, rate: float) -> Run:
+        where = self.directory / "tuning" / variant.label / f"lr-{rate:g}"
+        return self._run(variant, tuning_seed(self.study.seeds), rate, None, where, f"{variant.label} lr {rate:g}")
+
+    def _losses(self, variant: Variant) -> dict[float, float]:
+        """Validation loss at the end of training for each rate that was tried; infinite where it failed."""
+        losses: dict[float, float] = {}
+        for rate in self._candidates(variant, losses):
+            record = read_record(self._tuning_run(variant, rate))
+            if "train" in record:
+                losses[rate] = record["curve"][-1]["val_bpb"]
+            elif "failed" in record:
+                losses[rate] = math.inf
+        return losses
+
+    def _candidates(self, variant: Variant, losses: dict[float, float]) -> Iterator[float]:
+        """The given rates, then those that widen them as far as `losses`, which the caller fills meanwhile, goes."""
+        yield from self.rates
+        while (rate := next_rate(self.rates, losses)) is not None:
+            yield rate
+            if rate not in losses:
+                return
+
+    def _rates(self, variant: Variant) -> list[float]:
+        if self.rates is None:
+            return []
+        losses = self._losses(variant)
+        further = next_rate(self.rates, losses)
+        return [*dict.fromkeys([*self.rates, *losses, *([] if further is None else [further])])]
+
+    def _next_rate(self, variant: Variant) -> float | None:
+        return None if self.rates is None else next_rate(self.rates, self._losses(variant))
+
+    def _tuned(self, variant: Variant) -> float | None:
+        return None if self._next_rate(variant) is not None else best_rate(self._losses(variant))
+
+    # Keys
+
+    def _run(self, variant: Variant, seed: int, lr: float, tuning: dict | None, directory: Path, name: str) -> Run:
+        study, fingerprint = self.study, self.data.facts["fingerprint"]
+        tokenizer = dataclasses.asdict(study.tokenizer)
+        train = {"precision": self._precision, "lr": lr, "tokens": variant.tokens}
+        decides = {
+            "arch": variant.arch,
+            "options": variant.options,
+            "seed": seed,
+            "corpus": fingerprint,
+            "tokenizer": tokenizer,
+            "train": dataclasses.asdict(study.train) | train,
+        }
+        key = content_key(decides)
+        facts = {"match": study.match, "corpus_fingerprint": fingerprint, "tokenizer": tokenizer, "tuning": tuning}
+        run = Run(variant, seed, lr, self._precision, **facts, key=key, eval_key="", directory=directory, name=name)
+        eval_key = content_key([run.settings(), dataclasses.asdict(study.eval), self._dtype, find_device().type])
+        return dataclasses.replace(run, eval_key=eval_key)
+
+    @cached_property
+    def _precision(self) -> str:
+        return resolve_precision(self.study.train.precision)
+
+    @cached_property
+    def _dtype(self) -> str:
+        return resolve_dtype(self.study.eval.dtype)
+
+
+def content_key(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Variants
+
+
+def resolve_variants(study: Study, vocab_size: int) -> list[Variant]:
+    """Every variant of every size, with complete options, matched to the first of its size by the study's rule."""
+    resolved = []
+    for label, variant in _resolve(study, vocab_size):
+        check_label(label)
+        if isinstance(variant, ValueError):
+            raise InputError(f"variants: {'' if str(variant).startswith(label) else f'{label}: '}{variant}")
+        if label in [other.label for other in resolved]:
+            raise InputError(f"label {label!r} stands twice in the study, when lists and sizes are written out")
+        resolved.append(variant)
+    return resolved
+
+
+def _resolve(study: Study, vocab_size: int) -> Iterator[tuple[str, Variant | ValueError]]:
+    """(label, variant), or why it cannot be, for every variant of every size."""
+    for size in study.sizes or [{}]:
+        model = {"vocab_size": vocab_size, **study.model, **{k: v for k, v in size.items() if k != "tokens"}}
+        name = f"{model['width']}x{model['layers']}" if size else ""
+        tokens = size.get("tokens", study.train.tokens)
+        baseline: Variant | None = None
+        for family, arch, label, own in expand(study):
+            label = f"{label}-{name}" if name else label
+            try:
+                if baseline and FREE[study.match] in own:
+                    free = FREE[study.match]
+                    raise ValueError(f"match: {study.match} sets {free}; leave it out here, or use match: none")
+                built = matched(study.match, arch, model | own, baseline and baseline.params)
+            except ValueError as e:
+                yield label, e
+                continue
+            options = dataclasses.asdict(built.options)
+            of = baseline.label if baseline else label
+            variant = Variant(label, family, name, of, arch, options, built.count_params(), tokens)
+            baseline = baseline or variant
+            yield label, variant
+
+
+def matching_tables(study: Study, vocab_size: int) -> dict[str, list[dict]]:
+    """What each matching rule would make of the study's variants, and what that costs in FLOPs a training token."""
+    tables = {}
+    for rule in RULES:
+        rows = []
+        for label, variant in _resolve(dataclasses.replace(study, match=rule), vocab_size):
+            if isinstance(variant, ValueError):
+                rows.append({"label": label, "error": str(variant)})
+                continue
+            model, context = on_meta(variant.arch, variant.options), variant.options["context"]
+            widths = {name: variant.options[name] for name in ("ffn_width", "heads")}
+            flops = {
+                "train_flops_per_token": 3 * model.flops_per_token(context),
+                "score_flops_per_token": 3 * model.score_flops(context),
+            }
+            rows.append({"label": label} | widths | {"params": variant.params} | flops)
+        tables[rule] = rows
+    return tables
+
+
+def expand(study: Study) -> Iterator[tuple[str, str, str, dict]]:
+    """(family, arch, label, own options) of each variant, with every combination of the values in its lists."""
+    for variant in study.variants:
+        family = variant_label(variant)
+        own = {key: value for key, value in variant.items() if key not in ("label", "arch")}
+        lists = {key: value for key, value in own.items() if isinstance(value, list)}
+        if empty := [key for key, values in lists.items() if not values]:
+            raise InputError(f"variants: {family}: {empty[0]} is an empty list; give it one value or more")
+        for values in itertools.product(*lists.values()):
+            label = "-".join([family, *(str(value) for value in values)])
+            yield family, variant["arch"], label, own | dict(zip(lists, values, strict=True))
+
+
+def _check_budget(study: Study, data: TokenSet | RecallTask, budgets: set[int]) -> None:
+    context, batch = study.model["context"], study.train.batch_tokens
+    if batch % context:
+        raise InputError(f"train.batch_tokens={batch} must be a multiple of model.context={context}")
+    for tokens in budgets:
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < batch:
+            raise InputError(f"train.tokens={tokens} is less than one batch of train.batch_tokens={batch}")
+    data.check(context)
+
+
+# What this machine does
+
+
+def find_device() -> torch.device:
+    """What trains and measures: the first GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(precision: str) -> str:
+    """`auto` is bf16 where the machine multiplies it fast: GPUs from Ampere on, CPUs with AMX tiles; else fp32."""
+    if precision != "auto":
+        return precision
+    if find_device().type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
+
+
+def resolve_dtype(dtype: str) -> str:
+    """Of weights and cache while decoding: `auto` is bf16 on a GPU and fp32 on a CPU."""
+    return {"cuda": "bf16", "cpu": "fp32"}[find_device().type] if dtype == "auto" else dtype
