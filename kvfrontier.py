@@ -96,6 +96,8 @@ def _run_stages(args: argparse.Namespace) -> int:
                 _write_plan(name, beside, plan)
         else:
             console.print(f"all {len(plan.runs())} runs are trained", highlight=False)
+        for variant in plan.untunable():
+            failures.append(f"{variant.label}: no learning rate gave a finite loss; give lower ones in train.lr")
     if args.stage in ("run", "eval"):
         from eval.results import write_results
         from train.files import is_evaluated

@@ -9,7 +9,8 @@ import matplotlib
 import matplotlib.image
 
 from plots import report, style, tables
-from plots.figures import FIGURES, NotInResults
+from plots.drawing import NotInResults
+from plots.figures import FIGURES
 from plots.results import ResultsError, load
 
 __all__ = ["ResultsError", "draw"]
@@ -49,16 +50,21 @@ def draw(directory: Path) -> list[Path]:
             write(f"figures/{name}.csv", _csv(rows))
             caption = figure.caption(study, rows)
             drawn.append(
-                {"name": name, "title": figure.title, "caption": caption, "column": svg[""], "wide": svg["_wide"]}
+                {"name": name, "title": figure.title, "caption": caption, "rows": rows, "column": svg[""]}
+                | {"wide": svg["_wide"]}
             )
 
     results, comparisons = tables.results_table(study), tables.comparison_table(study)
-    text = tables.to_markdown(results, *([comparisons] if comparisons else []))
+    own = [table for figure in FIGURES.values() if (table := figure.table(study))]
+    found, matching = [results, *([comparisons] if comparisons else []), *own], tables.matching_tables(study)
+    text = tables.to_markdown(*found)
     write("tables/results.md", text)
-    write("tables/results.tex", tables.to_latex(results))
+    write("tables/matching.md", tables.to_markdown(*matching))
+    write("tables/results.tex", tables.to_latex(results, *own))
     images = {name: directory / "figures" / f"{name}_wide.png" for name in FIGURES if name not in left_out}
     written.append(_tensorboard(directory / "study", images, text))
-    write("report.html", report.page(study, drawn, left_out))  # last: its being there says that all of it is
+    page = report.page(study, drawn, left_out, [*found, *matching])
+    write("report.html", page)  # last: its being there says that all of it is
     return written
 
 
@@ -71,7 +77,7 @@ def _csv(rows: list[dict]) -> str:
 
 
 def _tensorboard(folder: Path, images: dict[str, Path], text: str) -> Path:
-    """The study's own run beside the training runs: every figure as an image and the table as text."""
+    """The study's own run beside the training runs: every figure as an image and the tables as text."""
     from torch.utils.tensorboard import SummaryWriter  # seconds to import, and nothing before this needs it
 
     for old in folder.glob("events.out.tfevents*"):

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from plots import tables
 from plots.figures import FIGURES
 from plots.results import Study, dig, number
+from plots.tables import Table, options_table
 
 MEANINGS = {
     "KV per token": "What the KV cache grows by for each further token, once every window is full: measured from the "
     "storages at two lengths, and computed by formula; the two must agree.",
     "constant": "What a sequence holds in the cache however long it grows: windows and recurrent states.",
+    "learning rate": "The peak of the schedule.",
     "val bits/byte": "Loss on held-out text in bits per byte of text; the only loss that compares across tokenizers.",
     "val nats/token": "The same loss per token; it depends on the tokenizer.",
     "decode ms/token": "Median time of one decode step, prefill excluded, caches allocated beforehand, after warm-up.",
@@ -25,26 +26,48 @@ MEANINGS = {
 }
 
 
-def page(study: Study, figures: list[dict], left_out: dict[str, str]) -> str:
-    """`figures`: name, title, caption and the SVG of both pages; `left_out`: figure -> why it could not be drawn."""
+FEW = 60  # rows of a figure's data that the report shows itself
+
+
+def page(study: Study, figures: list[dict], left_out: dict[str, str], result_tables: list[Table]) -> str:
+    """`figures`: name, title, caption, rows and the SVG of both pages; `left_out`: figure -> why it could not be drawn;
+    `result_tables`: as in tables/."""
     folder = FileSystemLoader(Path(__file__).parent)
     html = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html.filters["svg_uri"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
     return html.get_template("report.html.j2").render(
         study=study,
-        figures=figures,
+        figures=[figure | {"data": data_table(figure["rows"])} for figure in figures],
         left_out=[(FIGURES[name].title, why) for name, why in left_out.items()],
-        results=tables.results_table(study),
-        comparisons=tables.comparison_table(study),
-        matching=tables.matching_table(study),
-        rule=matching_rule(study),
+        tables=result_tables,
+        options=options_table(study),
         facts={title: flat(study.raw.get(key)) for title, key in FACTS.items()},
-        conclusions=conclusions(study),
+        findings=findings(study),
+        conclusions=[(about, [sentence]) for about, sentence in conclusions(study)],
         meanings=MEANINGS,
     )
 
 
 FACTS = {"Settings": "study_settings", "Corpus": "corpus", "Machine": "machine", "Versions": "versions"}
+
+
+def data_table(rows: list[dict]) -> Table | None:
+    """What a figure draws, where that is little enough to be read."""
+    if len(rows) > FEW:
+        return None
+    text = lambda value: "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)  # noqa: E731
+    numeric = [all(isinstance(row[key], int | float | None) for row in rows) for key in rows[0]]
+    align = "".join("r" if each else "l" for each in numeric)
+    return Table(list(rows[0]), [list(map(text, row.values())) for row in rows], align, [])
+
+
+def findings(study: Study) -> list[tuple[str, list[str]]]:
+    """(what it is about, sentences) of all figures' quantities, whether they could be drawn or not."""
+    found: dict[str, list[str]] = {}
+    for figure in FIGURES.values():
+        for about, sentence in figure.findings(study):
+            found.setdefault(about, []).append(sentence)
+    return list(found.items())
 
 
 def flat(value, key: str = "") -> list[tuple[str, str]]:
@@ -63,22 +86,11 @@ def flat(value, key: str = "") -> list[tuple[str, str]]:
     )
 
 
-def matching_rule(study: Study) -> str:
-    rule = study.raw.get("match") or dig(study.raw, "study_settings.match")
-    said = {
-        "ffn": "ffn: each variant's feed-forward layers are widened to the first variant's parameter count.",
-        "heads": "heads: each variant has the number of query heads that comes nearest to the first one's parameter "
-        "count, FFN and head sizes held; where every layer has KV heads that holds query plus KV heads.",
-        "none": "none: every variant is built as it is written; parameters may differ.",
-    }
-    return said.get(rule, str(rule) if rule else "The results do not say which rule matched the variants.")
-
-
 def conclusions(study: Study) -> list[tuple[str, str]]:
     """(what it is about, what may be said) for every claim that a reader might take from the figures."""
     return [
         ("Loss", loss_conclusion(study)),
-        *comparison_conclusions(study),
+        *chance_conclusions(study),
         ("Memory", memory_conclusion(study)),
         ("Speed", speed_conclusion(study)),
         ("Size", size_conclusion(study)),
@@ -87,7 +99,7 @@ def conclusions(study: Study) -> list[tuple[str, str]]:
 
 
 def loss_conclusion(study: Study) -> str:
-    means = {v.label: value for v in study.variants if (value := v.mean("loss.val_nats")) is not None}
+    means = {v.label: value for v in study.largest if (value := v.mean("loss.val_nats")) is not None}
     lost = [v.label for v in study.variants if len(v.values("loss.val_bpb")) < len(v.runs)]
     text = f" Without a finite loss in some run: {', '.join(lost)}." if lost else ""
     if len(means) > 1:
@@ -108,19 +120,12 @@ def loss_conclusion(study: Study) -> str:
     )
 
 
-def comparison_conclusions(study: Study) -> list[tuple[str, str]]:
-    verdicts: dict[str, list[str]] = {}
-    for entry in study.raw.get("comparisons") or []:
-        sentence = f"{entry.get('label')} against {entry.get('baseline')} ({entry.get('metric')})"
-        verdicts.setdefault(str(entry.get("verdict")), []).append(sentence)
-    told = [(f"Verdict: {verdict}", "; ".join(said) + ".") for verdict, said in verdicts.items()]
-    separated = sum(len(said) for verdict, said in verdicts.items() if verdict in ("lower", "higher"))
-    if separated and len(study.raw["comparisons"]) > 1:
-        many = len(study.raw["comparisons"])
-        told.append(
-            ("Chance", f"{many} comparisons, each at its own level: the more there are, the likelier a false one.")
-        )
-    return told
+def chance_conclusions(study: Study) -> list[tuple[str, str]]:
+    many, separated = len(study.comparisons), sum(each.separable for each in study.comparisons)
+    if many < 2 or not separated:
+        return []
+    said = f"{many} comparisons, {separated} separable, each at its own level: the more there are, the likelier a false"
+    return [("Chance", f"{said} one.")]
 
 
 def memory_conclusion(study: Study) -> str:
@@ -163,21 +168,22 @@ def size_conclusion(study: Study) -> str:
     counts = [count for v in study.variants if (count := number(v.first("params")))]
     if len(counts) < len(study.variants):
         return "Parameter counts are missing: nothing is known about whether the variants are of one size."
-    planned = dig(study.raw, "study_settings.variants")
-    baseline = str(planned[0].get("label", planned[0].get("arch"))) if planned else study.variants[0].label
-    if baseline not in [v.label for v in study.variants]:
-        return f"The first variant, {baseline}, to whose size the others were matched, has no results."
-    off = max(abs(count / counts[0] - 1) for count in counts)
+    if missing := sorted({v.baseline for v in study.variants} - set(study.labels)):
+        return f"The first variant, {', '.join(missing)}, to whose size the others were matched, has no results."
+    off = max(abs(v.first("params") / study.labels[v.baseline].first("params") - 1) for v in study.variants)
+    of = " of the same size" if len(study.sizes) > 1 else ""
     fair = "so parameter count explains no difference" if off <= 0.005 else "so a difference in loss may be one of size"
-    return f"Parameters differ by at most {100 * off:.2f} % from the first variant's, {fair}."
+    return f"Parameters differ by at most {100 * off:.2f} % from the first variant's{of}, {fair}."
 
 
 def reach_conclusion(study: Study) -> str:
-    params, seen = number(study.variants[0].first("params")), number(study.variants[0].first("train_tokens"))
-    if not params or not seen:
+    baselines = [variants[0] for variants in study.sizes.values()]
+    smallest_and_largest = baselines if len(baselines) == 1 else [baselines[0], baselines[-1]]
+    ends = [(number(v.first("params")), number(v.first("train_tokens"))) for v in smallest_and_largest]
+    if not all(params and tokens for params, tokens in ends):
         return "Nothing here speaks about larger models or longer training."
-    size, length = f"{params / 1e6:.3g} M parameters", f"{seen / 1e6:.3g} M training tokens"
-    return (
-        f"Models of {size} after {length} ({seen / params:.2g} a parameter): nothing here speaks about larger models "
-        "or longer training."
-    )
+    shapes = [
+        f"{params / 1e6:.3g} M parameters after {seen / 1e6:.3g} M training tokens ({seen / params:.2g} a parameter)"
+        for params, seen in ends
+    ]
+    return f"Models of {' to '.join(shapes)}: nothing here speaks about larger models or longer training."

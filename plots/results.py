@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from plots.style import Look
+from plots.style import Look, plain_text
 
 
 class ResultsError(ValueError):
@@ -31,12 +31,68 @@ def mean(values) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def tidy(label) -> str:
+    return " ".join(str(label).split())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A COMPARISON: mean over seeds of (label - baseline), paired by seed; no ends where there is one seed."""
+
+    label: str
+    baseline: str
+    metric: str
+    seeds: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    level: float
+    verdict: str
+
+    @classmethod
+    def of(cls, entry: dict) -> "Difference":
+        seeds, ends = entry.get("seeds"), [number(entry.get(key)) for key in ("mean_diff", "ci_low", "ci_high")]
+        count = len(seeds) if isinstance(seeds, list) else int(number(seeds) or 0)
+        names = tidy(entry.get("label")), tidy(entry.get("baseline")), str(entry.get("metric"))
+        if None in ends:
+            ends[1:] = None, None
+        return cls(*names, count, *ends, number(entry.get("level")) or 0.95, str(entry.get("verdict")))
+
+    @property
+    def separable(self) -> bool:
+        return self.low is not None and self.verdict in ("lower", "higher")
+
+    @property
+    def interval(self) -> str:
+        if self.low is None:
+            return f"n = {self.seeds}"
+        return f"{100 * self.level:g} % interval {self.low:+.4f} to {self.high:+.4f}, n = {self.seeds}"
+
+    def row(self) -> dict:
+        """The columns of a figure's CSV that hold a difference."""
+        ends = {"difference": self.mean, "difference_low": self.low, "difference_high": self.high}
+        return ends | {"difference_seeds": self.seeds}
+
+
 @dataclass(frozen=True)
 class Variant:
     label: str
     arch: str
+    family: str  # what the study calls it, before its lists are written out: gqa for gqa-4 and gqa-2
+    size: str  # empty where the study has models of one size
+    baseline: str  # the label it is matched to and compared with
     look: Look
     runs: list[dict]  # one record a seed
+
+    @property
+    def short(self) -> str:
+        """The label without the size."""
+        return without_size(self.label, self.size)
+
+    @property
+    def value(self) -> str:
+        """What tells it from the rest of its family."""
+        return self.short.removeprefix(self.family).lstrip("-")
 
     @property
     def seeds(self) -> int:
@@ -73,6 +129,10 @@ class Variant:
         }
 
 
+def without_size(label: str, size: str) -> str:
+    return label.removesuffix(f"-{size}") if size else label
+
+
 def all_or_none(flags: list) -> bool | None:
     """True if every seed says so, False if one denies it, None if a file does not say."""
     return None if any(flag is None for flag in flags) else all(flags)
@@ -99,6 +159,48 @@ class Study:
         return "1 seed" if high == 1 else f"mean of {low} seeds" if low == high else f"mean of {low} to {high} seeds"
 
     @cached_property
+    def labels(self) -> dict[str, Variant]:
+        return {variant.label: variant for variant in self.variants}
+
+    @cached_property
+    def sizes(self) -> dict[str, list[Variant]]:
+        """The variants of each size, smallest first; one entry, "", where the study has one size."""
+        sizes: dict[str, list[Variant]] = {}
+        for variant in self.variants:
+            sizes.setdefault(variant.size, []).append(variant)
+        return dict(sorted(sizes.items(), key=lambda item: number(item[1][0].first("params")) or 0))
+
+    @property
+    def shown_sizes(self) -> dict[str, list[Variant]]:
+        """At most four sizes, spread evenly: what figures with a panel a size have room for."""
+        items = list(self.sizes.items())
+        last = min(len(items), 4) - 1
+        return dict(items[round(index * (len(items) - 1) / last)] for index in range(last + 1)) if last else self.sizes
+
+    @property
+    def largest(self) -> list[Variant]:
+        return list(self.sizes.values())[-1]
+
+    def size_title(self, size: str) -> str:
+        params = number(self.sizes[size][0].first("params"))
+        return f"{size} ({plain_text(params, 3)})" if params else size
+
+    @cached_property
+    def comparisons(self) -> list[Difference]:
+        return [Difference.of(entry) for entry in self.raw.get("comparisons") or []]
+
+    @cached_property
+    def differences(self) -> dict[tuple[str, str], Difference]:
+        """(label, metric) -> its difference to the baseline; a metric is a path in the record's `loss`."""
+        details = [Difference.of(entry) for entry in self.raw.get("details") or []]
+        return {(each.label, each.metric): each for each in [*details, *self.comparisons]}
+
+    def difference_row(self, variant: Variant, metric: str) -> dict:
+        none = dict.fromkeys(("difference", "difference_low", "difference_high", "difference_seeds"))
+        found = self.differences.get((variant.label, metric))
+        return found.row() if found else none
+
+    @cached_property
     def reference(self) -> tuple[int, int] | None:
         """The largest batch x context that every variant was timed at."""
         common = set.intersection(*(set(variant.decode) for variant in self.variants))
@@ -118,29 +220,49 @@ def load(directory: Path) -> Study:
     runs = raw.get("runs") if isinstance(raw, dict) else None
     if not isinstance(runs, list):
         raise ResultsError(f'{path}: no list "runs" in it; {again}')
-    if not _objects(raw.get("comparisons")):
-        raise ResultsError(f'{path}: "comparisons" is not a list of objects; {again}')
+    for key in ("comparisons", "details", "bytes_for_baseline"):
+        if not _objects(raw.get(key)):
+            raise ResultsError(f'{path}: "{key}" is not a list of objects; {again}')
+    matching = raw.get("matching") or {}
+    if not isinstance(matching, dict) or not all(map(_objects, matching.values())):
+        raise ResultsError(f'{path}: "matching" does not map rules to lists of objects; {again}')
     if not runs:
         raise ResultsError(f"{path}: no finished runs in it; train first with `kvfrontier run` or `kvfrontier train`")
     for index, run in enumerate(runs):
         if problem := _problem(run):
             raise ResultsError(f"{path}: runs[{index}] {problem}; {again}")
-    prints = {run.get("corpus_fingerprint") for run in runs} | {dig(raw, "corpus.fingerprint")}
-    if len(prints - {None}) > 1:
-        raise ResultsError(f"{path}: runs on different corpora cannot be drawn together; evaluate each on its own")
+    study_wide = {"corpus_fingerprint": dig(raw, "corpus.fingerprint"), "match": raw.get("match"), "tokenizer": None}
+    for key, value in study_wide.items():
+        values = {json.dumps(each, sort_keys=True): None for each in (*(run.get(key) for run in runs), value) if each}
+        if len(values) > 1:
+            raise ResultsError(
+                f'{path}: runs that differ in "{key}" ({" and ".join(values)}) cannot be drawn together; evaluate each '
+                "on its own"
+            )
+    return Study(raw, _variants(raw, runs, path))
 
+
+def _variants(raw: dict, runs: list[dict], path: Path) -> list[Variant]:
     archs = list(dict.fromkeys([*map(str, raw.get("archs") or []), *(run["arch"] for run in runs)]))
+    planned = dig(raw, "study_settings.variants") or [{}]
+    first = tidy(planned[0].get("label") or planned[0].get("arch") or runs[0]["label"])
     by_label: dict[str, list[dict]] = {}
     for run in runs:
-        by_label.setdefault(" ".join(run["label"].split()), []).append(run)
+        by_label.setdefault(tidy(run["label"]), []).append(run)
     variants: list[Variant] = []
+    siblings: dict[str, list[str]] = {}  # of an architecture: a variant looks the same at every size
     for label, group in by_label.items():
-        arch = group[0]["arch"]
-        if any(run["arch"] != arch for run in group):
+        run, arch = group[0], group[0]["arch"]
+        if any(other["arch"] != arch for other in group):
             raise ResultsError(f"{path}: label {label!r} stands for two architectures; give each variant its own label")
-        siblings = sum(other.arch == arch for other in variants)
-        variants.append(Variant(label, arch, Look.of(archs.index(arch), siblings), group))
-    return Study(raw, variants)
+        size = tidy(run.get("size") or "")
+        short, known = without_size(label, size), siblings.setdefault(arch, [])
+        if short not in known:
+            known.append(short)
+        look = Look.of(archs.index(arch), known.index(short))
+        family, baseline = tidy(run.get("family") or short), tidy(run.get("baseline") or first)
+        variants.append(Variant(label, arch, family, size, baseline, look, group))
+    return variants
 
 
 def _problem(run) -> str | None:
@@ -160,6 +282,12 @@ def _problem(run) -> str | None:
         return 'has a "kv.stored_bytes" that does not map contexts to bytes'
     if not isinstance(run.get("options") or {}, dict):
         return 'has "options" that are not an object'
+    rates = dig(run, "tuning.rates")
+    if run.get("tuning") and not (isinstance(run["tuning"], dict) and rates and _objects(rates)):
+        return 'has a "tuning" without a list of objects "rates"'
+    for key in ("nats_at", "accuracy_at"):
+        if not all(str(at).isdigit() for at in dig(run, f"loss.{key}") or {}):
+            return f'has a "loss.{key}" whose keys are not counts'
     if not (_objects(run.get("decode")) and _objects(run.get("curve"))):
         return 'has a "decode" or "curve" that is not a list of objects'
     return None

@@ -9,6 +9,9 @@ import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
@@ -19,6 +22,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven to eight colours: a pair 
 FILLS = ("full", "left", "top", "right", "bottom")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 GREY = "#666666"
+CANVASES = {"pdf": FigureCanvasPdf, "svg": FigureCanvasSVG, "png": FigureCanvasAgg}
+PNG_DPI = 300
 
 RC = {
     "font.family": ["STIXGeneral", "DejaVu Sans"],  # both come with matplotlib: the same figure on every machine
@@ -53,7 +58,6 @@ RC = {
     "ps.fonttype": 42,
     "svg.fonttype": "path",
     "svg.hashsalt": "kvfrontier",
-    "savefig.dpi": 300,
     "figure.dpi": 100,
 }
 
@@ -105,12 +109,12 @@ def tokens_text(count: float) -> str:
     return f"{count:g}"
 
 
-def plain_text(value: float) -> str:
+def plain_text(value: float, digits: int = 4) -> str:
     """0.05, 3, 250, 12k, 1.5M (1000)."""
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= unit:
-            return f"{value / (unit if unit != 1e4 else 1e3):.4g}{name}"
-    return f"{value:.4g}"
+            return f"{value / (unit if unit != 1e4 else 1e3):.{digits}g}{name}"
+    return f"{value:.{digits}g}"
 
 
 def set_ticks(axis, places, text) -> None:
@@ -130,6 +134,14 @@ def octave_ticks(axis, candidates, text, inches: float, gap: float) -> None:
     set_ticks(axis, chosen, text)
 
 
+def measured_ticks(axis, values, text, inches: float, gap: float) -> None:
+    """Ticks at the values measured, on a log axis; an axis of one value gets an octave either side."""
+    values = sorted(set(values))
+    if len(values) == 1:
+        axis.set_view_interval(values[0] / 2, values[0] * 2, ignore=True)
+    octave_ticks(axis, values, text, inches, gap)
+
+
 def powers_of_two(low: float, high: float) -> list[int | float]:
     return [2**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
 
@@ -142,10 +154,10 @@ def decimal_ticks(axis, text=plain_text, at_most: int = 6) -> None:
         places = [digit * 10.0**power for power in decades for digit in digits if low <= digit * 10.0**power <= high]
         if len(places) <= at_most:
             break
-    if len(places) < 3:
+    if len(places) < 3 and high < 10 * low:
         places = [
             place
-            for place in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+            for place in MaxNLocator(at_most - 1, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
             if low <= place <= high and place > 0
         ]
     set_ticks(axis, places, text)
@@ -170,7 +182,10 @@ def render(fig: Figure, kind: str) -> bytes:
     if fig.get_layout_engine() is not None:
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
+    canvas = CANVASES[kind](fig)
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}[kind]
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format=kind, metadata=metadata)
+    buffer, dpi = io.BytesIO(), fig.dpi
+    fig.dpi = PNG_DPI if kind == "png" else 72
+    getattr(canvas, f"print_{kind}")(buffer, metadata=metadata)  # savefig would draw everything twice
+    fig.dpi = dpi
     return buffer.getvalue()

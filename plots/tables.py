@@ -3,11 +3,12 @@ LaTeX, and by the report's template as HTML). Every cell is escaped where it is 
 
 from dataclasses import dataclass
 
-from plots.results import Study, Variant, dig, number
+from plots.results import Study, Variant, dig, number, without_size
 from plots.style import bytes_text
 
 MISSING = "–"  # noqa: RUF001  an en dash, what papers print for "not measured"
 NOT_BOUND = "†"
+TUNED = "‡"
 LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -19,6 +20,7 @@ LATEX = {
     "|": r"\textbar{}",
     MISSING: "--",
     NOT_BOUND: r"$^{\dagger}$",
+    TUNED: r"$^{\ddagger}$",
 } | {sign: "\\" + sign for sign in "$&#_%"}
 MARKDOWN = {sign: "\\" + sign for sign in "\\`*_[]"} | {sign: f"&#{ord(sign)};" for sign in "<>&|~$"}
 
@@ -29,6 +31,7 @@ class Table:
     rows: list[list[str]]
     align: str  # one letter a column, l or r
     notes: list[str]
+    title: str = ""
 
 
 def latex(text: str) -> str:
@@ -68,11 +71,17 @@ def results_table(study: Study) -> Table:
         if at
         else []
     )
+    if tuned := [variant for variant in study.variants if variant.first("tuning")]:
+        seeds = sorted({str(variant.first("tuning.seed")) for variant in tuned})
+        notes.append(
+            f"{TUNED} Tuned for each variant: the best of the rates tried on seed {', '.join(seeds)}, which is none of "
+            "the seeds compared."
+        )
     if any(row[-3].endswith(NOT_BOUND) for row in rows):
         notes.append(f"{NOT_BOUND} Not bound by memory: launches, Python or arithmetic set the time.")
-    header = "variant,arch,parameters,FFN width,KV per token,constant,val bits/byte,val nats/token,"
+    header = "variant,arch,parameters,FFN width,KV per token,constant,learning rate,val bits/byte,val nats/token,"
     header += "decode ms/token,decode tokens/s,of memory roof,train tokens/s,seeds"
-    return Table(header.split(","), rows, "ll" + 11 * "r", notes)
+    return Table(header.split(","), rows, "ll" + 12 * "r", notes)
 
 
 def _row(variant: Variant, decode: dict) -> list[str]:
@@ -85,6 +94,7 @@ def _row(variant: Variant, decode: dict) -> list[str]:
         count_text(variant.first("options.ffn_width")),
         size_text(variant.first("kv.bytes_per_token")),
         size_text(variant.first("kv.constant_bytes")),
+        rate_text(variant),
         fixed_text(variant.mean("loss.val_bpb"), 4),
         fixed_text(variant.mean("loss.val_nats"), 4),
         figures_text(decode.get("token_ms")),
@@ -95,44 +105,81 @@ def _row(variant: Variant, decode: dict) -> list[str]:
     ]
 
 
+def rate_text(variant: Variant) -> str:
+    rates = sorted(set(variant.values("train.lr")))
+    return "; ".join(f"{rate:g}" for rate in rates) + TUNED * bool(variant.first("tuning")) if rates else MISSING
+
+
 def comparison_table(study: Study) -> Table | None:
     """Each variant against the study's baseline, None where the study made no comparison."""
     rows = []
-    for entry in study.raw.get("comparisons") or []:
-        seeds, level = entry.get("seeds"), number(entry.get("level"))
-        ends = [
-            f"{end:+.4f}" if (end := number(entry.get(key))) is not None else MISSING for key in ("ci_low", "ci_high")
-        ]
-        difference = number(entry.get("mean_diff"))
-        rows.append(
-            [
-                str(entry.get("label")),
-                str(entry.get("baseline")),
-                str(entry.get("metric")),
-                MISSING if difference is None else f"{difference:+.4f}",
-                MISSING if MISSING in ends else f"{ends[0]} to {ends[1]}" + (f" ({100 * level:g} %)" if level else ""),
-                str(len(seeds) if isinstance(seeds, list) else seeds),
-                str(entry.get("verdict")),
-            ]
-        )
+    for each in study.comparisons:
+        interval = f"{each.low:+.4f} to {each.high:+.4f} ({100 * each.level:g} %)" if each.low is not None else MISSING
+        difference = MISSING if each.mean is None else f"{each.mean:+.4f}"
+        rows.append([each.label, each.baseline, each.metric, difference, interval, str(each.seeds), each.verdict])
     header = ["variant", "against", "metric", "mean difference", "confidence interval", "seeds", "verdict"]
     note = "Differences are paired by seed; negative: lower than the baseline."
-    return Table(header, rows, "lllrrrl", [note]) if rows else None
+    return Table(header, rows, "lllrrrl", [note], "Differences to the baseline") if rows else None
 
 
-def matching_table(study: Study) -> Table:
-    """What the matching rule made of each variant, with every resolved option."""
-    base = number(study.variants[0].first("params"))
+RULES = {
+    "ffn": "FFN widths change until each variant has the parameters of the first",
+    "heads": "numbers of query heads change until each variant comes nearest to the parameters of the first, FFN held",
+    "none": "every variant as it is written",
+}
+
+
+def matching_tables(study: Study) -> list[Table]:
+    """What each rule makes of the study's variants, the rule in use first."""
+    used = study.raw.get("match") or dig(study.raw, "study_settings.match")
+    as_built = {
+        "params": "params", "ffn_width": "options.ffn_width", "heads": "options.heads",
+        "train_flops_per_token": "train.flops_per_token",
+    }  # fmt: skip
+    built = [{key: v.first(path) for key, path in as_built.items()} | {"label": v.label} for v in study.variants]
+    matching = study.raw.get("matching") or {used: built}
+    return [
+        _matching_table(study, rule, rows, rule == used)
+        for rule, rows in sorted(matching.items(), key=lambda item: item[0] != used)
+    ]
+
+
+def _matching_table(study: Study, rule: str | None, rows: list[dict], used: bool) -> Table:
+    sizes = sorted(filter(None, study.sizes), key=len, reverse=True)  # so that 1128x4 is not taken for 128x4
+    first: dict[str, dict] = {}
+    cells, failed = [], []
+    for row in rows:
+        label = str(row.get("label"))
+        base = first.setdefault(next((size for size in sizes if without_size(label, size) != label), ""), row)
+        if row.get("error"):
+            failed.append(f"{label}: {row['error']}")
+        params, base_params = number(row.get("params")), number(base.get("params"))
+        off = f"{100 * (params / base_params - 1):+.2f} %" if params is not None and base_params else MISSING
+        counts = [count_text(row.get(key)) for key in ("ffn_width", "heads", "params")]
+        flops = [ratio_text(row.get(key), base.get(key)) for key in ("train_flops_per_token", "score_flops_per_token")]
+        cells.append([label, *counts, off, *flops])
+    of = " of its size" if len(study.sizes) > 1 else ""
+    header = ["variant", "FFN width", "heads", "parameters", f"against the first{of}", "training FLOPs", "score FLOPs"]
+    notes = [
+        f"FLOPs: a token, relative to the first variant{of}. Score FLOPs: queries against keys and weights against "
+        "values, which no parameter count holds.",
+        *failed,
+    ]
+    said = f"Matching rule {rule}: {RULES.get(rule, '')}".rstrip(": ") if rule else "Shapes (matching rule not given)"
+    return Table(header, cells, "lrrrrrr", notes, said + (" (in use)" if used and rule else " (not used)" * bool(rule)))
+
+
+def ratio_text(value, base) -> str:
+    return f"{value / base:.3f}" if number(value) is not None and number(base) else MISSING
+
+
+def options_table(study: Study) -> Table:
+    """Every resolved option of each variant."""
     rows = []
     for variant in study.variants:
-        params, options = number(variant.first("params")), dig(variant.runs[0], "options") or {}
-        off = f"{100 * (params / base - 1):+.2f} %" if base and params is not None else MISSING
-        others = ", ".join(f"{key} {value}" for key, value in options.items() if key != "ffn_width")
-        rows.append(
-            [variant.label, variant.arch, count_text(options.get("ffn_width")), count_text(params), off, others]
-        )
-    header = ["variant", "arch", "FFN width", "parameters", "against the first", "options"]
-    return Table(header, rows, "llrrrl", [])
+        options = (variant.first("options") or {}).items()
+        rows.append([variant.label, variant.arch, ", ".join(f"{key} {value}" for key, value in options)])
+    return Table(["variant", "arch", "options"], rows, "lll", [], "Options of each variant, as built")
 
 
 def to_markdown(*tables: Table) -> str:
@@ -140,21 +187,26 @@ def to_markdown(*tables: Table) -> str:
     for table in tables:
         lines = [table.header, [{"l": "---", "r": "---:"}[side] for side in table.align], *table.rows]
         cells = [line if i == 1 else list(map(markdown, line)) for i, line in enumerate(lines)]
+        blocks.append(f"**{markdown(table.title)}**" if table.title else "")
         blocks.append("\n".join("| " + " | ".join(line) + " |" for line in cells))
         blocks.append("\n".join(markdown(note) + "  " for note in table.notes).rstrip())
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def to_latex(table: Table) -> str:
-    lines = [
-        r"% \usepackage{booktabs} in the preamble, then \input this file inside a table or table* environment.",
-        *("% " + note.replace(NOT_BOUND, "dagger:") for note in table.notes),
-        r"\begin{tabular}{" + table.align + "}",
-        r"\toprule",
-        *(" & ".join(map(latex, line)) + r" \\" for line in [table.header]),
-        r"\midrule",
-        *(" & ".join(map(latex, row)) + r" \\" for row in table.rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
+def to_latex(*tables: Table) -> str:
+    lines = [r"% \usepackage{booktabs} in the preamble, then \input this file inside a table or table* environment."]
+    for index, table in enumerate(tables):
+        marks = {NOT_BOUND: "dagger:", TUNED: "ddagger:"}
+        notes = ["".join(marks.get(sign, sign) for sign in note) for note in [table.title, *table.notes] if note]
+        lines += ["", r"\bigskip", ""] if index else []
+        lines += [
+            *("% " + note for note in notes),
+            r"\begin{tabular}{" + table.align + "}",
+            r"\toprule",
+            " & ".join(map(latex, table.header)) + r" \\",
+            r"\midrule",
+            *(" & ".join(map(latex, row)) + r" \\" for row in table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
     return "\n".join(lines) + "\n"

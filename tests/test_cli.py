@@ -170,6 +170,54 @@ def test_stages_one_by_one_and_by_the_directory_alone(folder, capsys):
     assert (snapshot(out), (out / "plan.json").read_text()) == before
 
 
+def test_families_tuned_rates_and_an_a_a_comparison_end_to_end(folder, capsys):
+    """The same variant under two labels is the same to the last bit, and not separable; everything is done once."""
+    out = folder / "tuned"
+    variants = [{"label": label, "arch": "mha"} for label in "ab"] + [{"arch": "gqa", "kv_heads": [2, 1]}]
+    train = STUDY["train"] | {"tokens": 512, "val_points": 2, "lr": [1e-3, 4e-3]}
+    study = write_study(folder, "tuned.yaml", variants=variants, train=train, seeds=[0, 1, 2])
+    assert kvf("eval", study, "--out", out) == 2
+    assert kvf("run", study, "--out", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [r["label"] for r in results["runs"] if r["seed"] == 0] == ["a", "b", "gqa-2", "gqa-1"]
+    a, b = ([r["loss"] for r in results["runs"] if r["label"] == label] for label in "ab")
+    assert a == b
+    assert {c["verdict"] for c in [*results["comparisons"], *results["details"]] if c["label"] == "b"} == {
+        "not separable"
+    }
+    for run in results["runs"]:
+        rates = {rate["lr"]: rate["val_bpb"] for rate in run["tuning"]["rates"]}
+        assert run["train"]["lr"] == min(rates, key=rates.get)
+        assert run["tuning"]["seed"] not in {0, 1, 2}
+    found = {entry["family"]: entry["labels"] for entry in results["bytes_for_baseline"]}
+    assert found == {"a": ["a"], "b": ["b"], "gqa": ["gqa-1", "gqa-2"]}
+    assert {row["label"] for row in results["matching"]["heads"]} == {"a", "b", "gqa-2", "gqa-1"}
+    for name in ("rates", "positions", "recall_hits"):
+        assert (out / "figures" / f"{name}.pdf").exists()
+    capsys.readouterr()
+    assert kvf("status", out) == 0
+    states = capsys.readouterr().out.splitlines()
+    assert "a lr 0.001  done" in states
+    assert {line.rsplit("  ", 1)[1] for line in states} == {"done"}
+    before = snapshot(out)
+    assert kvf("run", study, "--out", out) == 0
+    assert snapshot(out) == before
+
+
+def test_the_generated_recall_task_goes_through_the_same_stages(folder):
+    out = folder / "recall"
+    corpus, tokenizer = {"name": "mqar", "pairs": [1, 2]}, {"name": "ids", "vocab_size": 16}
+    study = write_study(folder, "recall.yaml", corpus=corpus, tokenizer=tokenizer, variants=STUDY["variants"][:2])
+    assert kvf("run", study, "--out", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["corpus"]["name"], results["corpus"]["pairs"]) == ("mqar", [1, 2])
+    assert {c["metric"] for c in results["comparisons"]} == {"val_bpb", "accuracy"}
+    assert all(run["loss"]["accuracy_at"].keys() == {"1", "2"} for run in results["runs"])
+    assert (out / "figures" / "recall.pdf").exists()
+    check = json.loads((out / "runs" / results["runs"][0]["label"] / "seed-0" / "record.json").read_text())
+    assert check == results["runs"][0]
+
+
 BAD = [
     ({"corpus": {"files": ["nothing/*.txt"]}}, "nothing/*.txt"),
     ({"corpus": {"files": ["texts"]}}, "'texts' is a folder"),

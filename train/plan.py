@@ -262,7 +262,7 @@ def expand(study: Study) -> Iterator[tuple[str, str, str, dict]]:
         if empty := [key for key, values in lists.items() if not values]:
             raise InputError(f"variants: {family}: {empty[0]} is an empty list; give it one value or more")
         for values in itertools.product(*lists.values()):
-            label = "-".join([family, *(str(value) for value in values)])
+            label = "-".join([family, *(str(value).lower() for value in values)])
             yield family, variant["arch"], label, own | dict(zip(lists, values, strict=True))
 
 

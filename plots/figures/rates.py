@@ -1,0 +1,116 @@
+"""Which learning rates were tried, and how close the choice was: a rate 10 to 25 % off moves the loss of a small model
+as much as a change of its attention does, so a comparison is worth what its rates are worth."""
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from plots import style
+from plots.drawing import (
+    Drawing,
+    Findings,
+    NotInResults,
+    Rows,
+    by_panel,
+    grouped,
+    label_outer,
+    legend_entries,
+    named,
+    panel_inches,
+    panels,
+    sizes_caption,
+)
+from plots.results import Study, number
+
+
+def rate_rows(study: Study) -> Rows:
+    rows = []
+    for variant in (variant for variants in study.shown_sizes.values() for variant in variants):
+        tuning = variant.first("tuning") or {}
+        for rate in tuning.get("rates", []):
+            lr, loss = number(rate.get("lr")), number(rate.get("val_bpb"))
+            if lr:
+                tried = {"tuning_seed": tuning.get("seed"), "lr": lr, "val_bpb": loss, "diverged": loss is None}
+                chosen = {"chosen": lr == variant.first("train.lr"), "best_at_edge": bool(tuning.get("at_edge"))}
+                rows.append({key: value for key, value in named(variant).items() if key != "seeds"} | tried | chosen)
+    if not rows:
+        raise NotInResults("no learning rates tried (`tuning`)")
+    return rows
+
+
+def draw_rates(rows: Rows, study: Study, width: float) -> Figure:
+    parts = by_panel(rows, study)
+    alone = len(parts) == 1
+    fig, axes = panels(width, len(parts), 1.9 if alone else 1.35, 2.5 if alone else 1.7)
+    for ax, (title, part) in zip(axes, parts, strict=True):
+        ax.set_xscale("log")
+        ax.set_title(title)
+        for index, (label, group) in enumerate(grouped(part, "label").items()):
+            look, tried = study.labels[label].look, [row for row in group if not row["diverged"]]
+            curve = [[row["lr"] for row in tried], [row["val_bpb"] for row in tried]]
+            ax.plot(*curve, color=look.color, linestyle=look.line, linewidth=0.9)
+            for row in group:
+                if row["diverged"]:  # a step lower for each variant, so that no mark hides another
+                    at, marks = (row["lr"], 1 - 0.07 * index), {"marker": "x", "color": look.color, "clip_on": False}
+                    ax.plot(*at, transform=ax.get_xaxis_transform(), linestyle="none", zorder=4, **marks)
+                else:
+                    marks = look.marks(hollow=True) | ({"markerfacecolor": look.color} if row["chosen"] else {})
+                    ax.plot(row["lr"], row["val_bpb"], linestyle="none", zorder=3, **marks)
+        ax.margins(0.1)
+        low, high = ax.get_ylim()
+        ax.set_ylim(top=high + 0.07 * sum(row["diverged"] for row in part) * (high - low))
+        rates = [row["lr"] for row in part]
+        if len(set(rates)) == 1:
+            ax.set_xlim(rates[0] / 2, rates[0] * 2)
+        style.octave_ticks(ax.xaxis, set(rates), lambda rate: f"{rate:.3g}", panel_inches(ax), 0.42)
+        ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    label_outer(axes, "learning rate", "val bits/byte" if len(axes) > 1 else "validation bits per byte\n(tuning seed)")
+    grey = {"color": style.GREY, "linestyle": "none"}
+    entries = legend_entries(rows, study)
+    for handle, _ in entries:
+        handle.set_fillstyle("full")  # as drawn: filled and hollow say what was chosen here
+    entries.append((Line2D([], [], marker="o", **grey), "filled: chosen"))
+    if any(row["diverged"] for row in rows):
+        entries.append((Line2D([], [], marker="x", **grey), "diverged"))
+    style.add_legend(fig, entries)
+    return fig
+
+
+def tuned_at_edge(study: Study) -> list[str]:
+    return [variant.label for variant in study.variants if (variant.first("tuning") or {}).get("at_edge")]
+
+
+def rate_caption(study: Study, rows: Rows) -> str:
+    seeds = ", ".join(sorted({str(row["tuning_seed"]) for row in rows}))
+    edge = tuned_at_edge(study)
+    said = f"the best lies at the edge of what was tried for {', '.join(edge)}" if edge else "no best lies at the edge"
+    return (
+        "Validation bits per byte at the end of training against learning rate (logarithmic axis), each tried once on "
+        f"seed {seeds}, which is none of the seeds compared. Filled: the rate that the variant was then compared with; "
+        f"{said}.{sizes_caption(study)}"
+    )
+
+
+def rate_findings(study: Study) -> Findings:
+    about = "Learning rate"
+    if edge := tuned_at_edge(study):
+        said = f"the best rate lies at the edge of what was tried for {', '.join(edge)}: a better one may lie beyond it"
+        return [(about, f"Warning: {said}.")]
+    if any(variant.first("tuning") for variant in study.variants) or len(study.variants) < 2:
+        return []
+    rates = sorted({rate for variant in study.variants for rate in variant.values("train.lr")})
+    if len(rates) > 1:
+        shared = f"the rates ({', '.join(f'{rate:g}' for rate in rates)}) were given, not tuned"
+    else:
+        shared = f"one learning rate{f' ({rates[0]:g})' if rates else ''} was used for all variants, tuned for none"
+    return [
+        (
+            about,
+            f"Warning: {shared}. Published best rates differ between variants, and a rate 10 to 25 % off moves the "
+            "loss as much as a variant does: a difference here may be one of learning rates. A list as `train.lr` "
+            "tunes.",
+        )
+    ]
+
+
+FIGURE = Drawing("rates", 100, "Learning rates tried", rate_rows, draw_rates, rate_caption, rate_findings)
