@@ -13,7 +13,6 @@ from types import ModuleType
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import eval
 from archs import Decoder, build
 from eval.speed import measure_roof
 from eval.subject import Subject
@@ -26,7 +25,7 @@ ROUNDS = 2  # of timing, all runs in each: a machine that is slow for a minute t
 
 
 def measures() -> list[ModuleType]:
-    names = sorted(module.name for module in pkgutil.iter_modules(eval.__path__))
+    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
     modules = [importlib.import_module(f"eval.{name}") for name in names]
     return [module for module in modules if hasattr(module, "measure")]
 

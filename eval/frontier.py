@@ -55,23 +55,23 @@ def bytes_for_baseline(records: Sequence[dict]) -> list[dict]:
 
 
 def crossing(curve: Curve, level: float) -> dict:
-    """{bytes_per_token, low, high, verdict}: where the curve comes down to zero; low and high None where the interval
-    goes on past the curve's end."""
+    """{bytes_per_token, low, high, verdict}: where the curve comes down to zero, and the t interval of that place.
+
+    low is None where the interval goes on below the smallest variant, and the largest variant's bytes where all of it
+    lies beyond; high is None where it goes on beyond the largest. One seed gives neither.
+    """
+    (start, first), (end, _) = curve[0], curve[-1]
     at = _first_at_zero(curve, 0.0)
-    n = len(curve[0][1])
     low = high = None
-    if n > 1:
-        half_widths = t_quantile((1 + level) / 2, n - 1) / math.sqrt(n)
+    if len(first) > 1:
+        half_widths = t_quantile((1 + level) / 2, len(first) - 1) / math.sqrt(len(first))
         low, high = _first_at_zero(curve, -half_widths), _first_at_zero(curve, half_widths)
-    start = curve[0][0]
-    verdict = "not reached" if at is None else "at most" if at == start else "reached"
-    if high is not None and high == start:
-        low = None
+        low = end if low is None else None if low == start else low
     return {
         "bytes_per_token": None if at is None else 2**at,
-        "low": None if low is None or low == start else 2**low,
+        "low": None if low is None else 2**low,
         "high": None if high is None else 2**high,
-        "verdict": verdict,
+        "verdict": "not reached" if at is None else "at most" if at == start else "reached",
     }
 
 

@@ -238,9 +238,11 @@ def measured(study: Study, entry: dict) -> list[float]:
 def need_interval(study: Study, entry: dict) -> str:
     """Open ends run past what was measured: they are written as beyond the family's smallest or largest variant."""
     low, high, kept = number(entry.get("low")), number(entry.get("high")), measured(study, entry)
-    if (low is None and high is None) or not kept:
+    if len(entry.get("seeds") or []) < 2 or not kept:
         return ""
     below, above = f"under {bytes_text(kept[0])}", f"over {bytes_text(kept[-1])}"
+    if high is None and low == kept[-1]:
+        return above
     return f"{bytes_text(low) if low is not None else below} to {bytes_text(high) if high is not None else above}"
 
 
@@ -258,8 +260,8 @@ def need(study: Study, entry: dict) -> str:
     share = f", {100 * value / of:.3g} % of its {bytes_text(of)}" if of else ""
     if entry.get("verdict") == "at most":
         return (
-            f"{family} needs at most {bytes_text(value)} per token for {baseline}'s loss{share}: its smallest variant "
-            f"is already as good ({bounds})."
+            f"{family} needs at most {bytes_text(value)} per token for {baseline}'s loss{share}: on the mean over "
+            f"seeds its smallest variant is already as good ({bounds})."
         )
     return f"{family} reaches {baseline}'s loss with {bytes_text(value)} per token{share} ({bounds})."
 

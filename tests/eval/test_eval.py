@@ -220,7 +220,11 @@ def test_what_differs_in_more_than_the_variant_is_never_compared(field, other):
 def test_the_crossing_is_interpolated_over_the_logarithm_of_the_bytes():
     curve = [(6.0, [0.3, 0.1]), (8.0, [-0.1, -0.3])]
     assert crossing(curve, 0.95)["bytes_per_token"] == pytest.approx(2**7)
-    assert crossing(curve[:1], 0.95) == {"bytes_per_token": None, "low": None, "high": None, "verdict": "not reached"}
+    beyond = crossing([(6.0, [0.31, 0.3])], 0.95)
+    assert beyond == {"bytes_per_token": None, "low": 64, "high": None, "verdict": "not reached"}
+    assert crossing([(6.0, [0.3])], 0.95) == beyond | {"low": None}
+    unsure = crossing([(6.0, [0.3, -0.2])], 0.95)
+    assert unsure == beyond | {"low": None}
     at_most = crossing([(8.0, [-0.2, -0.2]), (9.0, [-0.3, -0.3])], 0.95)
     assert (at_most["bytes_per_token"], at_most["verdict"], at_most["high"]) == (256, "at most", 256)
 
@@ -238,7 +242,7 @@ def test_at_the_ends_of_its_interval_a_t_interval_of_the_interpolated_difference
             (x0, before), (_, after) = curve[min(int(x), 2)], curve[min(int(x), 2) + 1]
             return [a + (x - x0) * (b - a) for a, b in zip(before, after, strict=True)]
 
-        if found["low"]:
+        if found["low"] and (found["high"] or t_interval(curve[-1][1], 0.95)[0] <= 0):
             assert t_interval(interpolated(found["low"]), 0.95)[0] == pytest.approx(0, abs=1e-9)
         if found["high"] and found["high"] > 1:
             assert t_interval(interpolated(found["high"]), 0.95)[1] == pytest.approx(0, abs=1e-9)
