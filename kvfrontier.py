@@ -171,11 +171,10 @@ def _write_plan(name: str, beside: Path, plan) -> None:
             "name": run.name,
             "directory": run.directory.relative_to(plan.directory).as_posix(),
             "key": run.key,
-            "eval_key": None if run in tuning else run.eval_key,
+            "eval_key": None if run.tunes else run.eval_key,
             "tokens": run.variant.tokens,
         }
-        for tuning in [plan.tuning_runs()]
-        for run in [*tuning, *plan.runs()]
+        for run in [*plan.tuning_runs(), *plan.runs()]
     ]
     waiting = [f"{v.label} seed {seed}" for v in plan.variants for seed in plan.study.seeds if not plan.run(v, seed)]
     content = {

@@ -8,17 +8,18 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from train.errors import InputError
+
 METRIC = "val_bpb"
 METRICS = METRIC, "accuracy"  # what a study is about; whatever else stands in a record's loss is detail
-LEVEL = 0.95
 SAME = "corpus_fingerprint", "tokenizer", "match"  # what two records must share to be compared
 
 
-class NotComparable(ValueError):
+class NotComparable(InputError):
     """Records that differ in more than their variant; the message names the field and both values."""
 
 
-def compare(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+def compare(records: Sequence[dict], level: float = 0.95) -> tuple[list[dict], list[dict]]:
     """A COMPARISON of each label with its baseline, over the seeds that both have: first those of METRICS, then, as
     details, those of every other number in the records' loss, named by its path."""
     check_comparable(records)
@@ -31,7 +32,7 @@ def compare(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
         metric: [
             found
             for label, baseline in baselines.items()
-            if label != baseline and (found := _comparison(of_label, metric, label, baseline))
+            if label != baseline and (found := _comparison(of_label, metric, label, baseline, level))
         ]
         for metric, of_label in values.items()
     }
@@ -41,7 +42,7 @@ def compare(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
 
 def check_comparable(records: Sequence[dict]) -> None:
     for field in SAME:
-        found = {json.dumps(record[field]): record for record in records}
+        found = {json.dumps(record[field], sort_keys=True): record for record in records}
         if len(found) > 1:
             (a, first), (b, second) = list(found.items())[:2]
             raise NotComparable(
@@ -55,27 +56,50 @@ def qualities(loss: dict, path: str = "") -> Iterator[tuple[str, float]]:
     for key, value in loss.items():
         if isinstance(value, dict):
             yield from qualities(value, f"{path}{key}.")
-        elif isinstance(value, float):
+        elif isinstance(value, float) and math.isfinite(value):
             yield path + key, value
 
 
-def _comparison(values: dict[str, dict[int, float]], metric: str, label: str, baseline: str) -> dict | None:
+def _comparison(
+    values: dict[str, dict[int, float]], metric: str, label: str, baseline: str, level: float
+) -> dict | None:
     seeds = sorted(values.get(label, {}).keys() & values.get(baseline, {}).keys())
     if not seeds:
         return None
     differences = [values[label][seed] - values[baseline][seed] for seed in seeds]
-    low, high = t_interval(differences, LEVEL) if len(seeds) > 1 else (None, None)
-    return {
-        "label": label,
-        "baseline": baseline,
-        "metric": metric,
-        "seeds": seeds,
-        "mean_diff": statistics.fmean(differences),
-        "ci_low": low,
-        "ci_high": high,
-        "level": LEVEL,
-        "verdict": verdict(low, high),
-    }
+    what = {"label": label, "baseline": baseline, "metric": metric, "seeds": seeds}
+    return what | mean_and_interval(differences, level)
+
+
+def gap_changes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
+    """How each variant's gap to the baseline changes from the size with the fewest parameters to that with the most:
+    the mean over seeds of (gap there - gap here), with its interval."""
+    sizes = {record["size"]: record["params"] for record in sorted(records, key=lambda r: r["params"])}
+    if len(sizes) < 2:
+        return []
+    first, *_, last = sizes
+    losses: dict[tuple[str, str], dict[int, float]] = {}  # (size, label without it) -> seed
+    for record in records:
+        if math.isfinite(record["loss"][METRIC]):
+            at = record["size"], record["label"].removesuffix(f"-{record['size']}")
+            losses.setdefault(at, {})[record["seed"]] = record["loss"][METRIC]
+    baseline, *others = dict.fromkeys(name for _, name in losses)
+    changes = []
+    for name in others:
+        here, base_here, there, base_there = (losses.get((s, n), {}) for s in (first, last) for n in (name, baseline))
+        seeds = sorted(set(here).intersection(base_here, there, base_there))
+        if seeds:
+            changed = [there[seed] - base_there[seed] - (here[seed] - base_here[seed]) for seed in seeds]
+            what = {"label": name, "baseline": baseline, "metric": METRIC, "sizes": [first, last], "seeds": seeds}
+            changes.append(what | mean_and_interval(changed, level))
+    return changes
+
+
+def mean_and_interval(differences: Sequence[float], level: float) -> dict:
+    """The part of a COMPARISON that follows from the difference of each seed."""
+    low, high = t_interval(differences, level) if len(differences) > 1 else (None, None)
+    mean = statistics.fmean(differences)
+    return {"mean_diff": mean, "ci_low": low, "ci_high": high, "level": level, "verdict": verdict(low, high)}
 
 
 def verdict(low: float | None, high: float | None) -> str:

@@ -16,11 +16,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from archs import Decoder, build
 from eval.speed import measure_roof
 from eval.subject import Subject
-from train.files import describe_machine, is_evaluated, read_record, write_json
+from train.files import describe_machine, is_evaluated, read_json, read_record, write_json
 from train.plan import Plan, Run, find_device, resolve_dtype
 from train.progress import StudyProgress
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FIRST_ROUND = "evaluation.json"  # in a run's directory between the rounds
 ROUNDS = 2  # of timing, all runs in each: a machine that is slow for a minute then does not decide between variants
 
 
@@ -34,10 +35,10 @@ def evaluate_runs(plan: Plan) -> list[str]:
     """Evaluates what is trained and not evaluated with these settings yet; returns a line for each run that failed."""
     device, dtype = find_device(), DTYPES[resolve_dtype(plan.study.eval.dtype)]
     pending = [run for run in plan.runs() if "train" in read_record(run) and not is_evaluated(run)]
-    measured: dict[Path, dict] = {run.directory: {} for run in pending}
-    failures = []
     once = [module for module in measures() if not getattr(module, "REPEATED", False)]
     repeated = [module for module in measures() if getattr(module, "REPEATED", False)]
+    measured: dict[Path, dict] = {run.directory: _first_round(run) for run in pending}
+    failures = []
     with StudyProgress("evaluating", len(pending) * (len(once) + ROUNDS * len(repeated))) as progress:
         roof = 0.0
         for turn in range(ROUNDS):
@@ -45,28 +46,46 @@ def evaluate_runs(plan: Plan) -> list[str]:
             for number, run in enumerate(pending, 1):
                 if run.directory not in measured:
                     continue
+                known = measured[run.directory]
+                if turn == 0 and known:  # an evaluation that was interrupted has got so far
+                    progress.skip(len(once) + len(repeated))
+                    continue
                 show = functools.partial(progress.show, f"{number}/{len(pending)} {run.name}", work=0)
                 try:
                     model = load_model(run).to(device)
-                    subject = Subject(model, plan.data, plan.study.eval, dtype, roof, show, measured[run.directory])
+                    subject = Subject(model, plan.data, plan.study.eval, dtype, roof, show, known)
                     for module in [] if turn else once:
-                        merge(subject.measured, module.measure(subject))
+                        merge(known, module.measure(subject))
                         progress.done += 1
                     model.to(dtype)
                     for module in repeated:
-                        merge(subject.measured, module.measure(subject))
+                        merge(known, module.measure(subject))
                         progress.done += 1
-                except (RuntimeError, OSError) as e:  # no memory, bytes that differ, a broken file: the others go on
+                except Exception as e:  # no memory, bytes that differ, a broken file or measure: the others go on
                     del measured[run.directory]
-                    failures.append(f"{run.name} could not be evaluated: {str(e).splitlines()[0]}")
+                    failures.append(f"{run.name} could not be evaluated: {_in_a_line(e)}")
                     progress.say(failures[-1])
                     continue
-                if turn == ROUNDS - 1:
-                    facts = run.settings() | {"eval_key": run.eval_key, "measured_on": describe_machine()}
-                    record = read_record(run) | measured[run.directory] | facts
-                    _log_hyperparameters(run, record)
-                    write_json(run.directory / "record.json", record)
+                if turn < ROUNDS - 1:
+                    write_json(run.directory / FIRST_ROUND, {"eval_key": run.eval_key, "measured": known})
+                    continue
+                facts = run.settings() | {"eval_key": run.eval_key, "measured_on": describe_machine()}
+                record = read_record(run) | known | facts
+                _log_hyperparameters(run, record)
+                write_json(run.directory / "record.json", record)
+                (run.directory / FIRST_ROUND).unlink(missing_ok=True)
     return failures
+
+
+def _first_round(run: Run) -> dict:
+    """What an interrupted evaluation with the same settings has measured; {} where there was none."""
+    found = read_json(run.directory / FIRST_ROUND)
+    return found["measured"] if found.get("eval_key") == run.eval_key else {}
+
+
+def _in_a_line(error: Exception) -> str:
+    said = str(error).splitlines()[0] if str(error) else ""
+    return said if isinstance(error, RuntimeError | OSError) and said else f"{type(error).__name__}: {said}"
 
 
 def merge(record: dict, measured: dict) -> None:

@@ -10,45 +10,45 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from eval.compare import LEVEL, METRIC, t_quantile
+from eval.compare import METRIC, t_quantile
 
-Curve = list[tuple[float, list[float]]]  # (log2 of the bytes, the difference of each seed), by rising bytes
+Curve = list[tuple[int, list[float]]]  # (bytes, the difference of each seed), by rising bytes
 
 
-def bytes_for_baseline(records: Sequence[dict]) -> list[dict]:
-    """One entry a family of variants and size; see DESIGN's words and the README for its keys."""
-    families: dict[tuple[str, str], dict[str, dict[int, dict]]] = {}
+def bytes_for_baseline(records: Sequence[dict], level: float = 0.95) -> list[dict]:
+    """An entry for each family of each size: what it is made of, what it is compared with, and its `crossing`."""
+    families: dict[tuple[str, str], dict[str, dict[int, dict]]] = {}  # -> label -> seed -> record
     for record in records:
-        family = families.setdefault((record["size"], record["family"]), {})
-        family.setdefault(record["label"], {})[record["seed"]] = record
+        if math.isfinite(record["loss"][METRIC]):
+            family = families.setdefault((record["size"], record["family"]), {})
+            family.setdefault(record["label"], {})[record["seed"]] = record
     by_label = {label: runs for family in families.values() for label, runs in family.items()}
     found = []
     for (size, family), labels in families.items():
-        first = next(iter(next(iter(labels.values())).values()))
-        baseline = by_label.get(first["baseline"])
+        of = {label: next(iter(runs.values())) for label, runs in labels.items()}
+        baseline = by_label.get(next(iter(of.values()))["baseline"])
         if not baseline:
             continue
         seeds = sorted(set(baseline).intersection(*labels.values()))
-        sized = {label: next(iter(runs.values()))["kv"]["bytes_per_token"] for label, runs in labels.items()}
-        if not seeds or min(sized.values()) <= 0:  # a cache that does not grow has no place on the axis
+        sizes = {label: record["kv"]["bytes_per_token"] for label, record in of.items()}
+        if not seeds or min(sizes.values()) <= 0:  # a cache that does not grow has no place on the axis
             continue
-        loss = lambda runs: [runs[seed]["loss"][METRIC] for seed in seeds]  # noqa: E731, B023
-        curve: dict[float, list[float]] = {}
-        for label in sorted(labels, key=sized.get):
-            differences = [a - b for a, b in zip(loss(labels[label]), loss(baseline), strict=True)]
-            x = math.log2(sized[label])
-            if x not in curve or statistics.fmean(differences) < statistics.fmean(curve[x]):
-                curve[x] = differences
+        curve: Curve = []
+        for label in sorted(labels, key=sizes.get):
+            if sizes[label] not in [n_bytes for n_bytes, _ in curve]:  # the study's first: none is chosen by its loss
+                losses = [(labels[label][seed]["loss"][METRIC], baseline[seed]["loss"][METRIC]) for seed in seeds]
+                curve.append((sizes[label], [own - base for own, base in losses]))
+        first = next(iter(baseline.values()))
         found.append(
             {
                 "family": family,
                 "size": size,
-                "baseline": first["baseline"],
-                "baseline_bytes_per_token": next(iter(baseline.values()))["kv"]["bytes_per_token"],
-                "labels": sorted(labels, key=sized.get),
+                "baseline": first["label"],
+                "baseline_bytes_per_token": first["kv"]["bytes_per_token"],
+                "labels": sorted(labels, key=sizes.get),
                 "seeds": seeds,
-                "level": LEVEL,
-                **crossing(sorted(curve.items()), LEVEL),
+                "level": level,
+                **crossing(curve, level),
             }
         )
     return found
@@ -68,15 +68,15 @@ def crossing(curve: Curve, level: float) -> dict:
         low, high = _first_at_zero(curve, -half_widths), _first_at_zero(curve, half_widths)
         low = end if low is None else None if low == start else low
     return {
-        "bytes_per_token": None if at is None else 2**at,
-        "low": None if low is None else 2**low,
-        "high": None if high is None else 2**high,
+        "bytes_per_token": at,
+        "low": low,
+        "high": high,
         "verdict": "not reached" if at is None else "at most" if at == start else "reached",
     }
 
 
 def _first_at_zero(curve: Curve, widths: float) -> float | None:
-    """The first place where mean + widths * deviation of the interpolated differences is zero or below."""
+    """The first bytes at which mean + widths * deviation of the interpolated differences is zero or below."""
     bound = lambda values: statistics.fmean(values) + widths * _deviation(values)  # noqa: E731
     if bound(curve[0][1]) <= 0:
         return curve[0][0]
@@ -91,7 +91,7 @@ def _first_at_zero(curve: Curve, widths: float) -> float | None:
         c = m0 * m0 - w2 * _covariance(before, before)
         for t in _roots(a, b, c) if widths else _roots(0.0, m1, m0):
             if 0 < t <= 1 and (m0 + m1 * t) * widths <= 1e-12 * abs(widths):
-                return x0 + t * (x1 - x0)
+                return x0 * (x1 / x0) ** t if t < 1 else x1
         if bound(after) <= 0:  # a root that rounding has put past 1
             return x1
     return None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from archs import VARIANTS
-from eval.compare import compare
+from eval.compare import compare, gap_changes
 from eval.frontier import bytes_for_baseline
 from train.files import is_evaluated, read_json, read_record, write_atomic, write_json
 from train.plan import Plan, matching_tables
@@ -22,7 +22,8 @@ def write_results(name: str, plan: Plan) -> int:
     records = [read_record(run) for run in plan.runs() if is_evaluated(run)]
     if not records:
         return 0
-    comparisons, details = compare(records)
+    level = plan.study.eval.level
+    comparisons, details = compare(records, level)
     results = {
         "study": name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -33,7 +34,8 @@ def write_results(name: str, plan: Plan) -> int:
         "study_settings": plan.study.settings(),
         "runs": records,
         "comparisons": comparisons,
-        "bytes_for_baseline": bytes_for_baseline(records),
+        "bytes_for_baseline": bytes_for_baseline(records, level),
+        "gap_changes": gap_changes(records, level),
         "details": details,
     }
     path = plan.directory / "results.json"

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from archs import Decoder
 from train.batches import IGNORED
-from train.data import RecallTask, TokenSet
 from train.module import token_nats
+from train.mqar import RecallTask
 from train.study import EvalConfig
+from train.tokens import TokenSet
 
 TOKENS_AT_ONCE = 8192
 

@@ -60,7 +60,7 @@ def draw(directory: Path) -> list[Path]:
     text = tables.to_markdown(*found)
     write("tables/results.md", text)
     write("tables/matching.md", tables.to_markdown(*matching))
-    write("tables/results.tex", tables.to_latex(results, *own))
+    write("tables/results.tex", tables.to_latex(*found))
     images = {name: directory / "figures" / f"{name}_wide.png" for name in FIGURES if name not in left_out}
     written.append(_tensorboard(directory / "study", images, text))
     page = report.page(study, drawn, left_out, [*found, *matching])

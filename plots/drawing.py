@@ -155,6 +155,8 @@ def draw_differences(ax: Axes, x: str, lines: dict[str, Rows], study: Study, asi
 def interval_caption(study: Study, rows: Rows, low: str = "difference_low", bars: str = "Bars") -> str:
     """What the bars of drawn differences are; without any, what that means."""
     counts = sorted({row["difference_seeds"] for row in rows if row[low] is not None})
+    if not counts and study.seeds[1] > 1:
+        return "No intervals: nothing is compared."
     if not counts:
         return "No intervals: with one seed nothing can be concluded from these differences."
     levels = sorted({100 * each.level for each in study.differences.values() if each.low is not None})
@@ -180,8 +182,8 @@ def difference_findings(study: Study, metric: str, about: str, quality: str, uni
             )
         else:
             found.append(
-                f"{each.label}: not separable from {each.baseline}: {each.mean:+.4f} {unit} ({each.interval}); so a "
-                f"difference larger than {max(abs(each.low), abs(each.high)):.4f} in either direction is excluded."
+                f"{each.label}: not separable from {each.baseline}: {each.mean:+.4f} {unit} ({each.interval}); at this "
+                f"level a difference larger than {max(abs(each.low), abs(each.high)):.4f} is excluded."
             )
     for baseline, said in single.items():
         found.append(

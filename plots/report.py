@@ -20,7 +20,8 @@ MEANINGS = {
     "decode ms/token": "Median time of one decode step, prefill excluded, caches allocated beforehand, after warm-up.",
     "decode tokens/s": "Tokens that the whole batch gains per second of decoding.",
     "of memory roof": "(Weights and KV bytes that one step must read) / step time / the read bandwidth measured on the "
-    "same device in the same run. Only near 100 % does saving bytes save time in proportion.",
+    "same device in the same run. Only near 100 % does saving bytes save time in proportion; more than that is "
+    "read from the processor's own caches.",
     "not bound by memory": "Launches, Python or arithmetic set the time of this point, not memory.",
     "train tokens/s": "Training throughput, for orientation: it depends on what else the machine did.",
 }

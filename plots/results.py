@@ -110,32 +110,29 @@ class Variant:
 
     @cached_property
     def decode(self) -> dict[tuple[int, int], dict]:
-        """(batch, context) -> means over seeds. Where one run timed several backends, the fastest one stands."""
-        points: dict[tuple[int, int], list[dict]] = {}
+        """(batch, context) -> the fastest timing, as speed depends on the shape and not on the seed.
+
+        `slowest_tokens_per_s` is that of the slowest seed, where there are several. Where a run timed several backends,
+        its fastest stands.
+        """
+        points: dict[tuple[int, int], dict[int, dict]] = {}
         for run in self.runs:
-            fastest = {}
             for entry in run.get("decode") or []:
                 if all((number(entry.get(key)) or 0) > 0 for key in ("batch", "context", "token_ms", "tokens_per_s")):
-                    at = entry["batch"], entry["context"]
-                    fastest[at] = max(fastest.get(at, entry), entry, key=lambda e: e["tokens_per_s"])
-            for at, entry in fastest.items():
-                points.setdefault(at, []).append(entry)
-        fields = ("token_ms", "token_ms_iqr", "tokens_per_s", "prefill_ms", "roof_fraction")
-        return {
-            at: {field: mean(entry.get(field) for entry in entries) for field in fields}
-            | {"memory_bound": all_or_none([entry.get("memory_bound") for entry in entries])}
-            | {"backend": ", ".join(sorted({str(entry.get("backend", "")) for entry in entries}))}
-            for at, entries in sorted(points.items())
-        }
+                    seeds = points.setdefault((entry["batch"], entry["context"]), {})
+                    seeds[run["seed"]] = max(seeds.get(run["seed"], entry), entry, key=lambda e: e["tokens_per_s"])
+        fields = ("token_ms", "token_ms_iqr", "tokens_per_s", "prefill_ms", "roof_fraction", "memory_bound", "backend")
+        found = {}
+        for at, seeds in sorted(points.items()):
+            speeds = {seed: entry["tokens_per_s"] for seed, entry in seeds.items()}
+            fastest = seeds[max(speeds, key=speeds.get)]
+            slowest = min(speeds.values()) if len(speeds) > 1 else None
+            found[at] = {field: fastest.get(field) for field in fields} | {"slowest_tokens_per_s": slowest}
+        return found
 
 
 def without_size(label: str, size: str) -> str:
     return label.removesuffix(f"-{size}") if size else label
-
-
-def all_or_none(flags: list) -> bool | None:
-    """True if every seed says so, False if one denies it, None if a file does not say."""
-    return None if any(flag is None for flag in flags) else all(flags)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ LaTeX, and by the report's template as HTML). Every cell is escaped where it is 
 
 from dataclasses import dataclass
 
-from plots.results import Study, Variant, dig, number, without_size
+from plots.results import Study, Variant, dig, number
 from plots.style import bytes_text
 
 MISSING = "–"  # noqa: RUF001  an en dash, what papers print for "not measured"
@@ -65,9 +65,12 @@ def size_text(value) -> str:
 def results_table(study: Study) -> Table:
     at = study.reference
     rows = [_row(variant, variant.decode[at] if at else {}) for variant in study.variants]
-    notes = [f"Losses, times and speeds: {study.seeds_text}. KiB, MiB: powers of 1024."]
+    notes = [f"Losses and training speeds: {study.seeds_text}. KiB, MiB: powers of 1024."]
     notes += (
-        [f"Decode at batch {at[0]}, context {at[1]:,}, the largest grid point that all variants were timed at."]
+        [
+            f"Decode at batch {at[0]}, context {at[1]:,}, the largest grid point that all variants were timed at"
+            + ("; of several seeds the fastest, as a shape's speed depends on none." if study.seeds[1] > 1 else ".")
+        ]
         if at
         else []
     )
@@ -145,12 +148,11 @@ def matching_tables(study: Study) -> list[Table]:
 
 
 def _matching_table(study: Study, rule: str | None, rows: list[dict], used: bool) -> Table:
-    sizes = sorted(filter(None, study.sizes), key=len, reverse=True)  # so that 1128x4 is not taken for 128x4
     first: dict[str, dict] = {}
     cells, failed = [], []
     for row in rows:
         label = str(row.get("label"))
-        base = first.setdefault(next((size for size in sizes if without_size(label, size) != label), ""), row)
+        base = first.setdefault(str(row.get("size", "")), row)
         if row.get("error"):
             failed.append(f"{label}: {row['error']}")
         params, base_params = number(row.get("params")), number(base.get("params"))

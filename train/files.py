@@ -13,7 +13,7 @@ PACKAGES = "kvfrontier", "torch", "lightning", "tiktoken", "tokenizers", "numpy"
 if TYPE_CHECKING:
     import torch
 
-    from train.study import Run
+    from train.plan import Run
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -21,7 +21,6 @@ from train.errors import InputError
 FORMAT = 1  # raised when the same settings give other sequences
 BLANK = 0
 CROWDING = 0.01  # exponent of the power law of a query's distance from the pairs
-HELD_OUT = 2**32  # no seed of a study
 
 
 class RecallTask:
@@ -58,14 +57,14 @@ class RecallTask:
     def validation(self, context: int, batch_size: int, limit: int) -> "RecallBatches":
         """Each number of pairs equally often, about `limit` tokens in all, the same for every variant and seed."""
         sequences = -(-max(1, limit // context) // len(self.pairs)) * len(self.pairs)
-        return RecallBatches(self, context, batch_size, HELD_OUT, sequences)
+        return RecallBatches(self, context, batch_size, 0, sequences)
 
 
 class RecallBatches(Dataset):
     """Item k is (inputs, targets), both (batch_size, context) int64, targets IGNORED but at the queries.
 
-    With `sequences` there are so many, and the bytes that the targets stand for are a third entry. Sequence n has the
-    n-th number of pairs, round and round, and depends on (seed, n) alone.
+    With `sequences` they are held-out ones, there are so many, and the bytes that the targets stand for are a third
+    entry. Sequence n has the n-th number of pairs, round and round, and depends on (seed, n) alone.
     """
 
     def __init__(self, task: RecallTask, context: int, batch_size: int, seed: int, sequences: int | None = None):
@@ -87,7 +86,7 @@ class RecallBatches(Dataset):
         return inputs, targets, int((targets != IGNORED).sum()) * self.task.token_bytes
 
     def _sequence(self, n: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((self.seed, n))
+        rng = np.random.default_rng((self.sequences is not None, self.seed, n))
         pairs, half = self.task.pairs[n % len(self.task.pairs)], self.task.n_vocab // 2
         keys = 1 + rng.choice(half - 1, pairs, replace=False)
         values = half + rng.integers(self.task.n_vocab - half, size=pairs)

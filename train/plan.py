@@ -26,6 +26,8 @@ from train.study import Study, check_label, variant_label
 from train.tokens import TokenSet
 from train.tuning import at_edge, best_rate, next_rate, tuning_seed
 
+MEASURES = Path(__file__).resolve().parent.parent / "eval"
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -57,6 +59,7 @@ class Run:
     eval_key: str  # of that and of what is measured
     directory: Path
     name: str
+    tunes: bool  # a learning rate; such a run is not evaluated
 
     def settings(self) -> dict:
         """What a record says of the run before anything is measured."""
@@ -92,6 +95,8 @@ class Plan:
         for variant in self.variants:
             while (rate := self._next_rate(variant)) is not None:
                 yield self._tuning_run(variant, rate)
+                if rate not in self._losses(variant):  # it failed in a way that says nothing of the rate
+                    break
         for seed in self.study.seeds:
             for variant in self.variants:
                 run = self.run(variant, seed)
@@ -125,17 +130,18 @@ class Plan:
     # Tuning
 
     def _tuning_run(self, variant: Variant, rate: float) -> Run:
-        where = self.directory / "tuning" / variant.label / f"lr-{rate:g}"
-        return self._run(variant, tuning_seed(self.study.seeds), rate, None, where, f"{variant.label} lr {rate:g}")
+        where = self.directory / "tuning" / variant.label / f"lr-{rate!r}"
+        name = f"{variant.label} lr {rate:g}"
+        return self._run(variant, tuning_seed(self.study.seeds), rate, None, where, name, tunes=True)
 
     def _losses(self, variant: Variant) -> dict[float, float]:
-        """Validation loss at the end of training for each rate that was tried; infinite where it failed."""
+        """Validation loss at the end of training for each rate that was tried; infinite where it diverged."""
         losses: dict[float, float] = {}
         for rate in self._candidates(variant, losses):
             record = read_record(self._tuning_run(variant, rate))
             if "train" in record:
                 losses[rate] = record["curve"][-1]["val_bpb"]
-            elif "failed" in record:
+            elif record.get("diverged"):
                 losses[rate] = math.inf
         return losses
 
@@ -162,7 +168,16 @@ class Plan:
 
     # Keys
 
-    def _run(self, variant: Variant, seed: int, lr: float, tuning: dict | None, directory: Path, name: str) -> Run:
+    def _run(
+        self,
+        variant: Variant,
+        seed: int,
+        lr: float,
+        tuning: dict | None,
+        directory: Path,
+        name: str,
+        tunes: bool = False,
+    ) -> Run:
         study, fingerprint = self.study, self.data.facts["fingerprint"]
         tokenizer = dataclasses.asdict(study.tokenizer)
         train = {"precision": self._precision, "lr": lr, "tokens": variant.tokens}
@@ -174,10 +189,12 @@ class Plan:
             "tokenizer": tokenizer,
             "train": dataclasses.asdict(study.train) | train,
         }
-        key = content_key(decides)
         facts = {"match": study.match, "corpus_fingerprint": fingerprint, "tokenizer": tokenizer, "tuning": tuning}
-        run = Run(variant, seed, lr, self._precision, **facts, key=key, eval_key="", directory=directory, name=name)
-        eval_key = content_key([run.settings(), dataclasses.asdict(study.eval), self._dtype, find_device().type])
+        where = {"directory": directory, "name": name, "tunes": tunes}
+        run = Run(variant, seed, lr, self._precision, **facts, key=content_key(decides), eval_key="", **where)
+        evaluated = dataclasses.asdict(study.eval) | {"level": None}  # of intervals: nothing is measured with it
+        measures = sorted(path.stem for path in MEASURES.glob("*.py"))  # a new one is new to every run
+        eval_key = content_key([run.settings(), evaluated, measures, self._dtype, find_device().type])
         return dataclasses.replace(run, eval_key=eval_key)
 
     @cached_property
@@ -202,7 +219,8 @@ def resolve_variants(study: Study, vocab_size: int) -> list[Variant]:
     for label, variant in _resolve(study, vocab_size):
         check_label(label)
         if isinstance(variant, ValueError):
-            raise InputError(f"variants: {'' if str(variant).startswith(label) else f'{label}: '}{variant}")
+            arch = str(variant).partition(":")[0]  # build names it
+            raise InputError(f"variants: {'' if arch == label else f'{label}: '}{variant}")
         if label in [other.label for other in resolved]:
             raise InputError(f"label {label!r} stands twice in the study, when lists and sizes are written out")
         resolved.append(variant)
@@ -211,9 +229,8 @@ def resolve_variants(study: Study, vocab_size: int) -> list[Variant]:
 
 def _resolve(study: Study, vocab_size: int) -> Iterator[tuple[str, Variant | ValueError]]:
     """(label, variant), or why it cannot be, for every variant of every size."""
-    for size in study.sizes or [{}]:
+    for size, name in zip(study.sizes or [{}], size_names(study), strict=True):
         model = {"vocab_size": vocab_size, **study.model, **{k: v for k, v in size.items() if k != "tokens"}}
-        name = f"{model['width']}x{model['layers']}" if size else ""
         tokens = size.get("tokens", study.train.tokens)
         baseline: Variant | None = None
         for family, arch, label, own in expand(study):
@@ -233,6 +250,19 @@ def _resolve(study: Study, vocab_size: int) -> Iterator[tuple[str, Variant | Val
             yield label, variant
 
 
+def size_names(study: Study) -> list[str]:
+    """Width x layers, and where that is not enough what else they differ in; empty for a study without sizes."""
+    if not study.sizes:
+        return [""]
+    sizes = [{"tokens": study.train.tokens, **study.model, **size} for size in study.sizes]
+    names = [f"{size['width']}x{size['layers']}" for size in sizes]
+    if len(set(names)) < len(names):
+        others = dict.fromkeys(key for size in study.sizes for key in size if key not in ("width", "layers"))
+        differing = [key for key in others if len({size.get(key) for size in sizes}) > 1]
+        names = ["-".join([n, *(f"{key}{s.get(key)}" for key in differing)]) for s, n in zip(sizes, names, strict=True)]
+    return names
+
+
 def matching_tables(study: Study, vocab_size: int) -> dict[str, list[dict]]:
     """What each matching rule would make of the study's variants, and what that costs in FLOPs a training token."""
     tables = {}
@@ -248,22 +278,26 @@ def matching_tables(study: Study, vocab_size: int) -> dict[str, list[dict]]:
                 "train_flops_per_token": 3 * model.flops_per_token(context),
                 "score_flops_per_token": 3 * model.score_flops(context),
             }
-            rows.append({"label": label} | widths | {"params": variant.params} | flops)
+            rows.append({"label": label, "size": variant.size} | widths | {"params": variant.params} | flops)
         tables[rule] = rows
     return tables
 
 
 def expand(study: Study) -> Iterator[tuple[str, str, str, dict]]:
-    """(family, arch, label, own options) of each variant, with every combination of the values in its lists."""
+    """(family, arch, label, own options) of each variant, with every combination of the values in its lists.
+
+    Numbers make a family, a curve over bytes; other values (`swa`, `gret`) make families of their own.
+    """
     for variant in study.variants:
-        family = variant_label(variant)
+        name = variant_label(variant)
         own = {key: value for key, value in variant.items() if key not in ("label", "arch")}
         lists = {key: value for key, value in own.items() if isinstance(value, list)}
         if empty := [key for key, values in lists.items() if not values]:
-            raise InputError(f"variants: {family}: {empty[0]} is an empty list; give it one value or more")
+            raise InputError(f"variants: {name}: {empty[0]} is an empty list; give it one value or more")
         for values in itertools.product(*lists.values()):
-            label = "-".join([family, *(str(value).lower() for value in values)])
-            yield family, variant["arch"], label, own | dict(zip(lists, values, strict=True))
+            label = "-".join([name, *(str(value).lower() for value in values)])
+            kinds = [str(value).lower() for value in values if type(value) not in (int, float)]
+            yield "-".join([name, *kinds]), variant["arch"], label, own | dict(zip(lists, values, strict=True))
 
 
 def _check_budget(study: Study, data: TokenSet | RecallTask, budgets: set[int]) -> None:
@@ -271,7 +305,7 @@ def _check_budget(study: Study, data: TokenSet | RecallTask, budgets: set[int]) 
     if batch % context:
         raise InputError(f"train.batch_tokens={batch} must be a multiple of model.context={context}")
     for tokens in budgets:
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < batch:
+        if tokens < batch:
             raise InputError(f"train.tokens={tokens} is less than one batch of train.batch_tokens={batch}")
     data.check(context)
 

@@ -7,6 +7,7 @@ when it has trained to the end, `record.json`. A run whose directory has another
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from train.data import TextData
 from train.files import device_name, read_json, write_atomic, write_json
 from train.module import LanguageModel
+from train.mqar import RecallTask
 from train.plan import Plan, Run, Variant, find_device
 from train.progress import StudyProgress
 from train.study import TrainConfig
@@ -55,9 +57,10 @@ def train_runs(plan: Plan) -> list[str]:
                 train_run(run, config, plan.data, progress, f"{number}/{number - 1 + len(left)} {run.name}")
             except (RuntimeError, ArithmeticError) as e:  # out of memory, not finite: the other runs go on
                 failure = f"{run.name} failed: {str(e).splitlines()[0]}"
-                write_json(run.directory / "record.json", {"key": run.key, "failed": failure})
+                diverged = isinstance(e, ArithmeticError)
+                write_json(run.directory / "record.json", {"key": run.key, "failed": failure, "diverged": diverged})
                 progress.say(failure)
-                if run.seed in plan.study.seeds:  # a learning rate that is too high is what tuning is to find out
+                if not (diverged and run.tunes):  # a learning rate that is too high is what tuning is to find out
                     failures.append(failure)
     return failures
 
@@ -74,7 +77,7 @@ def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     return steps // val_every * val_every, val_every
 
 
-def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProgress, name: str) -> None:
+def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progress: StudyProgress, name: str) -> None:
     """Trains one run from its last checkpoint, or from the start, to its end."""
     checkpoint = run.directory / "checkpoints" / "last.ckpt"
     tokens_done = 0
@@ -121,6 +124,9 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
     batches = TextData(data, context, config.batch_tokens // context, run.seed, config.val_tokens)
     trainer.fit(module, batches, ckpt_path=checkpoint if tokens_done else None, weights_only=True)
     trainer.save_checkpoint(checkpoint)
+    curve = metrics.curve()
+    if not math.isfinite(curve[-1]["val_nats"]):
+        raise FloatingPointError(f"the validation loss is {curve[-1]['val_nats']}; try a lower learning rate")
     write_json(
         run.directory / "record.json",
         {
@@ -132,9 +138,10 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet, progress: StudyProg
                 "seconds": module.train_seconds,
                 "lr": run.lr,
                 "device": device_name(trainer.strategy.root_device),
+                "threads": torch.get_num_threads(),
                 "flops_per_token": 3 * module.model.flops_per_token(context),
             },
-            "curve": metrics.curve(),
+            "curve": curve,
         },
     )
     if keep_going.signum:  # it came at the last step

@@ -65,6 +65,7 @@ class EvalConfig:
     loss_tokens: int
     decode: DecodeConfig
     dtype: Literal["auto", "bf16", "fp32"]
+    level: float
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,16 @@ def _check(study: Study) -> None:
     for size in study.sizes:
         if unknown := [key for key in size if key not in of_size]:
             raise InputError(f"sizes: unknown key {unknown[0]!r}; allowed: {', '.join(of_size)}")
+        if type(size.get("tokens", 1)) is not int:
+            raise InputError(f"sizes: tokens={size['tokens']!r}: must be a whole number, such as 20_000_000")
     if not study.variants:
         raise InputError("variants: at least one is needed, such as {label: mha, arch: mha}")
     for number, variant in enumerate(study.variants):
         if not isinstance(variant.get("arch"), str) or isinstance(variant.get("label"), bool):
             raise InputError(f"variants: entry {number} needs an arch, such as {{label: mha, arch: mha}}")
         check_label(variant_label(variant))
+        if odd := [key for key in variant if not isinstance(key, str)]:
+            raise InputError(f"variants: {variant_label(variant)}: {odd[0]!r} is no option; give names")
         for option, key in (("vocab_size", "tokenizer.vocab_size"), ("context", "model.context")):
             if option in variant:
                 raise InputError(f"variants: {option} is the same for all of them; set {key}")
@@ -215,6 +220,8 @@ def _check(study: Study) -> None:
         for value in above_0[name] if isinstance(above_0[name], list) else [above_0[name]]:
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise InputError(f"{name}={value}: must be above 0")
+    if study.eval.level >= 1:
+        raise InputError(f"eval.level={study.eval.level}: must be below 1, such as 0.95")
     for name, values in (
         ("label", [variant_label(v) for v in study.variants]),
         ("seed", study.seeds),

@@ -18,19 +18,19 @@ from plots.drawing import (
     panel_inches,
     panels,
 )
-from plots.results import Study
+from plots.results import Study, number
 
 
 def decode_rows(study: Study) -> Rows:
     rows = []
     for variant in (variant for variants in study.shown_sizes.values() for variant in variants):
         for (batch, context), point in variant.decode.items():
-            half = (point["token_ms_iqr"] or 0.0) / 2 / point["token_ms"]
-            speed = point["tokens_per_s"]
+            half = (number(point["token_ms_iqr"]) or 0.0) / 2 / point["token_ms"]
+            speed, slowest = point["tokens_per_s"], point["slowest_tokens_per_s"]
             ends = {
-                "tokens_per_s_low": speed / (1 + half),
-                "tokens_per_s_high": speed / max(1 - half, 0.1),
-            }  # finite, however noisy
+                "tokens_per_s_low": speed / (1 + half) if slowest is None else slowest,
+                "tokens_per_s_high": speed / max(1 - half, 0.1) if slowest is None else speed,  # finite, however noisy
+            }
             said = {key: point[key] for key in ("memory_bound", "backend")}
             rows.append(named(variant) | {"batch": batch, "context": context, "tokens_per_s": speed} | ends | said)
     if not rows:
@@ -117,9 +117,12 @@ def decode_caption(study: Study, rows: Rows) -> str:
     if as_dots(rows):
         against, axes, panel = "with the context held in the cache", "logarithmic axis", ["batch size", "context"]
     panel = " and ".join(["model size"] * (len(study.sizes) > 1) + panel)
+    bars = "Bars: interquartile range of the step time."
+    if study.seeds[1] > 1:
+        bars = "Of several seeds the fastest, as a shape's speed depends on none; bars reach to the slowest."
     return (
         f"Tokens decoded per second by the whole batch, prefill excluded, {against}; one panel a {panel}, each with "
-        f"its own scale; {axes}. Median ({study.seeds_text}); bars: interquartile range of the step time. {bound}"
+        f"its own scale; {axes}. Medians. {bars} {bound}"
     )
 
 

@@ -253,11 +253,16 @@ def need(study: Study, entry: dict) -> str:
     n, interval = len(entry.get("seeds") or []), need_interval(study, entry)
     level = number(entry.get("level")) or 0.95
     bounds = f"{100 * level:g} % interval {interval}, n = {n}" if interval else f"n = {n}"
+    if n > 1 and number(entry.get("low")) is None and number(entry.get("high")) is None:
+        return f"What {family} needs for {baseline}'s loss cannot be told from the variants measured ({bounds})."
     value, of = number(entry.get("bytes_per_token")), number(entry.get("baseline_bytes_per_token"))
     if value is None:
         up_to = f", up to {bytes_text(kept[-1])} per token" if kept else ""
         return f"{family} does not reach {baseline}'s loss with the variants measured{up_to} ({bounds})."
     share = f", {100 * value / of:.3g} % of its {bytes_text(of)}" if of else ""
+    labels = [study.labels[label] for label in entry.get("labels") or [] if label in study.labels]
+    if constant := max((variant.first("kv.constant_bytes") or 0 for variant in labels), default=0):
+        share += f", beside up to {bytes_text(constant)} a sequence however long it is"
     if entry.get("verdict") == "at most":
         return (
             f"{family} needs at most {bytes_text(value)} per token for {baseline}'s loss{share}: on the mean over "

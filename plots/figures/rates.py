@@ -1,6 +1,9 @@
 """Which learning rates were tried, and how close the choice was: a rate 10 to 25 % off moves the loss of a small model
 as much as a change of its attention does, so a comparison is worth what its rates are worth."""
 
+import statistics
+from itertools import pairwise
+
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -97,7 +100,7 @@ def rate_findings(study: Study) -> Findings:
         said = f"the best rate lies at the edge of what was tried for {', '.join(edge)}: a better one may lie beyond it"
         return [(about, f"Warning: {said}.")]
     if any(variant.first("tuning") for variant in study.variants) or len(study.variants) < 2:
-        return []
+        return [(about, sentence) for sentence in [coarseness(study)] if sentence]
     rates = sorted({rate for variant in study.variants for rate in variant.values("train.lr")})
     if len(rates) > 1:
         shared = f"the rates ({', '.join(f'{rate:g}' for rate in rates)}) were given, not tuned"
@@ -111,6 +114,35 @@ def rate_findings(study: Study) -> Findings:
             "tunes.",
         )
     ]
+
+
+def coarseness(study: Study) -> str:
+    """How sure the choice of rates is: the steps that were tried, against the scatter of losses over seeds."""
+    unsure, steps, tuned = [], set(), 0
+    for variant in study.variants:
+        tried = sorted(
+            (loss, rate["lr"])
+            for rate in (variant.first("tuning") or {}).get("rates") or []
+            if (loss := number(rate.get("val_bpb"))) is not None
+        )
+        losses = variant.values("loss.val_bpb")
+        if len(tried) < 2 or len(losses) < 2:
+            continue
+        tuned += 1
+        rates = sorted(rate for _, rate in tried)
+        steps |= {round(high / low, 2) for low, high in pairwise(rates)}
+        if tried[1][0] - tried[0][0] < statistics.stdev(losses):
+            unsure.append(variant.label)
+    if not tuned:
+        return ""
+    apart = " to ".join(f"{step:g}" for step in sorted({min(steps), max(steps)}))
+    said = f"Rates were tried a factor of {apart} apart, on one seed and on the held-out text that is compared on"
+    if not unsure:
+        return f"{said}; each best one leads by more than the standard deviation of the loss over seeds."
+    return (
+        f"{said}. For {len(unsure)} of {tuned} variants ({', '.join(unsure)}) the next best rate is within one "
+        "standard deviation over seeds: part of a difference may be one of rates."
+    )
 
 
 FIGURE = Drawing("rates", 100, "Learning rates tried", rate_rows, draw_rates, rate_caption, rate_findings)

@@ -16,7 +16,7 @@ from plots.drawing import (
     named,
     panels,
 )
-from plots.results import Study, Variant, number
+from plots.results import Difference, Study, number
 from plots.style import plain_text
 
 
@@ -72,27 +72,19 @@ def size_caption(study: Study, rows: Rows) -> str:
 
 
 def size_findings(study: Study) -> Findings:
+    """From `gap_changes`: whether a gap to the baseline grows or closes, by an interval of its own, paired by seed."""
     found = []
-    lines: dict[str, list[Variant]] = {}
-    for variant in (variant for variants in study.sizes.values() for variant in variants):
-        if (variant.label, "val_bpb") in study.differences:
-            lines.setdefault(variant.short, []).append(variant)
-    for name, variants in lines.items():
-        gaps = [study.differences[variant.label, "val_bpb"] for variant in variants]
-        if len(gaps) < 2 or any(gap.mean is None for gap in gaps) or not all(v.first("params") for v in variants):
-            continue
-        first, last = gaps[0], gaps[-1]
-        said = f"{name}: its gap to the baseline goes from " + " to ".join(
-            f"{gap.mean:+.4f} bits per byte at {variant.size}, {plain_text(variant.first('params'), 3)} parameters "
-            f"({gap.interval})"
-            for variant, gap in ((variants[0], first), (variants[-1], last))
-        )
-        if first.low is None or last.low is None:
-            said += "; one seed: nothing can be concluded about a trend."
-        elif first.low <= last.high and last.low <= first.high:
-            said += "; the intervals overlap: no trend with size can be concluded."
+    for entry in study.raw.get("gap_changes") or []:
+        change = Difference.of(entry)
+        first, last = entry["sizes"]
+        said = f"{change.label}: from {first} to {last} its difference to {change.baseline} changes by "
+        said += f"{change.mean:+.4f} bits per byte ({change.interval}): "
+        if change.low is None:
+            said += "one seed, so nothing can be concluded about a trend."
+        elif change.separable:
+            said += f"it is {change.verdict} at the larger size."
         else:
-            said += "; the intervals do not overlap: the gap changes with size."
+            said += "no trend with size can be separated from chance."
         found.append(("Gap by size", said))
     return found
 

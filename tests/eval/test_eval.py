@@ -11,7 +11,7 @@ import torch
 
 from archs import VARIANTS, build
 from eval import loss, recall, speed
-from eval.compare import NotComparable, compare, t_cdf, t_interval, t_quantile
+from eval.compare import NotComparable, compare, gap_changes, t_cdf, t_interval, t_quantile
 from eval.evaluate import measures
 from eval.frontier import bytes_for_baseline, crossing
 from eval.memory import CONTEXTS, BytesDiffer, measure_memory
@@ -193,6 +193,26 @@ def test_every_number_in_the_loss_is_compared_and_counts_are_not():
     assert [c["metric"] for c in details] == ["hit_nats", "nats_at.1", "nats_at.2"]
 
 
+def test_a_loss_that_is_not_finite_is_left_out_and_the_rest_is_compared():
+    records = [record(label, s, 1.0 if (label, s) != ("b", 1) else math.nan) for label in "abc" for s in range(3)]
+    main, _ = compare(records)
+    assert {c["label"]: c["seeds"] for c in main} == {"b": [0, 2], "c": [0, 1, 2]}
+    assert {entry["family"]: entry["seeds"] for entry in bytes_for_baseline(records)}["b"] == [0, 2]
+
+
+def test_the_change_of_the_gap_with_size_is_paired_by_seed_too():
+    records = []
+    for n, (size, gap) in enumerate({"s": 0.1, "m": 9.0, "l": 0.3}.items()):
+        for seed in (0, 1, 2):
+            records.append(record(f"a-{size}", seed, float(seed), size=size, params=n))
+            records.append(record(f"b-{size}", seed, seed + gap + 0.01 * seed * n, size=size, params=n))
+    (change,) = gap_changes(records)
+    assert (change["label"], change["baseline"], change["sizes"]) == ("b", "a", ["s", "l"])
+    assert change["mean_diff"] == pytest.approx(0.22)
+    assert (change["verdict"], change["seeds"]) == ("higher", [0, 1, 2])
+    assert gap_changes([r for r in records if r["size"] == "s"]) == []
+
+
 def test_each_size_has_a_baseline_of_its_own():
     bpb = {"a-s": 1.0, "b-s": 1.5, "a-l": 0.5, "b-l": 0.6}
     records = [
@@ -218,14 +238,14 @@ def test_what_differs_in_more_than_the_variant_is_never_compared(field, other):
 
 
 def test_the_crossing_is_interpolated_over_the_logarithm_of_the_bytes():
-    curve = [(6.0, [0.3, 0.1]), (8.0, [-0.1, -0.3])]
+    curve = [(64, [0.3, 0.1]), (256, [-0.1, -0.3])]
     assert crossing(curve, 0.95)["bytes_per_token"] == pytest.approx(2**7)
-    beyond = crossing([(6.0, [0.31, 0.3])], 0.95)
+    beyond = crossing([(64, [0.31, 0.3])], 0.95)
     assert beyond == {"bytes_per_token": None, "low": 64, "high": None, "verdict": "not reached"}
-    assert crossing([(6.0, [0.3])], 0.95) == beyond | {"low": None}
-    unsure = crossing([(6.0, [0.3, -0.2])], 0.95)
+    assert crossing([(64, [0.3])], 0.95) == beyond | {"low": None}
+    unsure = crossing([(64, [0.3, -0.2])], 0.95)
     assert unsure == beyond | {"low": None}
-    at_most = crossing([(8.0, [-0.2, -0.2]), (9.0, [-0.3, -0.3])], 0.95)
+    at_most = crossing([(256, [-0.2, -0.2]), (512, [-0.3, -0.3])], 0.95)
     assert (at_most["bytes_per_token"], at_most["verdict"], at_most["high"]) == (256, "at most", 256)
 
 
@@ -234,13 +254,13 @@ def test_at_the_ends_of_its_interval_a_t_interval_of_the_interpolated_difference
     reached = 0
     for _ in range(200):
         levels = sorted((draw.uniform(-0.1, 0.2) for _ in range(4)), reverse=True)
-        curve = [(float(x), [level + draw.gauss(0, 0.02) for _ in range(5)]) for x, level in enumerate(levels)]
+        curve = [(2**x, [level + draw.gauss(0, 0.02) for _ in range(5)]) for x, level in enumerate(levels)]
         found = crossing(curve, 0.95)
 
         def interpolated(n_bytes, curve=curve):
             x = math.log2(n_bytes)
-            (x0, before), (_, after) = curve[min(int(x), 2)], curve[min(int(x), 2) + 1]
-            return [a + (x - x0) * (b - a) for a, b in zip(before, after, strict=True)]
+            at = min(int(x), 2)
+            return [a + (x - at) * (b - a) for a, b in zip(curve[at][1], curve[at + 1][1], strict=True)]
 
         if found["low"] and (found["high"] or t_interval(curve[-1][1], 0.95)[0] <= 0):
             assert t_interval(interpolated(found["low"]), 0.95)[0] == pytest.approx(0, abs=1e-9)
@@ -258,7 +278,7 @@ def test_the_interval_of_the_crossing_covers_the_true_one():
     draw = random.Random(1)
     trials, covered = 2000, 0
     for _ in range(trials):
-        curve = [(x, [0.02 * (3 - x) + draw.gauss(0, 0.01) for _ in range(5)]) for x in (1.0, 3.0, 5.0)]
+        curve = [(2**x, [0.02 * (3 - x) + draw.gauss(0, 0.01) for _ in range(5)]) for x in (1, 3, 5)]
         found = crossing(curve, 0.95)
         covered += (found["low"] or 0) <= 8 <= (found["high"] or math.inf)
     assert covered / trials == pytest.approx(0.95, abs=0.015)

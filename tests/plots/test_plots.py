@@ -93,8 +93,8 @@ def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text",
     reached = {"verdict": "reached", "bytes_per_token": 340.0} | ({"low": 330.0} if seeds > 1 else {})
     mla, mqa = ([run["label"] for run in runs if run["family"] == name and run["seed"] == 0] for name in ("mla", "mqa"))
     shapes = [
-        {"label": run["label"], "ffn_width": 384, "heads": 4, "params": run["params"], "train_flops_per_token": 6e6}
-        | {"score_flops_per_token": 1e5 * (1 + (run["arch"] == "mla"))}
+        {"label": run["label"], "size": run["size"], "ffn_width": 384, "heads": 4, "params": run["params"]}
+        | {"train_flops_per_token": 6e6, "score_flops_per_token": 1e5 * (1 + (run["arch"] == "mla"))}
         for run in runs
         if run["seed"] == 0
     ]
@@ -104,7 +104,14 @@ def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text",
         "details": [each for path in made if path not in heads for each in made[path]],
         "bytes_for_baseline": [
             need | {"family": "mla", "labels": mla} | reached,
-            need | {"family": "mqa", "labels": mqa, "verdict": "not reached", "bytes_per_token": None},
+            need | {"family": "mqa", "labels": mqa, "verdict": "not reached", "bytes_per_token": None, "low": 128},
+            need | {"family": "gqa", "labels": mqa, "verdict": "at most", "bytes_per_token": 128},
+        ],
+        "gap_changes": [
+            {"label": "gqa-2", "baseline": "mha-16", "metric": "val_bpb", "sizes": list(sizes), "seeds": [0, 1, 2]}
+            | {"mean_diff": 0.01, "ci_low": low, "ci_high": 0.03, "level": 0.95, "verdict": verdict}
+            for low, verdict in ((-0.01, "not separable"), (0.005, "higher"))
+            if len(sizes) > 1
         ],
         "matching": {"none": shapes, "ffn": shapes, "heads": [{"label": "mla-64", "error": "cannot be done"}]},
     }
@@ -219,7 +226,7 @@ def test_the_same_results_give_the_same_bytes(hostile, tmp_path):
     before = dict(matplotlib.rcParams)
     written = plots.draw(put(tmp_path, bare_hostile()))
     assert dict(matplotlib.rcParams) == before
-    assert len(written) == len(set(written)) == 3 * 5 + 4  # three figures, two tables, the report, the event file
+    assert len(written) == len(set(written)) == 3 * 5 + 5  # three figures, three tables, the report, the event file
     for path in written:
         if path.parent.name != "study":  # event files hold the time of day
             assert path.read_bytes() == (hostile / path.relative_to(tmp_path)).read_bytes(), path.name
@@ -526,9 +533,10 @@ def test_tuned_rates_are_marked(studies):
 
 
 def test_bytes_for_the_baselines_loss_are_tabled(studies):
-    (mla, mqa) = frontier.need_table(studies["families"]).rows
+    mla, mqa, gqa = frontier.need_table(studies["families"]).rows
     assert mla == ["mla", "mha-16", "1 KiB", "340 B", "33.2 %", "330 B to over 576 B", "3", "mla-64, mla-32"]
-    assert mqa[3:7] == ["not reached", tables.MISSING, tables.MISSING, "3"]
+    assert mqa[3:7] == ["not reached", tables.MISSING, "over 128 B", "3"]
+    assert gqa[3:7] == ["at most 128 B", "12.5 %", "under 128 B to over 128 B", "3"]
 
 
 def test_the_matching_rule_in_use_comes_first(studies):
@@ -591,7 +599,7 @@ def test_findings_hold_every_comparison_with_its_interval_and_n(studies, name):
         assert each.baseline in sentence
         assert (" has a lower " in sentence or " has a higher " in sentence) == each.separable
         if not each.separable:
-            assert f"larger than {max(-each.low, each.high):.4f} in either direction is excluded" in sentence
+            assert f"larger than {max(-each.low, each.high):.4f} is excluded" in sentence
 
 
 def test_with_one_seed_no_finding_says_lower_or_higher(studies, five):
@@ -608,11 +616,15 @@ def test_findings_on_bytes_sizes_and_recall_hits(studies):
         "mla reaches mha-16's loss with 340 B per token, 33.2 % of its 1 KiB "
         "(95 % interval 330 B to over 576 B, n = 3)."
     ) in found
-    assert "mqa does not reach mha-16's loss with the variants measured, up to 128 B per token (n = 3)." in found
+    not_reached = "mqa does not reach mha-16's loss with the variants measured, up to 128 B per token"
+    assert f"{not_reached} (95 % interval over 128 B, n = 3)." in found
+    unknown = "What gqa needs for mha-16's loss cannot be told from the variants measured"
+    assert f"{unknown} (95 % interval under 128 B to over 128 B, n = 3)." in found
     assert any(sentence.startswith("gqa-2 against mha-16: higher on recall hits: +0.04") for sentence in found)
-    (gap,) = (s for s in said(studies["sizes"]) if s.startswith("gqa-2: its gap"))
-    assert "917k parameters" in gap
-    assert gap.endswith("the intervals overlap: no trend with size can be concluded.")
+    unsure, sure = (s for s in said(studies["sizes"]) if s.startswith("gqa-2: from 64x2 to 128x4"))
+    assert "+0.0100 bits per byte (95 % interval -0.0100 to +0.0300, n = 3)" in unsure
+    assert unsure.endswith("no trend with size can be separated from chance.")
+    assert sure.endswith("it is higher at the larger size.")
 
 
 def test_untuned_and_edge_rates_are_warned_of(studies, five):

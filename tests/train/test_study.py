@@ -63,6 +63,10 @@ WRONG = [
     ({"train": {"lr": "fast"}}, "train.lr"),
     ({"sizes": [{"depth": 3}]}, "sizes: unknown key 'depth'; allowed: tokens, width"),
     ({"sizes": [{"context": 3}]}, "sizes: unknown key 'context'"),
+    ({"sizes": [{"width": 64, "tokens": "many"}]}, "sizes: tokens='many': must be a whole number"),
+    ({"sizes": [{"width": 64, "tokens": [1, 2]}]}, "sizes: tokens=[1, 2]: must be a whole number"),
+    ({"variants": [{"arch": "mha", 5: 3}]}, "variants: mha: 5 is no option"),
+    ({"eval": {"level": 1.0}}, "eval.level=1.0: must be below 1"),
     ({"sizes": {"width": 3}}, "sizes"),
     ({"train": {"warmup_tokens": -1}}, "warmup_tokens=-1: must be at least 0"),
     ({"train": {"precision": "fp8"}}, "train.precision"),
@@ -234,7 +238,7 @@ def test_lists_become_families_with_every_combination_and_sizes_multiply_them():
     plain = resolve_variants(study(variants=variants), 300)
     labels = ["mha-32", "mha-16", "y-4-swa", "y-4-gret", "y-2-swa", "y-2-gret"]
     assert [v.label for v in plain] == labels
-    assert {v.family for v in plain} == {"mha", "y"}
+    assert [v.family for v in plain] == ["mha", "mha", "y-swa", "y-gret", "y-swa", "y-gret"]  # a curve over bytes each
     assert {v.baseline for v in plain} == {"mha-32"}
     assert [v.options["head_dim"] for v in plain[:2]] == [32, 16]
     sizes = [{"width": 96}, {"width": 192, "layers": 6, "tokens": 720_000}]
@@ -247,6 +251,13 @@ def test_lists_become_families_with_every_combination_and_sizes_multiply_them():
     }
 
 
+def test_sizes_of_one_shape_are_told_apart_by_what_else_differs():
+    one = [{"arch": "mha"}]
+    sizes = [{"width": 64}, {"width": 64, "tokens": 99_000}, {}]
+    labels = [v.label for v in resolve_variants(study(variants=one, sizes=sizes), 300)]
+    assert labels == [f"mha-64x4-tokens{study().train.tokens}", "mha-64x4-tokens99000", "mha-128x4-tokens360000"]
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -257,9 +268,8 @@ def test_lists_become_families_with_every_combination_and_sizes_multiply_them():
             {"variants": [{"arch": "gqa", "kv_heads": 2, "label": "x" * 60}], "sizes": [{"width": 100}]},
             "names a folder",
         ),
-        ({"sizes": [{"width": 64}, {"width": 64, "ffn_width": 9}]}, "'mha-64x4' stands twice"),
+        ({"sizes": [{"width": 64}, {"width": 64}]}, "'mha-64x4' stands twice"),
         ({"sizes": [{"width": 64, "tokens": 3}]}, "train.tokens=3 is less than one batch"),
-        ({"sizes": [{"width": 64, "tokens": "many"}]}, "train.tokens=many is"),
         ({"sizes": [{"width": "wide"}]}, "width='wide': must be a whole number"),
     ],
 )
@@ -291,7 +301,7 @@ def tried(plan, losses):
             break
         order.append((run.variant.label, run.lr))
         loss = losses(run.variant.label, run.lr)
-        record = {"failed": "diverged"} if loss is None else {"train": {}, "curve": [{"val_bpb": loss}]}
+        record = {"failed": "x", "diverged": True} if loss is None else {"train": {}, "curve": [{"val_bpb": loss}]}
         write_json(run.directory / "record.json", {"key": run.key} | record)
     return order
 
@@ -325,6 +335,14 @@ def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_
     assert chosen["mqa"].tuning["rates"][-1] == {"lr": 4e-3, "val_bpb": None}
     assert chosen["gqa"].lr == 2e-3 * 2**WIDENED_AT_MOST
     assert chosen["gqa"].tuning["at_edge"]
+
+
+def test_a_run_that_failed_for_another_reason_says_nothing_of_its_rate(data, tmp_path):
+    plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=[{arch: mha}]"), data, tmp_path)
+    for _ in range(2):  # the same command tries again, once
+        (run,) = (run for run in plan.to_train() if not write_json(run.directory / "record.json", {"key": run.key}))
+        assert run.lr == 1e-3
+    assert plan.runs() == plan.untunable() == []
 
 
 def test_a_generated_task_needs_its_own_tokenizer():
