@@ -15,14 +15,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
 
-from train.batches import TrainingBatches, ValidationBatches
 from train.corpus import Corpus
 from train.errors import InputError
 from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes
+
+if TYPE_CHECKING:
+    from train.batches import TrainingBatches, ValidationBatches
 
 FILES_FORMAT = 1
 BATCH_PIECES = 256
@@ -57,10 +60,14 @@ class TokenSet:
                     "and the token after it: give more text or a shorter context"
                 )
 
-    def training(self, context: int, batch_size: int, seed: int) -> TrainingBatches:
+    def training(self, context: int, batch_size: int, seed: int) -> "TrainingBatches":
+        from train.batches import TrainingBatches  # torch, which reading text needs not
+
         return TrainingBatches(self.train, context, batch_size, seed)
 
-    def validation(self, context: int, batch_size: int, limit: int) -> ValidationBatches:
+    def validation(self, context: int, batch_size: int, limit: int) -> "ValidationBatches":
+        from train.batches import ValidationBatches
+
         return ValidationBatches(self.val, self.token_bytes, context, batch_size, limit)
 
     @property
