@@ -139,7 +139,8 @@ def test_a_changed_value_redoes_what_it_touches(done, folder):
     variants = [dict(v) for v in STUDY["variants"]]
     changed = next(v for v in variants if "kv_rank" in v)
     changed["kv_rank"] += 8
-    assert kvf("run", write_study(folder, "changed.yaml", variants=variants), "--out", done) == 0
+    study = write_study(folder, "changed.yaml", variants=variants)
+    assert [kvf(stage, study, "--out", done) for stage in ("train", "eval")] == [0, 0]
     after = snapshot(done)
     retrained = {p.parts[-4] for p in before if p.name == "last.ckpt" and before[p] != after.get(p)}
     assert retrained == {changed["label"]}
@@ -163,7 +164,7 @@ def test_stages_one_by_one_and_by_the_directory_alone(folder, capsys):
     assert not (out / "report.html").exists()
     assert kvf("plot", out) == 0
     assert (out / "report.html").exists()
-    assert kvf("run", out, "--set", "eval.loss_tokens=128") == 0
+    assert kvf("eval", out, "--set", "eval.loss_tokens=128") == 0
     assert {r["loss"]["tokens"] for r in json.loads((out / "results.json").read_text())["runs"]} == {128}
     before = snapshot(out), (out / "plan.json").read_text()
     assert kvf("eval", out, "--set", "train.lr=1.0") == 2
