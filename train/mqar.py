@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from train.batches import IGNORED
 from train.errors import InputError
 
-FORMAT = 1  # raised when the same settings give other sequences
+FORMAT = 2  # raised when the same settings give other sequences
 BLANK = 0
 CROWDING = 0.01  # exponent of the power law of a query's distance from the pairs
 
