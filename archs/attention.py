@@ -11,14 +11,18 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Rope = tuple[Tensor, Tensor]
+# On Hopper cuDNN is the fastest for many queries; for one it would make a plan for each length.
+MANY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ONE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
 
-def rope_table(start: int, tokens: int, dim: int, base: float, device) -> Rope:
+def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device) -> Rope:
     """Cosine and sine (T, dim/2) in fp32 for positions from `start` (RoFormer, arXiv 2104.09864, section 3)."""
     frequency = base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / -dim)
-    angle = torch.arange(start, start + tokens, dtype=torch.float32, device=device)[:, None] * frequency
+    angle = (start + torch.arange(tokens, dtype=torch.float32, device=device))[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -50,23 +54,45 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwa
     value_size = v.shape[-1]
     if not q.is_cuda and k.shape[-1] > value_size:
         v = F.pad(v, (0, k.shape[-1] - value_size))
-    fp32 = q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    with torch.autocast("cpu", enabled=False) if fp32 else contextlib.nullcontext():
-        q, k, v = (x.float() if fp32 else x for x in (q, k, v))
+    if q.is_cuda:
+        context = sdpa_kernel(ONE if attn_mask is None and not kwargs.get("is_causal") else MANY, set_priority=True)
+    elif torch.is_autocast_enabled("cpu"):
+        context = torch.autocast("cpu", enabled=False)
+        q, k, v = q.float(), k.float(), v.float()
+    else:
+        context = contextlib.nullcontext()
+    with context:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **kwargs)[..., :value_size]
 
 
-def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention of the last T of S positions; query head h uses KV head h // (H/G). Returns (B, H, T, E)."""
+def attend(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor | None,
+    scale: float | None = None,
+    seen: Tensor | None = None,
+    value_size: int | None = None,
+) -> Tensor:
+    """Causal attention of the last T of S positions; query head h uses KV head h // (H/G). Returns (B, H, T, E).
+
+    Without values, the keys' first `value_size` columns are them. With `seen`, a number on the device, one token sees
+    the first `seen` of S slots, in a kernel of ours; else the kernel is torch's.
+    """
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
     q = q_BHTD.to(k_BGSD.dtype)
+    if seen is not None:
+        from archs.split_kv import split_kv_attention
+
+        out = split_kv_attention(q[:, :, 0], k_BGSD, v_BGSE, seen, scale or D**-0.5, value_size)
+        return out[:, :, None].to(q_BHTD.dtype)
+    v = k_BGSD if v_BGSE is None else v_BGSE  # the columns too many are cut off: equal sizes keep the fast kernels
     if T == 1:
-        out = sdpa(q.reshape(B, G, H // G, D), k_BGSD, v_BGSE, scale=scale)
-        return out.reshape(B, H, 1, -1).to(q_BHTD.dtype)
-    mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    out = sdpa(q, k_BGSD, v_BGSE, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=H != G)
-    return out.to(q_BHTD.dtype)
+        out = sdpa(q.reshape(B, G, H // G, D), k_BGSD, v, scale=scale).reshape(B, H, 1, -1)
+    else:
+        mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        out = sdpa(q, k_BGSD, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=H != G)
+    return out[..., :value_size].to(q_BHTD.dtype)
 
 
 def attend_window(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, window: int) -> Tensor:

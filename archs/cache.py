@@ -1,4 +1,7 @@
-"""KV caches: allocated once for `max_tokens`, written in place, read sliced to what they hold.
+"""KV caches: allocated once for `max_tokens`, written in place, read as far as they are filled.
+
+Where a token goes is a number (`start: int`), and what is held comes back as views cut to it. In a decode step that a
+CUDA graph replays it is a tensor on the device, and the whole storages come back with how much is filled, `seen`.
 
 The bytes a cache reports are those of its storages, found by walking whatever tensors it reaches, each storage once.
 A variant therefore cannot forget a buffer, and a cache shared by several layers counts once (YOCO, arXiv 2405.05254).
@@ -6,6 +9,7 @@ A variant therefore cannot forget a buffer, and a cache shared by several layers
 Shapes: B batch, G KV heads, S cached tokens, T new tokens, D head size.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,12 +23,23 @@ class FullCache:
     def __init__(self, batch_size: int, max_tokens: int, sizes: Sequence[tuple[int, int]], dtype, device):
         self.streams = [torch.zeros(batch_size, g, max_tokens, d, dtype=dtype, device=device) for g, d in sizes]
 
-    def append(self, start: int, *new_BGTD: Tensor) -> list[Tensor]:
-        """Writes T new tokens at `start`; returns views (B, G, start + T, D) of all that is now held."""
+    def append(self, start: int | Tensor, *new_BGTD: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Writes T new tokens (one, where `start` is a tensor) at `start`.
+
+        Returns views (B, G, start + T, D) of all that is now held, and None; or all slots, and how many are `seen`.
+        """
+        if isinstance(start, Tensor):
+            return _write(self.streams, start, new_BGTD), start + 1
         end = start + new_BGTD[0].shape[2]
         for stream, new in zip(self.streams, new_BGTD, strict=True):
             stream[:, :, start:end] = new
-        return [stream[:, :, :end] for stream in self.streams]
+        return [stream[:, :, :end] for stream in self.streams], None
+
+
+def _write(streams: list[Tensor], slot: Tensor, new_BG1D: Sequence[Tensor]) -> list[Tensor]:
+    for stream, new in zip(streams, new_BG1D, strict=True):
+        stream.index_copy_(2, slot, new.to(stream.dtype))
+    return streams
 
 
 class WindowCache:
@@ -35,11 +50,13 @@ class WindowCache:
         shape = batch_size, kv_heads, self.slots, head_dim
         self.streams = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
 
-    def append(self, start: int, *new_BGTD: Tensor) -> list[Tensor]:
+    def append(self, start: int | Tensor, *new_BGTD: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Writes T new tokens at `start`; of more than a ring's worth only the last are kept.
 
-        Returns the keys and values held, in slot order: attention by a query that sees all of them needs no other.
+        Returns what FullCache does, in slot order: attention by a query that sees all that is held needs no other.
         """
+        if isinstance(start, Tensor):
+            return _write(self.streams, start % self.slots, new_BGTD), (start + 1).clamp(max=self.slots)
         T = new_BGTD[0].shape[2]
         kept = min(T, self.slots)
         slot = (start + T - kept) % self.slots
@@ -48,7 +65,7 @@ class WindowCache:
             new = new[:, :, T - kept :]
             stream[:, :, slot : slot + first] = new[:, :, :first]
             stream[:, :, : kept - first] = new[:, :, first:]
-        return [stream[:, :, : start + T] for stream in self.streams]
+        return [stream[:, :, : start + T] for stream in self.streams], None
 
     def recent(self, start: int, count: int) -> list[Tensor]:
         """The last `count` tokens (or as many as are held) before `start`, in order: (B, G, count, D) each."""
@@ -68,6 +85,7 @@ class Cache:
     """What a batch of sequences holds in all layers of a model. Made by `model.new_cache`.
 
     `length` is the number of tokens held, `nbytes` the bytes of all storages, `parts` what the layers wrote them to.
+    `step` is the decode step recorded on these storages, where there is one.
     """
 
     def __init__(self, parts: list, batch_size: int, max_tokens: int):
@@ -75,6 +93,7 @@ class Cache:
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.length = 0
+        self.step: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +105,13 @@ class Cache:
         self.length = 0
         for tensor in _tensors(self.parts):
             tensor.zero_()
+
+    def rows(self, first: int, count: int) -> "Cache":
+        """`count` of the sequences, from `first` on, in the same storages."""
+        part = copy.deepcopy(self.parts, memo={id(t): t[first : first + count] for t in _tensors(self.parts)})
+        cache = Cache(part, min(count, self.batch_size - first), self.max_tokens)
+        cache.length = self.length
+        return cache
 
     def check_room(self, batch_size: int, tokens: int) -> None:
         if batch_size != self.batch_size:

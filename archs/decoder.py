@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
+from archs.graph import GraphedStep
 
 NORM_EPS = 1e-6
+AT_ONCE = 2**17  # tokens in a layer during prefill
 
 
 def option(default: Any = dataclasses.MISSING, *, at_least: float = 1, below: float = 2**31) -> Any:
@@ -138,7 +140,8 @@ class Decoder(nn.Module):
     """A language model whose layers `layer_attention` makes; see the module's docstring.
 
     An attention layer is called as `layer(x_BTW, rope)` for training, and as `layer(x_BTW, rope, part, start)` to
-    append T tokens from position `start` to its part of the cache; a projection named `out` ends it.
+    append T tokens from position `start` (a tensor: one token, at a place that the device knows) to its part of the
+    cache; a projection named `out` ends it.
     """
 
     Options: ClassVar[type] = Options
@@ -173,16 +176,36 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def prefill(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
-        """Appends T tokens to the cache; logits (B, V) of the last. ValueError if the cache has no room for them."""
+        """Appends T tokens to the cache; logits (B, V) of the last. ValueError if the cache has no room for them.
+
+        Sequences go through the layers a few at a time, so that what a layer makes of them stays small.
+        """
         B, T = tokens_BT.shape
         cache.check_room(B, T)
-        x_BW = self.hidden(self.embed(tokens_BT), cache)[:, -1]
+        rows = max(1, AT_ONCE // T)
+        logits = [
+            self.append(tokens_BT[row : row + rows], cache.rows(row, rows), cache.length) for row in range(0, B, rows)
+        ]
         cache.length += T
-        return self.unembed(self.norm(x_BW))
+        return torch.cat(logits)
 
+    @torch.no_grad()
     def decode(self, tokens_B: Tensor, cache: Cache) -> Tensor:
-        """Appends one token to each sequence; logits (B, V)."""
-        return self.prefill(tokens_B[:, None], cache)
+        """Appends one token to each sequence; logits (B, V). On a GPU the step is a CUDA graph, recorded once a cache.
+
+        The graph holds the addresses of the weights: they may change in place, not move, while the cache is used.
+        """
+        if not GraphedStep.supports(tokens_B):
+            return self.prefill(tokens_B[:, None], cache)
+        cache.check_room(len(tokens_B), 1)
+        cache.step = cache.step or GraphedStep(cache.batch_size, tokens_B.device)
+        logits_BV = cache.step(self, tokens_B, cache)
+        cache.length += 1
+        return logits_BV
+
+    def append(self, tokens_BT: Tensor, cache: Cache, start: int | Tensor) -> Tensor:
+        """Runs T tokens from position `start` on; logits (B, V) of the last."""
+        return self.unembed(self.norm(self.hidden(self.embed(tokens_BT), cache, start)[:, -1]))
 
     def new_cache(
         self,
@@ -200,15 +223,14 @@ class Decoder(nn.Module):
             parts = self.new_parts(batch_size, max_tokens, dtype or weight.dtype, device or weight.device)
         return Cache(parts, batch_size, max_tokens)
 
-    def hidden(self, x_BTW: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(self, x_BTW: Tensor, cache: Cache | None = None, start: int | Tensor = 0) -> Tensor:
         """The residual stream after the last layer; with a cache at least the last position of it."""
-        start = cache.length if cache else 0
         rope = self.rope(x_BTW, start)
         for layer, block in enumerate(self.blocks):
             x_BTW = block(x_BTW, rope, cache.parts[layer], start) if cache else block(x_BTW, rope)
         return x_BTW
 
-    def rope(self, x_BTW: Tensor, start: int) -> Rope:
+    def rope(self, x_BTW: Tensor, start: int | Tensor) -> Rope:
         return rope_table(start, x_BTW.shape[1], self.options.rotary_dim, self.options.rope_base, x_BTW.device)
 
     # What it costs

@@ -23,17 +23,18 @@ class GroupedAttention(nn.Module):
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, cache: FullCache | None = None, start: int = 0) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, cache: FullCache | None = None, start: int | Tensor = 0) -> Tensor:
         qk_BXTD, v_BGTD = split_heads(self.qkv(x_BTW), self.heads + self.kv_heads, self.kv_heads)
         q_BHTD, k_BGTD = rotate(qk_BXTD, rope).split((self.heads, self.kv_heads), dim=1)
         return self.out(merge_heads(self.attend(q_BHTD, k_BGTD, v_BGTD, cache, start)))
 
     def attend(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, cache: FullCache | None = None, start: int = 0
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, cache: FullCache | None = None, start: int | Tensor = 0
     ) -> Tensor:
+        seen = None
         if cache:
-            k_BGTD, v_BGTD = cache.append(start, k_BGTD, v_BGTD)
-        return attend(q_BHTD, k_BGTD, v_BGTD)
+            (k_BGTD, v_BGTD), seen = cache.append(start, k_BGTD, v_BGTD)
+        return attend(q_BHTD, k_BGTD, v_BGTD, seen=seen)
 
 
 @dataclass(kw_only=True)

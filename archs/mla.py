@@ -49,18 +49,21 @@ class LatentAttention(nn.Module):
         self.kv_up = nn.Linear(o.kv_rank, o.heads * (o.nope_dim + o.v_dim), bias=False)
         self.out = nn.Linear(o.heads * o.v_dim, o.width, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, cache: FullCache | None = None, start: int = 0) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, cache: FullCache | None = None, start: int | Tensor = 0) -> Tensor:
         o = self.o
         (q_BHTX,) = split_heads(self.q_up(self.q_norm(self.q_down(x_BTW)) if o.q_rank else x_BTW), o.heads)
         q_nope_BHTN, q_rope_BHTP = q_BHTX.split((o.nope_dim, o.rope_dim), dim=-1)
         q_rope_BHTP = rotate(q_rope_BHTP, rope)
         latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.kv_rank, o.rope_dim), dim=-1)
         kept_B1SX = torch.cat((self.kv_norm(latent_BTR), rotate(k_rope_BTP, rope).to(latent_BTR.dtype)), -1)[:, None]
+        queries, seen = (q_nope_BHTN, q_rope_BHTP), None
         if cache:
-            (kept_B1SX,) = cache.append(start, kept_B1SX)
-        absorb = cache and self.absorbing_is_cheaper(x_BTW.shape[1], kept_B1SX.shape[2])
-        form = self.absorbed if absorb else self.materialised
-        return self.out(merge_heads(form(q_nope_BHTN, q_rope_BHTP, kept_B1SX)))
+            (kept_B1SX,), seen = cache.append(start, kept_B1SX)
+        if seen is not None or (cache and self.absorbing_is_cheaper(x_BTW.shape[1], kept_B1SX.shape[2])):
+            out_BHTE = self.absorbed(*queries, kept_B1SX, seen)
+        else:
+            out_BHTE = self.materialised(*queries, kept_B1SX)
+        return self.out(merge_heads(out_BHTE))
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """Compares the FLOPs of both forms for T queries over S cached tokens."""
@@ -77,19 +80,17 @@ class LatentAttention(nn.Module):
         k_BHSD = torch.cat((k_nope_BHSN, k_rope_BSP[:, None].expand(-1, o.heads, -1, -1)), dim=-1)
         return attend(torch.cat((q_nope_BHTN, q_rope_BHTP), dim=-1), k_BHSD, v_BHSE, self.scale)
 
-    def absorbed(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, kept_B1SX: Tensor) -> Tensor:
-        """Attention on the latent itself, as keys and as values of one KV head; (B, H, T, E).
-
-        The rotary part rides along as value columns that are cut off: equal key and value sizes and one tensor for both
-        keep torch's fast kernels usable.
-        """
+    def absorbed(
+        self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, kept_B1SX: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
+        """Attention on the latent itself, as keys and as values of one KV head; (B, H, T, E)."""
         o = self.o
         up_HXR = self.kv_up.weight.view(o.heads, o.nope_dim + o.v_dim, o.kv_rank)
         k_up_HNR, v_up_HER = up_HXR.split((o.nope_dim, o.v_dim), dim=1)
         # einsum, not @: batched over heads, it does not copy the weights for each sequence.
         q_latent_BHTR = torch.einsum("bhtn,hnr->bhtr", q_nope_BHTN, k_up_HNR)
         q_BHTX = torch.cat((q_latent_BHTR, q_rope_BHTP), dim=-1)
-        latent_BHTR = attend(q_BHTX, kept_B1SX, kept_B1SX, self.scale)[..., : o.kv_rank]
+        latent_BHTR = attend(q_BHTX, kept_B1SX, None, self.scale, seen, o.kv_rank)
         return torch.einsum("bhtr,her->bhte", latent_BHTR, v_up_HER)
 
 

@@ -43,12 +43,13 @@ class WindowAttention(GroupedAttention):
         self.window = window
 
     def attend(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, cache: WindowCache | None = None, start: int = 0
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, cache: WindowCache | None = None, start: int | Tensor = 0
     ) -> Tensor:
         if cache is None:
             return attend_window(q_BHTD, k_BGTD, v_BGTD, self.window)
         if q_BHTD.shape[2] == 1:
-            return attend(q_BHTD, *cache.append(start, k_BGTD, v_BGTD))
+            (k, v), seen = cache.append(start, k_BGTD, v_BGTD)
+            return attend(q_BHTD, k, v, seen=seen)
         before = cache.recent(start, self.window - 1)
         cache.append(start, k_BGTD, v_BGTD)
         k, v = (torch.cat((old, new.to(old.dtype)), 2) for old, new in zip(before, (k_BGTD, v_BGTD), strict=True))
@@ -98,7 +99,7 @@ class GatedRetention(nn.Module):
         self.decay = nn.Linear(width, heads, bias=False)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, cache: StateCache | None = None, start: int = 0) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, cache: StateCache | None = None, start: int | Tensor = 0) -> Tensor:
         qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
         log_decay_BHT = F.logsigmoid(self.decay(x_BTW).float()).transpose(1, 2) / DECAY_TEMPERATURE
         with torch.autocast(x_BTW.device.type, enabled=False):
@@ -140,9 +141,9 @@ class CrossAttention(nn.Module):
         self.q = nn.Linear(width, heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+    def forward(self, x_BTW: Tensor, rope: Rope, k_BGSD: Tensor, v_BGSD: Tensor, seen: Tensor | None = None) -> Tensor:
         (q_BHTD,) = split_heads(self.q(x_BTW), self.heads)
-        return self.out(merge_heads(attend(rotate(q_BHTD, rope), k_BGSD, v_BGSD)))
+        return self.out(merge_heads(attend(rotate(q_BHTD, rope), k_BGSD, v_BGSD, seen=seen)))
 
 
 class YOCO(Decoder):
@@ -175,19 +176,18 @@ class YOCO(Decoder):
             parts = [StateCache(batch_size, o.heads, o.head_dim, dtype, device) for _ in range(o.layers // 2)]
         return [*parts, FullCache(batch_size, max_tokens, [(o.kv_heads, o.head_dim)] * 2, dtype, device)]
 
-    def hidden(self, x_BTW: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(self, x_BTW: Tensor, cache: Cache | None = None, start: int | Tensor = 0) -> Tensor:
         """Of the last position alone when there is a cache (early exit)."""
-        start = cache.length if cache else 0
-        rope = self.rope(x_BTW, start)
+        rope, seen = self.rope(x_BTW, start), None
         half = self.options.layers // 2
         for layer, block in enumerate(self.blocks[:half]):
             x_BTW = block(x_BTW, rope, cache.parts[layer], start) if cache else block(x_BTW, rope)
         k_BGSD, v_BGSD = self.shared_kv(x_BTW, rope)
         if cache:
-            k_BGSD, v_BGSD = cache.parts[half].append(start, k_BGSD, v_BGSD)
+            (k_BGSD, v_BGSD), seen = cache.parts[half].append(start, k_BGSD, v_BGSD)
             x_BTW, rope = x_BTW[:, -1:], (rope[0][-1:], rope[1][-1:])
         for block in self.blocks[half:]:
-            x_BTW = block(x_BTW, rope, k_BGSD, v_BGSD)
+            x_BTW = block(x_BTW, rope, k_BGSD, v_BGSD, seen)
         return x_BTW
 
     def kv_elements_per_token(self) -> int:

@@ -171,7 +171,9 @@ class _Operators(TorchDispatchMode):
 
 
 def attention_backend(model: Decoder, tokens_B: torch.Tensor, cache: Cache) -> str:
-    """Which of torch's attention kernels a decode step runs, such as `sdpa flash`; `sdpa math` where none is fused."""
+    """What a decode step's attention runs on: torch's kernel, as `sdpa flash` (`math`: none is fused), or ours."""
+    if cache.step:
+        return cache.step.backend
     cache.length -= 1
     with _Operators() as operators:
         model.decode(tokens_B, cache)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from train.mqar import RecallTask
@@ -30,13 +31,18 @@ class TextData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         if not self.trainer:
-            return DataLoader(_InOrder(self.training), batch_size=None)
+            return _loader(_InOrder(self.training))
         trainer = self.trainer
         done = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size
-        return DataLoader(_InOrder(self.training, done + trainer.global_rank, trainer.world_size), batch_size=None)
+        return _loader(_InOrder(self.training, done + trainer.global_rank, trainer.world_size))
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(_InOrder(self.validation), batch_size=None)
+        return _loader(_InOrder(self.validation))
+
+
+def _loader(batches: "_InOrder") -> DataLoader:
+    """Pinned memory goes to a GPU while that is at work."""
+    return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
 
 
 class _InOrder(IterableDataset):

@@ -1,10 +1,12 @@
 """Training of one language model as a LightningModule that works with any Trainer.
 
 AdamW with decay on matrices alone, linear warm-up and a cosine to a tenth, clipped gradients: nanoGPT's conventions.
+On a GPU the blocks and the loss are compiled where the run is long enough to gain by it.
 Everything logged stands at the number of tokens seen, in every logger the Trainer has, under names that are the same
 for every variant.
 """
 
+import functools
 import math
 import time
 from typing import Any
@@ -17,13 +19,16 @@ from torch import Tensor
 from archs import build
 from train.batches import IGNORED
 
+COMPILED_FROM = 1e16  # FLOPs of a run on a GPU: compiling takes some ten seconds
+
 
 class LanguageModel(L.LightningModule):
     """`arch` and `options` go to `archs.build`; the rest is the recipe.
 
     tokens: the budget, where the cosine ends. warmup_tokens: until the peak rate `lr`. clip: of the gradient's norm.
-    Logs train/loss (nats a token), train/lr, train/grad_norm and train/tokens_per_s every `log_every_n_steps` of the
-    Trainer, and val/loss (nats a token) and val/bpb (bits a byte of text) after each validation.
+    Logs train/loss (nats a token), train/lr, train/grad_norm, train/tokens_per_s and train/mfu every
+    `log_every_n_steps` of the Trainer, and val/loss (nats a token) and val/bpb (bits a byte of text) after each
+    validation.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class LanguageModel(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = build(arch, **options)
+        self._token_nats = token_nats
         self.tokens_seen = 0
         self.train_seconds = 0.0  # validation and checkpoints left out
 
@@ -74,6 +80,22 @@ class LanguageModel(L.LightningModule):
 
     # Training
 
+    def setup(self, stage: str) -> None:
+        work = 3 * self.model.flops_per_token(self.model.options.context) * self.hparams.tokens
+        if stage == "fit" and self.trainer.strategy.root_device.type == "cuda" and work > COMPILED_FROM:
+            torch.compiler.reset()  # what the models before this one left counts against a limit
+            self.compile_parts()
+
+    def compile_parts(self, **how: Any) -> None:
+        """Compiles each block, alike ones together, and the loss; `how` goes to torch.compile."""
+        for block in self.model.blocks:
+            block.compile(dynamic=False, **how)
+        self._token_nats = torch.compile(token_nats, dynamic=False, **how)
+
+    def mean_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The loss: nats a target."""
+        return self._token_nats(self.model(inputs_BT), targets_BT).sum() / (targets_BT != IGNORED).sum()
+
     def on_train_start(self) -> None:
         self._since, self._logged = time.perf_counter(), (self.train_seconds, self.tokens_seen)
 
@@ -83,7 +105,7 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
-        loss = token_nats(self.model(inputs), targets).sum() / (targets != IGNORED).sum()
+        loss = self.mean_nats(inputs, targets)
         self.tokens_seen += targets.numel() * self.trainer.world_size
         self._loss = loss.detach()
         return loss
@@ -106,8 +128,18 @@ class LanguageModel(L.LightningModule):
                     "train/lr": optimizer.param_groups[0]["lr"],
                     "train/grad_norm": self._grad_norm.item(),
                     "train/tokens_per_s": tokens / seconds,
+                    "train/mfu": self.mfu(tokens / seconds),
                 }
             )
+
+    def mfu(self, tokens_per_s: float) -> float:
+        """Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B), a share of the measured matrix product's rate.
+
+        FLOPs are the model's own, the pairs that a token sees counted and not the masked ones.
+        """
+        dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
+        peak = self.trainer.world_size * matmul_flops_per_s(self.device.type, dtype)
+        return tokens_per_s * 3 * self.model.flops_per_token(self.model.options.context) / peak
 
     def on_train_end(self) -> None:
         self._tick(wait=True)
@@ -150,6 +182,23 @@ class LanguageModel(L.LightningModule):
     def _log(self, metrics: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.tokens_seen)
+
+
+@functools.cache
+def matmul_flops_per_s(device_type: str, dtype: torch.dtype) -> float:
+    """The rate of a large matrix product, best of several: the arithmetic roof, measured as the memory's is."""
+    n, times = {"cuda": 8192}.get(device_type, 1024), []
+    generator = torch.Generator(device_type)  # leaves the global one alone
+    a, b = (torch.randn(n, n, device=device_type, generator=generator).to(dtype) for _ in range(2))
+    for _ in range(10):
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device_type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
 
 
 def token_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

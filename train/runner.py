@@ -135,6 +135,7 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
             "train_tokens": module.tokens_seen,
             "train": {
                 "tokens_per_s": module.tokens_seen / module.train_seconds,
+                "mfu": module.mfu(module.tokens_seen / module.train_seconds),
                 "seconds": module.train_seconds,
                 "lr": run.lr,
                 "device": device_name(trainer.strategy.root_device),

@@ -1,0 +1,148 @@
+"""Attention of one new token over a static cache on a GPU, each cached byte read once: split-KV in Triton.
+
+The tokens held are split among programs, so that a small batch fills the GPU too (Flash-Decoding, Dao et al. 2023); the
+queries of a KV head go through one program together, so that its keys and values are loaded once for all of them; and
+where the values are a part of the keys (MLA's latent, arXiv 2405.04434), one tile in registers serves as both, as
+FlashMLA does. How many tokens are held is read on the device: a CUDA graph of the step holds for every length.
+
+With TRITON_INTERPRET=1 in the environment before this is imported, the kernels run on CPU tensors, slowly.
+
+Shapes: B batch, H query heads, G KV heads, M = H/G, S slots, D key size, E value size, N slots a tile.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+PROGRAMS_PER_PROCESSOR = 8  # enough loads in flight to fill the memory's queue, and a short tail
+TILE_BYTES = 2**14
+FEWEST_TILES = 2  # a split is worth its share of the second kernel
+
+
+@triton.jit
+def attend_split(
+    q_ptr, k_ptr, v_ptr, seen_ptr, part_ptr, weight_ptr, scale,
+    q_b, q_g, q_m, k_b, k_g, k_s, v_b, v_g, v_s,
+    G, M, splits,
+    A: tl.constexpr, R: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of BLOCK_M queries over one split: weighted mean of values, and log2 of the weights' sum.
+
+    The key's D columns are A and then R; the second part is there where the values are the first A of the keys.
+    """
+    head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, g = (head // G).to(tl.int64), (head % G).to(tl.int64)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    a, r, e = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
+    n = tl.arange(0, BLOCK_N)
+
+    seen = tl.load(seen_ptr).to(tl.int32)
+    per_split = tl.cdiv(tl.cdiv(seen, splits), BLOCK_N) * BLOCK_N
+    first = split * per_split
+    last = tl.minimum(first + per_split, seen)
+
+    q_row = q_ptr + b * q_b + g * q_g + m[:, None] * q_m
+    q_MA = tl.load(q_row + a[None, :], mask=(m[:, None] < M) & (a[None, :] < A), other=0.0)
+    if R:
+        q_MR = tl.load(q_row + A + r[None, :], mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)
+    k_ptr += b * k_b + g * k_g
+    v_ptr += b * v_b + g * v_g
+
+    top_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    out_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        s = start + n
+        live = s < last
+        k_row = k_ptr + s[:, None] * k_s
+        k_NA = tl.load(k_row + a[None, :], mask=live[:, None] & (a[None, :] < A), other=0.0)
+        score_MN = tl.dot(q_MA, tl.trans(k_NA), input_precision=PRECISION)
+        if R:
+            k_NR = tl.load(k_row + A + r[None, :], mask=live[:, None] & (r[None, :] < R), other=0.0)
+            score_MN += tl.dot(q_MR, tl.trans(k_NR), input_precision=PRECISION)
+        score_MN = tl.where(live[None, :], score_MN * scale, float("-inf"))
+        new_top_M = tl.maximum(top_M, tl.max(score_MN, 1))
+        weight_MN = tl.exp2(score_MN - new_top_M[:, None])
+        fade_M = tl.exp2(top_M - new_top_M)
+        if SHARED:
+            v_NE = k_NA
+        else:
+            v_NE = tl.load(v_ptr + s[:, None] * v_s + e[None, :], mask=live[:, None] & (e[None, :] < E), other=0.0)
+        sum_M = sum_M * fade_M + tl.sum(weight_MN, 1)
+        out_ME = out_ME * fade_M[:, None] + tl.dot(weight_MN.to(v_NE.dtype), v_NE, input_precision=PRECISION)
+        top_M = new_top_M
+
+    row = (head.to(tl.int64) * splits + split) * M + m
+    sum_M = tl.where(first < last, sum_M, 1.0)  # of an empty split the weight below is 2^-inf, its output 0
+    tl.store(weight_ptr + row, top_M + tl.log2(sum_M), mask=m < M)
+    out_ME = out_ME / sum_M[:, None]
+    tl.store(part_ptr + row[:, None] * E + e[None, :], out_ME, mask=(m[:, None] < M) & (e[None, :] < E))
+
+
+@triton.jit
+def combine_splits(
+    part_ptr, weight_ptr, out_ptr, M, splits,
+    E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One query's mean over the splits, by the sums of their weights."""
+    head, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    s, e = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
+    row_S = (head * splits + s) * M + m
+    weight_S = tl.load(weight_ptr + row_S, mask=s < splits, other=float("-inf"))
+    weight_S = tl.exp2(weight_S - tl.max(weight_S, 0))
+    mask = (s[:, None] < splits) & (e[None, :] < E)
+    part_SE = tl.load(part_ptr + row_S[:, None] * E + e[None, :], mask=mask, other=0.0)
+    out_E = tl.sum(part_SE * weight_S[:, None], 0) / tl.sum(weight_S, 0)
+    tl.store(out_ptr + (head * M + m) * E + e, out_E.to(out_ptr.dtype.element_ty), mask=e < E)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def split_kv_attention(
+    q_BHD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor | None, seen: Tensor, scale: float, value_size: int | None = None
+) -> Tensor:
+    """Attention of one token a sequence over the first `seen` (device tensor, one number of at least 1) of S slots.
+
+    Query head h uses KV head h // (H/G). Without `v_BGSE` the values are the first `value_size` columns of the keys.
+    Keys, values and queries have one dtype and contiguous last dimensions. Returns (B, H, E).
+    """
+    B, H, D = q_BHD.shape
+    G, S = k_BGSD.shape[1:3]
+    shared = v_BGSE is None
+    if v_BGSE is None:
+        v_BGSE = k_BGSD[..., :value_size]
+    E, M = v_BGSE.shape[-1], H // G
+    A = E if shared else D
+    q_BGMD = q_BHD.reshape(B, G, M, D)
+    blocks = {"BLOCK_M": min(64, max(16, triton.next_power_of_2(M)))}
+    for name, size in (("A", A), ("R", D - A), ("E", E)):
+        blocks[f"BLOCK_{name}"] = max(16, triton.next_power_of_2(size))
+    N = TILE_BYTES // (blocks["BLOCK_A"] * k_BGSD.element_size())
+    blocks["BLOCK_N"] = min(128, max(16, N))
+    wanted = -(-PROGRAMS_PER_PROCESSOR * processors(q_BHD.device) // (B * G))
+    splits = max(1, min(wanted, S // (FEWEST_TILES * blocks["BLOCK_N"]), 128))
+    part = torch.empty(B * G * splits * M * E, dtype=torch.float32, device=q_BHD.device)
+    weight = torch.empty(B * G * splits * M, dtype=torch.float32, device=q_BHD.device)
+    out_BHE = torch.empty(B, H, E, dtype=q_BHD.dtype, device=q_BHD.device)
+    fp32 = q_BHD.dtype == torch.float32
+    attend_split[(B * G, splits, -(-M // blocks["BLOCK_M"]))](
+        q_BGMD, k_BGSD, v_BGSE, seen, part, weight, scale * LOG2_E,
+        *q_BGMD.stride()[:3], *k_BGSD.stride()[:3], *v_BGSE.stride()[:3],
+        G, M, splits,
+        A=A, R=D - A, E=E, SHARED=shared, PRECISION="ieee" if fp32 else "tf32", **blocks,
+        num_warps=8 if fp32 or blocks["BLOCK_A"] >= 256 else 4,
+    )  # fmt: skip
+    combine_splits[(B * G, M)](
+        part, weight, out_BHE, M, splits,
+        E=E, BLOCK_S=triton.next_power_of_2(splits), BLOCK_E=blocks["BLOCK_E"],
+    )  # fmt: skip
+    return out_BHE
