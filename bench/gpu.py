@@ -25,7 +25,7 @@ PARTS: dict[str, list[tuple[str, int, list[str]]]] = {  # name, seconds at most,
         ("roof", 200, ["bench/roof.py", *SHAPE_124M, *LATENT, "--batch", "128", "--context", "8192"]),
     ],
     "2": [
-        ("training", 280, ["bench/training.py", *SHAPE_124M, *LATENT, "--vocab-size", "50304", "--context", "1024",
+        ("training", 290, ["bench/training.py", *SHAPE_124M, *LATENT, "--vocab-size", "50304", "--context", "1024",
                            "--batch", "32", "--window", "256"]),
         ("decode", 200, ["bench/decode.py", *SHAPE_124M, *LATENT, "--vocab-size", "50304", "--dtype", "bf16",
                          "--batch", "32", "--context", "4096"]),
