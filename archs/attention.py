@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Rope = tuple[Tensor, Tensor]
-# On Hopper cuDNN is the fastest for many queries; for one it would make a plan for each length.
-MANY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-ONE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+# For one query on a GPU: cuDNN, torch's choice on Hopper, makes a plan for each length.
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device) -> Rope:
@@ -54,9 +53,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwa
     value_size = v.shape[-1]
     if not q.is_cuda and k.shape[-1] > value_size:
         v = F.pad(v, (0, k.shape[-1] - value_size))
-    if q.is_cuda:
-        context = sdpa_kernel(ONE if attn_mask is None and not kwargs.get("is_causal") else MANY, set_priority=True)
-    elif torch.is_autocast_enabled("cpu"):
+    if q.is_cuda and attn_mask is None and not kwargs.get("is_causal"):
+        context = sdpa_kernel(NOT_CUDNN, set_priority=True)
+    elif q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         context = torch.autocast("cpu", enabled=False)
         q, k, v = q.float(), k.float(), v.float()
     else:
@@ -109,8 +108,8 @@ def attend_window(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, window: int) -
     tail = blocks * window - T
 
     def keys(x_BGSD: Tensor) -> Tensor:  # (blocks, B G, 2 window, D)
-        x = F.pad(x_BGSD, (0, 0, window - before, tail)).flatten(0, 1).unfold(1, 2 * window, window)
-        return x.permute(1, 0, 3, 2)
+        x = F.pad(x_BGSD, (0, 0, window - before, tail)).reshape(B * G, blocks + 1, window, -1)
+        return torch.cat((x[:, :-1], x[:, 1:]), dim=2).transpose(0, 1)
 
     q = F.pad(q_BHTD.to(k_BGSD.dtype), (0, 0, 0, tail)).reshape(B * H, blocks, window, D).transpose(0, 1)
     ones = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)

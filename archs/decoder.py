@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
-from archs.graph import GraphedStep
+from archs.graph import GraphedStep, graphs_decode
 
 NORM_EPS = 1e-6
 AT_ONCE = 2**17  # tokens in a layer during prefill
@@ -183,11 +183,14 @@ class Decoder(nn.Module):
         B, T = tokens_BT.shape
         cache.check_room(B, T)
         rows = max(1, AT_ONCE // T)
-        logits = [
-            self.append(tokens_BT[row : row + rows], cache.rows(row, rows), cache.length) for row in range(0, B, rows)
-        ]
+        if rows >= B:
+            logits_BV = self.append(tokens_BT, cache, cache.length)
+        else:
+            some = range(0, B, rows)
+            logits = [self.append(tokens_BT[i : i + rows], cache.rows(i, rows), cache.length) for i in some]
+            logits_BV = torch.cat(logits)
         cache.length += T
-        return torch.cat(logits)
+        return logits_BV
 
     @torch.no_grad()
     def decode(self, tokens_B: Tensor, cache: Cache) -> Tensor:
@@ -195,7 +198,7 @@ class Decoder(nn.Module):
 
         The graph holds the addresses of the weights: they may change in place, not move, while the cache is used.
         """
-        if not GraphedStep.supports(tokens_B):
+        if not graphs_decode(tokens_B.device):
             return self.prefill(tokens_B[:, None], cache)
         cache.check_room(len(tokens_B), 1)
         cache.step = cache.step or GraphedStep(cache.batch_size, tokens_B.device)
@@ -277,7 +280,7 @@ class Decoder(nn.Module):
         """For what belongs to no layer."""
 
     def new_parts(self, batch_size: int, max_tokens: int, dtype: torch.dtype, device) -> list:
-        """The cache of each layer."""
+        """The cache of each layer; the first dimension of every tensor in it is the batch."""
         raise NotImplementedError
 
     def kv_elements_per_token(self) -> int:

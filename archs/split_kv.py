@@ -1,9 +1,9 @@
 """Attention of one new token over a static cache on a GPU, each cached byte read once: split-KV in Triton.
 
 The tokens held are split among programs, so that a small batch fills the GPU too (Flash-Decoding, Dao et al. 2023); the
-queries of a KV head go through one program together, so that its keys and values are loaded once for all of them; and
-where the values are a part of the keys (MLA's latent, arXiv 2405.04434), one tile in registers serves as both, as
-FlashMLA does. How many tokens are held is read on the device: a CUDA graph of the step holds for every length.
+queries of a KV head, up to 64, go through one program, so that its keys and values are loaded once for them; and where
+the values are a part of the keys (MLA's latent, arXiv 2405.04434), one tile serves as both, as in FlashMLA. How many
+tokens are held is read on the device: a CUDA graph of the step holds for every length.
 
 With TRITON_INTERPRET=1 in the environment before this is imported, the kernels run on CPU tensors, slowly.
 
@@ -92,7 +92,7 @@ def combine_splits(
 ):  # fmt: skip
     """One query's mean over the splits, by the sums of their weights."""
     head, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    s, e = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
+    s, e = tl.arange(0, BLOCK_S), tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     row_S = (head * splits + s) * M + m
     weight_S = tl.load(weight_ptr + row_S, mask=s < splits, other=float("-inf"))
     weight_S = tl.exp2(weight_S - tl.max(weight_S, 0))
@@ -141,8 +141,9 @@ def split_kv_attention(
         A=A, R=D - A, E=E, SHARED=shared, PRECISION="ieee" if fp32 else "tf32", **blocks,
         num_warps=8 if fp32 or blocks["BLOCK_A"] >= 256 else 4,
     )  # fmt: skip
-    combine_splits[(B * G, M)](
+    some = min(64, blocks["BLOCK_E"])  # of the columns: all would not fit into a program's registers
+    combine_splits[(B * G, M, -(-E // some))](
         part, weight, out_BHE, M, splits,
-        E=E, BLOCK_S=triton.next_power_of_2(splits), BLOCK_E=blocks["BLOCK_E"],
+        E=E, BLOCK_S=triton.next_power_of_2(splits), BLOCK_E=some,
     )  # fmt: skip
     return out_BHE

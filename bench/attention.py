@@ -68,7 +68,10 @@ def main() -> None:
 
     x = torch.ones(ROOF_BYTES[device] // 4, device=device)
     y = torch.empty_like(x) if device == "cuda" else None
-    reads = {"sum": x.sum, "max": x.amax, "dot": lambda: torch.dot(x, x)}
+    reads: dict[str, Callable[[], object]] = {"sum": x.sum, "max": x.amax, "dot": lambda: torch.dot(x, x)}
+    if y is not None:
+        reads["copy"] = lambda: y.copy_(x)
+    calls = REPLAYED if device == "cuda" else 1
     title = f"decode attention, batch {args.batch}, context {args.context}, {H} heads of {D}, {args.dtype}"
     columns = ["what", "cache MiB", "ms", "GB/s", "of the read roof", "arithmetic bound"]
     report = Report(title, args.json, device, columns)
@@ -85,9 +88,7 @@ def main() -> None:
         v = made(G, args.context, value_size) if value_size else None
         used = value_size or args.kv_rank
         call = functools.partial(attend, q, k, v, None, seen, used)
-        steps: dict[str, Callable[[], object]] = dict(reads)
-        if y is not None:
-            steps["copy"] = lambda: y.copy_(x)
+        steps = {read: repeated(step, device) for read, step in reads.items()}
         todo = {name: call}
         if device == "cuda" and v is not None:
             todo |= {f"{name}, {peer}": step for peer, step in peers(q, k, v).items()}
@@ -97,13 +98,12 @@ def main() -> None:
             except Exception as e:
                 print(f"{label}: {e}".splitlines()[0][:200], file=sys.stderr)
         times = in_turns(steps, device, args.repeats)
-        roof = x.nbytes / min(statistics.median(times[read]) for read in reads) / 1e9
-        if y is not None:
-            roof = max(roof, 2 * x.nbytes / statistics.median(times["copy"]) / 1e9)
+        moved = {read: x.nbytes * (2 if read == "copy" else 1) for read in reads}
+        roof = max(calls * moved[read] / statistics.median(times[read]) / 1e9 for read in reads)
         held = k.nbytes + (v.nbytes if v is not None else 0)
         bound = 2 * args.batch * H * args.context * (key_size + used) / peak
-        for label in todo.keys() & times.keys():
-            column = [t / (REPLAYED if device == "cuda" else 1) for t in times[label]]
+        for label in [label for label in todo if label in times]:
+            column = [t / calls for t in times[label]]
             speed = held / statistics.median(column) / 1e9
             report.add(
                 **{

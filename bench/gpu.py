@@ -3,8 +3,9 @@
     python bench/gpu.py 1 --out DIR     correctness, decode attention, decode of whole models
     python bench/gpu.py 2 --out DIR     training steps, prefill and decode against transformers, longer contexts
 
-Needs no installation: the packages are taken from this checkout. Each step writes its output to DIR/<step>.log and its
-numbers to DIR/numbers.jsonl; a step that fails or takes too long does not stop the others.
+Needs no installation, but jsonargparse and rich on the PYTHONPATH: the packages are taken from this checkout. Each step
+writes its output to DIR/<step>.log and its numbers to DIR/numbers.jsonl; a step that fails or takes too long does not
+stop the others.
 """
 
 import argparse
@@ -17,19 +18,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SHAPE_124M = ["--width", "768", "--layers", "12", "--heads", "12", "--kv-heads", "4"]
 LATENT = ["--kv-rank", "256", "--rope-dim", "32"]
+LONG = ["--batch", "16", "--context", "65536"]
+TRAINING_124M = [*SHAPE_124M, *LATENT, "--vocab-size", "50304", "--context", "1024", "--batch", "32"]
 PARTS: dict[str, list[tuple[str, int, list[str]]]] = {  # name, seconds at most, command
     "1": [
-        ("tests", 200, ["-m", "pytest", "-q", "tests/archs/test_cuda.py", "tests/archs/test_split_kv.py"]),
-        ("attention-8k", 100, ["bench/attention.py", "--dtype", "bf16", "--batch", "64", *LATENT]),
-        ("attention-64k", 60, ["bench/attention.py", "--dtype", "bf16", "--batch", "4", "--context", "65536", *LATENT]),
+        ("tests", 130, ["-m", "pytest", "-q", "tests/archs/test_cuda.py", "tests/archs/test_split_kv.py"]),
+        ("attention-8k", 110, ["bench/attention.py", "--dtype", "bf16", "--batch", "64", *LATENT]),
+        ("attention-64k", 110, ["bench/attention.py", "--dtype", "bf16", *LONG, *LATENT]),
         ("roof", 200, ["bench/roof.py", *SHAPE_124M, *LATENT, "--batch", "128", "--context", "8192"]),
     ],
     "2": [
-        ("training", 290, ["bench/training.py", *SHAPE_124M, *LATENT, "--vocab-size", "50304", "--context", "1024",
-                           "--batch", "32", "--window", "256"]),
-        ("decode", 200, ["bench/decode.py", *SHAPE_124M, *LATENT, "--vocab-size", "50304", "--dtype", "bf16",
+        ("training", 220, ["bench/training.py", *TRAINING_124M, "--window", "256"]),
+        ("training-compiled-peer", 90, ["bench/training.py", *TRAINING_124M, "--only", "mha", "--compiled-peer"]),
+        ("decode", 160, ["bench/decode.py", *SHAPE_124M, *LATENT, "--vocab-size", "50304", "--dtype", "bf16",
                          "--batch", "32", "--context", "4096"]),
-        ("roof-long", 100, ["bench/roof.py", *SHAPE_124M, *LATENT, "--batch", "8", "--context", "65536"]),
+        ("roof-long", 80, ["bench/roof.py", *SHAPE_124M, *LATENT, "--batch", "8", "--context", "65536"]),
     ],
 }  # fmt: skip
 
@@ -40,7 +43,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for logs and numbers")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     for name, seconds, command in PARTS[args.part]:
         if command[0].startswith("bench/"):
             command = [*command, "--json", str((args.out / "numbers.jsonl").resolve())]

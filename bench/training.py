@@ -1,7 +1,7 @@
 """A training step, forward, backward and optimiser: each variant of ours, and transformers' Llama.
 
     uv run python bench/training.py
-    uv run python bench/training.py --width 768 --layers 12 --heads 12 --vocab-size 50304 --context 1024 --batch 64
+    uv run python bench/training.py --width 768 --layers 12 --heads 12 --vocab-size 50304 --context 1024 --batch 32
 
 Same shape, batch and precision, and the same AdamW with clipping. Ratios are to our MHA's step. MFU is the share of the
 rate of a large matrix product, measured here.
@@ -20,11 +20,14 @@ from train.plan import resolve_precision
 
 def main() -> None:
     torch._dynamo.config.recompile_limit = 100  # several models in one process
-    args = parser(
+    made = parser(
         __doc__.splitlines()[0],
         vocab_size=4096, width=256, layers=6, heads=8, kv_heads=2, kv_rank=128, rope_dim=16, window=128,
         batch=16, context=256, precision="auto", repeats=9,
-    ).parse_args()  # fmt: skip
+    )  # fmt: skip
+    made.add_argument("--only", nargs="+", help="these variants of ours (default: all); mha is always among them")
+    made.add_argument("--compiled-peer", action="store_true", help="transformers' Llama through torch.compile, too")
+    args = made.parse_args()
     precision = resolve_precision(args.precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     shape = {name: getattr(args, name) for name in ("vocab_size", "width", "layers", "heads", "context")}
@@ -38,7 +41,11 @@ def main() -> None:
     }
     inputs = torch.randint(args.vocab_size, (args.batch, args.context), device=args.device)
     targets = torch.randint(args.vocab_size, (args.batch, args.context), device=args.device)
-    modules = {name: LanguageModel(arch, shape | own, tokens=1) for name, (arch, own) in variants.items()}
+    modules = {
+        name: LanguageModel(arch, shape | own, tokens=1)
+        for name, (arch, own) in variants.items()
+        if not args.only or name in ["mha", *args.only]
+    }
     theirs = peer(modules["mha"].to(args.device).model).train()
 
     def ours(module: LanguageModel):
@@ -65,7 +72,7 @@ def main() -> None:
 
     steps = {name: ours(module) for name, module in modules.items()}
     steps["transformers Llama"] = stepper(lambda: theirs(inputs, labels=targets, use_cache=False).loss, theirs)
-    if args.device == "cuda":
+    if args.compiled_peer:
         compiled = torch.compile(theirs)
         steps["transformers Llama, compiled"] = stepper(
             lambda: compiled(inputs, labels=targets, use_cache=False).loss, theirs
@@ -75,6 +82,8 @@ def main() -> None:
             steps[name]()
         except Exception as e:  # a peer that does not run here, or no memory for it
             del steps[name]
+            if name == "mha":
+                raise
             print(f"{name}: {str(e).splitlines()[0]}", file=sys.stderr)
     columns = ["what", "step ms", "to our mha", "quartiles", "tokens/s", "MFU"]
     title = f"training step, batch {args.batch} x {args.context}, width {args.width}, {args.layers} layers, {precision}"

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs import Cache, Decoder
-from eval.subject import Subject
+
+if TYPE_CHECKING:
+    from eval.subject import Subject
 
 REPEATED = True  # in each round of the evaluation
 DECODE_STEPS = 40  # room in the cache after the prompt; longer samples go through it again
@@ -26,7 +29,7 @@ MEMORY_BOUND = 0.5  # share of the roof from which on memory is said to set a st
 ROOF_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the last-level cache; on a GPU also than a launch's worth
 
 
-def measure(subject: Subject) -> dict:
+def measure(subject: "Subject") -> dict:
     """decode: a point for each batch and context of the study's grid; decode_skipped: those that did not fit;
     recompute: the time of a token without a cache. Of what was timed in an earlier round too, the faster."""
     model, before = subject.model, subject.measured

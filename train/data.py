@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from train.mqar import RecallTask
@@ -31,18 +30,18 @@ class TextData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         if not self.trainer:
-            return _loader(_InOrder(self.training))
+            return self._loader(_InOrder(self.training))
         trainer = self.trainer
         done = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size
-        return _loader(_InOrder(self.training, done + trainer.global_rank, trainer.world_size))
+        return self._loader(_InOrder(self.training, done + trainer.global_rank, trainer.world_size))
 
     def val_dataloader(self) -> DataLoader:
-        return _loader(_InOrder(self.validation))
+        return self._loader(_InOrder(self.validation))
 
-
-def _loader(batches: "_InOrder") -> DataLoader:
-    """Pinned memory goes to a GPU while that is at work."""
-    return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available())
+    def _loader(self, batches: "_InOrder") -> DataLoader:
+        """Pinned memory goes to a GPU while that is at work."""
+        on_gpu = bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(batches, batch_size=None, pin_memory=on_gpu)
 
 
 class _InOrder(IterableDataset):

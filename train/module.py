@@ -19,7 +19,7 @@ from torch import Tensor
 from archs import build
 from train.batches import IGNORED
 
-COMPILED_FROM = 1e16  # FLOPs of a run on a GPU: compiling takes some ten seconds
+COMPILED_FROM = 2e15  # FLOPs of a run on a GPU, by parameters: compiling takes some ten seconds
 
 
 class LanguageModel(L.LightningModule):
@@ -48,9 +48,10 @@ class LanguageModel(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = build(arch, **options)
-        self._token_nats = token_nats
+        self._token_nats, self._compiles = token_nats, False
         self.tokens_seen = 0
-        self.train_seconds = 0.0  # validation and checkpoints left out
+        self.train_seconds = 0.0  # validation, checkpoints and the step that compiles left out
+        self.tokens_untimed = 0  # of that step
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return self.model(tokens_BT)
@@ -81,10 +82,17 @@ class LanguageModel(L.LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        work = 3 * self.model.flops_per_token(self.model.options.context) * self.hparams.tokens
+        work = 6 * self.model.count_params() * self.hparams.tokens  # alike for variants of matched parameters
         if stage == "fit" and self.trainer.strategy.root_device.type == "cuda" and work > COMPILED_FROM:
             torch.compiler.reset()  # what the models before this one left counts against a limit
             self.compile_parts()
+            self._compiles = True
+
+    def teardown(self, stage: str) -> None:
+        """The blocks are as they were: decode would compile them again for each length."""
+        for block in self.model.blocks:
+            block._compiled_call_impl = None
+        self._token_nats, self._compiles = token_nats, False
 
     def compile_parts(self, **how: Any) -> None:
         """Compiles each block, alike ones together, and the loss; `how` goes to torch.compile."""
@@ -96,8 +104,14 @@ class LanguageModel(L.LightningModule):
         """The loss: nats a target."""
         return self._token_nats(self.model(inputs_BT), targets_BT).sum() / (targets_BT != IGNORED).sum()
 
+    @property
+    def tokens_per_s(self) -> float:
+        return _rate(self.tokens_seen - self.tokens_untimed, self.train_seconds)
+
     def on_train_start(self) -> None:
-        self._since, self._logged = time.perf_counter(), (self.train_seconds, self.tokens_seen)
+        self.mfu(0)  # measures the peak, which is no part of training
+        self._since = time.perf_counter()
+        self._logged = self.train_seconds, self.tokens_seen
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if self.model.options.dropout:  # a pure function of seed and place: nothing to restore when resuming
@@ -113,7 +127,13 @@ class LanguageModel(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         """The Trainer's, then the log: a checkpoint made at the end of the batch comes after what the batch logged."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._tick()
+        if self._compiles:
+            self.tokens_untimed += self.tokens_seen - self._logged[1]
+            self._logged = self.train_seconds, self.tokens_seen
+            self._compiles = False
+            self._tick(counts=False, wait=True)
+        else:
+            self._tick()
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
             seconds, tokens = self.train_seconds - self._logged[0], self.tokens_seen - self._logged[1]
             self._logged = self.train_seconds, self.tokens_seen
@@ -127,8 +147,8 @@ class LanguageModel(L.LightningModule):
                     "train/loss": loss,
                     "train/lr": optimizer.param_groups[0]["lr"],
                     "train/grad_norm": self._grad_norm.item(),
-                    "train/tokens_per_s": tokens / seconds,
-                    "train/mfu": self.mfu(tokens / seconds),
+                    "train/tokens_per_s": _rate(tokens, seconds),
+                    "train/mfu": self.mfu(_rate(tokens, seconds)),
                 }
             )
 
@@ -137,8 +157,9 @@ class LanguageModel(L.LightningModule):
 
         FLOPs are the model's own, the pairs that a token sees counted and not the masked ones.
         """
-        dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
-        peak = self.trainer.world_size * matmul_flops_per_s(self.device.type, dtype)
+        dtypes = {"bf16": torch.bfloat16, "16": torch.float16}
+        dtype = dtypes.get(str(self.trainer.precision).split("-")[0], torch.float32)
+        peak = self.trainer.world_size * matmul_flops_per_s(self.trainer.strategy.root_device.type, dtype)
         return tokens_per_s * 3 * self.model.flops_per_token(self.model.options.context) / peak
 
     def on_train_end(self) -> None:
@@ -152,11 +173,12 @@ class LanguageModel(L.LightningModule):
         self._since = now
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["seen"] = {"tokens_seen": self.tokens_seen, "train_seconds": self.train_seconds}
+        names = "tokens_seen", "tokens_untimed", "train_seconds"
+        checkpoint["seen"] = {name: getattr(self, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen = checkpoint["seen"]["tokens_seen"]
-        self.train_seconds = checkpoint["seen"]["train_seconds"]
+        for name, value in checkpoint["seen"].items():
+            setattr(self, name, value)
 
     # Validation
 
@@ -184,6 +206,10 @@ class LanguageModel(L.LightningModule):
             logger.log_metrics(metrics, step=self.tokens_seen)
 
 
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds else 0.0  # nothing timed yet, as the first step compiled
+
+
 @functools.cache
 def matmul_flops_per_s(device_type: str, dtype: torch.dtype) -> float:
     """The rate of a large matrix product, best of several: the arithmetic roof, measured as the memory's is."""
@@ -191,12 +217,10 @@ def matmul_flops_per_s(device_type: str, dtype: torch.dtype) -> float:
     generator = torch.Generator(device_type)  # leaves the global one alone
     a, b = (torch.randn(n, n, device=device_type, generator=generator).to(dtype) for _ in range(2))
     for _ in range(10):
-        if device_type == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
         a @ b
-        if device_type == "cuda":
-            torch.cuda.synchronize()
+        if device_type != "cpu":
+            torch.accelerator.synchronize()
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times)
 

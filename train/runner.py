@@ -134,8 +134,8 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
             "params_non_embedding": module.model.count_params(embedding=False),
             "train_tokens": module.tokens_seen,
             "train": {
-                "tokens_per_s": module.tokens_seen / module.train_seconds,
-                "mfu": module.mfu(module.tokens_seen / module.train_seconds),
+                "tokens_per_s": module.tokens_per_s,
+                "mfu": module.mfu(module.tokens_per_s),
                 "seconds": module.train_seconds,
                 "lr": run.lr,
                 "device": device_name(trainer.strategy.root_device),
@@ -196,7 +196,7 @@ class ShowProgress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
             self.loss = f"loss {outputs['loss'].item():.3f}"
-            self.speed = f"{module.tokens_seen / module.train_seconds:,.0f} tokens/s"
+            self.speed = f"{module.tokens_per_s:,.0f} tokens/s"
         detail = f"step {batch_idx + 1}/{self.steps}  {self.loss}  {self.speed}"
         self.progress.show(self.name, detail, self.work)
 

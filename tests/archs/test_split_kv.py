@@ -9,8 +9,6 @@ import torch
 from test_attention import by_definition
 from test_laws import cached_logits, each_variant, make
 
-from archs.graph import GraphedStep
-
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA build; it is not here")
 
 from archs.split_kv import split_kv_attention
@@ -58,7 +56,7 @@ def test_keys_may_be_of_half_precision_and_strided():
 @each_variant
 def test_a_step_with_its_position_on_the_device_equals_the_full_forward(arch, options, monkeypatch):
     """From an empty cache on, after a prompt, and when the cache is cut back."""
-    monkeypatch.setattr(GraphedStep, "supports", staticmethod(lambda tokens: True))
+    monkeypatch.setattr("archs.decoder.graphs_decode", lambda device: True)
     model = make(arch, options).to(DEVICE)
     tokens = torch.randint(97, (2, 18), device=DEVICE)
     with torch.inference_mode():
@@ -103,4 +101,4 @@ def test_the_kernel_compiles_for_hopper(tile):
     assert done.returncode == 0, done.stderr
     shared_bytes, fetches = map(int, done.stdout.split())
     assert shared_bytes <= 227 * 1024
-    assert fetches
+    assert fetches >= 10  # of 16 bytes a thread: more than the small tiles

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -189,7 +190,9 @@ def test_a_signal_at_the_last_step_stops_the_study_after_the_run(data, tmp_path,
 def test_batches_go_round_the_devices_in_turn(data):
     batches = TextData(data, context=16, batch_size=2)
     one = [inputs for (inputs, _), _ in zip(batches.train_dataloader(), range(6), strict=False)]
-    trainer = batches.trainer = type("Trainer", (), {"global_step": 1, "accumulate_grad_batches": 1, "world_size": 2})()
+    cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(global_step=1, accumulate_grad_batches=1, world_size=2, strategy=cpu)
+    batches.trainer = trainer
     for rank in (0, 1):
         trainer.global_rank = rank
         own = [inputs for (inputs, _), _ in zip(batches.train_dataloader(), range(2), strict=False)]
