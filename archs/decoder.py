@@ -21,7 +21,7 @@ from archs.cache import Cache
 from archs.graph import GraphedStep, graphs_decode
 
 NORM_EPS = 1e-6
-AT_ONCE = 2**17  # tokens in a layer during prefill
+AT_ONCE = {"cpu": 2**11, "cuda": 2**17}  # tokens in a layer during prefill; what is made of them fits a CPU's caches
 
 
 def option(default: Any = dataclasses.MISSING, *, at_least: float = 1, below: float = 2**31) -> Any:
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         """
         B, T = tokens_BT.shape
         cache.check_room(B, T)
-        rows = max(1, AT_ONCE // T)
+        rows = max(1, AT_ONCE.get(tokens_BT.device.type, 2**17) // T)
         if rows >= B:
             logits_BV = self.append(tokens_BT, cache, cache.length)
         else:

@@ -8,6 +8,10 @@ GPU a copy as well. Beside it each variant's other bound, its FLOPs at the rate 
 there, torch's SDPA and flex_attention take their turns on the same cache.
 """
 
+from pairs import Report, in_turns, parser, spread  # before torch, whose threads it tells how to wait
+
+# isort: split
+
 import functools
 import statistics
 import sys
@@ -15,7 +19,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from pairs import Report, in_turns, parser, spread
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -6,8 +6,11 @@
 Ours against theirs on the same shapes and numbers of parameters; and YOCO's prefill against our MHA's.
 """
 
+from pairs import Report, in_turns, parser, ratio, spread  # before torch, whose threads it tells how to wait
+
+# isort: split
+
 import torch
-from pairs import Report, in_turns, parser, ratio, spread
 from peers import peer
 from transformers import DynamicCache
 

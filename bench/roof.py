@@ -6,8 +6,11 @@
 What `kvfrontier eval` measures, without a study: bytes that a step must read, weights and cache, over its time.
 """
 
+from pairs import Report, parser  # before torch, whose threads it tells how to wait
+
+# isort: split
+
 import torch
-from pairs import Report, parser
 
 from archs import build
 from eval.speed import measure_decode, measure_roof

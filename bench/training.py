@@ -7,11 +7,14 @@ Same shape, batch and precision, and the same AdamW with clipping. Ratios are to
 rate of a large matrix product, measured here.
 """
 
+from pairs import Report, in_turns, parser, ratio, spread  # before torch, whose threads it tells how to wait
+
+# isort: split
+
 import statistics
 import sys
 
 import torch
-from pairs import Report, in_turns, parser, ratio, spread
 from peers import peer
 
 from train.module import LanguageModel, matmul_flops_per_s

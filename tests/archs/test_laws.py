@@ -88,7 +88,7 @@ def test_a_large_prompt_is_taken_a_few_sequences_at_a_time(arch, options, monkey
     tokens = torch.randint(97, (5, 20))
     with torch.inference_mode():
         expected = cached_logits(model, tokens, [9, 4], model.new_cache(5, 20))
-        monkeypatch.setattr("archs.decoder.AT_ONCE", 2 * 9)
+        monkeypatch.setattr("archs.decoder.AT_ONCE", {"cpu": 2 * 9})
         got = cached_logits(model, tokens, [9, 4], model.new_cache(5, 20))
     for t, logits in got.items():
         torch.testing.assert_close(logits, expected[t], rtol=1e-4, atol=1e-5)
