@@ -4,7 +4,7 @@
     uv run python bench/training.py --width 768 --layers 12 --heads 12 --vocab-size 50304 --context 1024 --batch 32
 
 Same shape, batch and precision, and the same AdamW with clipping. Ratios are to our MHA's step. MFU is the share of the
-rate of a large matrix product, measured here.
+rate of a large matrix product, measured here. Ours is compiled where there is a C++ compiler, as in longer runs.
 """
 
 from pairs import Report, in_turns, parser, ratio, spread  # before torch, whose threads it tells how to wait
@@ -17,7 +17,7 @@ import sys
 import torch
 from peers import peer
 
-from train.module import LanguageModel, matmul_flops_per_s
+from train.module import LanguageModel, has_compiler, matmul_flops_per_s
 from train.plan import resolve_precision
 
 
@@ -29,8 +29,10 @@ def main() -> None:
         batch=16, context=256, precision="auto", repeats=9,
     )  # fmt: skip
     made.add_argument("--only", nargs="+", help="these variants of ours (default: all); mha is always among them")
+    made.add_argument("--no-compile", action="store_true", help="ours as short runs are trained, not compiled")
     made.add_argument("--compiled-peer", action="store_true", help="transformers' Llama through torch.compile, too")
     args = made.parse_args()
+    compiled = has_compiler() and not args.no_compile
     precision = resolve_precision(args.precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     shape = {name: getattr(args, name) for name in ("vocab_size", "width", "layers", "heads", "context")}
@@ -53,7 +55,7 @@ def main() -> None:
 
     def ours(module: LanguageModel):
         module.to(args.device).train()
-        if args.device == "cuda":
+        if compiled:
             module.compile_parts()
         return stepper(lambda: module.mean_nats(inputs, targets), module)
 
@@ -76,9 +78,9 @@ def main() -> None:
     steps = {name: ours(module) for name, module in modules.items()}
     steps["transformers Llama"] = stepper(lambda: theirs(inputs, labels=targets, use_cache=False).loss, theirs)
     if args.compiled_peer:
-        compiled = torch.compile(theirs)
+        peer_compiled = torch.compile(theirs)
         steps["transformers Llama, compiled"] = stepper(
-            lambda: compiled(inputs, labels=targets, use_cache=False).loss, theirs
+            lambda: peer_compiled(inputs, labels=targets, use_cache=False).loss, theirs
         )
     for name in list(steps):
         try:
@@ -89,7 +91,10 @@ def main() -> None:
                 raise
             print(f"{name}: {str(e).splitlines()[0]}", file=sys.stderr)
     columns = ["what", "step ms", "to our mha", "quartiles", "tokens/s", "MFU"]
-    title = f"training step, batch {args.batch} x {args.context}, width {args.width}, {args.layers} layers, {precision}"
+    title = (
+        f"training step, batch {args.batch} x {args.context}, width {args.width}, {args.layers} layers, {precision}, "
+    )
+    title += "ours compiled" if compiled else "nothing compiled"
     report = Report(title, args.json, args.device, columns)
     times = in_turns(steps, args.device, args.repeats, warmup=3)
     peak = matmul_flops_per_s(args.device, dtype)

@@ -1,13 +1,15 @@
 """Training of one language model as a LightningModule that works with any Trainer.
 
 AdamW with decay on matrices alone, linear warm-up and a cosine to a tenth, clipped gradients: nanoGPT's conventions.
-On a GPU the blocks and the loss are compiled where the run is long enough to gain by it.
+The blocks and the loss are compiled where the run is long enough to gain by it.
 Everything logged stands at the number of tokens seen, in every logger the Trainer has, under names that are the same
 for every variant.
 """
 
 import functools
 import math
+import os
+import shutil
 import time
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from archs import build
 from train.batches import IGNORED
 
-COMPILED_FROM = 2e15  # FLOPs of a run on a GPU, by parameters: compiling takes some ten seconds
+COMPILED_FROM = {"cuda": 2e15, "cpu": 2e14}  # FLOPs of a run, by parameters: compiling takes up to a minute or two
 
 
 class LanguageModel(L.LightningModule):
@@ -82,8 +84,9 @@ class LanguageModel(L.LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
+        enough = COMPILED_FROM.get(self.trainer.strategy.root_device.type, math.inf)
         work = 6 * self.model.count_params() * self.hparams.tokens  # alike for variants of matched parameters
-        if stage == "fit" and self.trainer.strategy.root_device.type == "cuda" and work > COMPILED_FROM:
+        if stage == "fit" and work > enough and has_compiler():
             torch.compiler.reset()  # what the models before this one left counts against a limit
             self.compile_parts()
             self._compiles = True
@@ -204,6 +207,11 @@ class LanguageModel(L.LightningModule):
     def _log(self, metrics: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.tokens_seen)
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile looks for."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _rate(tokens: int, seconds: float) -> float:

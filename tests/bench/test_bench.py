@@ -12,7 +12,7 @@ SHAPE = ["--width", "32", "--layers", "2", "--heads", "4", "--vocab-size", "64",
 SMALL = [*SHAPE, "--batch", "2", "--context", "24", "--device", "cpu"]
 RUNS = {
     "decode": ([*SMALL, "--window", "8", "--decode-repeats", "2", "--prefill-repeats", "2"], 9),
-    "training": ([*SMALL, "--window", "8", "--repeats", "2"], 7),
+    "training": ([*SMALL, "--window", "8", "--repeats", "2", "--no-compile"], 7),
     "roof": ([*SMALL, "--window", "8"], 6),
     "attention": (
         [*SHAPE[4:6], *SHAPE[8:], *SMALL[len(SHAPE) :], "--head-dim", "16", "--repeats", "2"],

@@ -81,6 +81,28 @@ def test_compiled_parts_have_the_same_loss_and_gradients(arch, own):
         torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_a_long_run_is_compiled_and_the_step_that_compiles_is_not_timed(data, monkeypatch):
+    whole = LanguageModel.compile_parts
+    monkeypatch.setattr("train.module.COMPILED_FROM", {"cpu": 0})
+    monkeypatch.setattr("train.module.has_compiler", lambda: True)
+    monkeypatch.setattr(LanguageModel, "compile_parts", lambda self: whole(self, backend="eager"))
+    model = LanguageModel("mha", OPTIONS, tokens=3 * 64)
+    seconds = []
+    monkeypatch.setattr(model, "on_train_batch_end", lambda *_: seconds.append(model.train_seconds))
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    trainer = L.Trainer(max_steps=3, accelerator="cpu", limit_val_batches=0, **quiet)
+    trainer.fit(model, TextData(data, context=16, batch_size=4))
+    assert (model.tokens_seen, model.tokens_untimed) == (3 * 64, 64)
+    assert seconds[0] == 0 < seconds[1] < seconds[2]
+    assert model.tokens_per_s == pytest.approx(128 / model.train_seconds)
+    assert all(block._compiled_call_impl is None for block in model.model.blocks)  # decode would compile each length
+
+
 def test_the_rate_warms_up_and_falls_to_a_tenth():
     model = LanguageModel("mha", OPTIONS, tokens=10_000, lr=1.0, warmup_tokens=1000)
     rates = [model.rate(tokens) for tokens in range(0, 10_001, 100)]
