@@ -29,8 +29,7 @@ def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Applies rotary positions; dimension i is paired with i + D/2, as Llama does."""
     cos, sin = rope
     a, b = x_BHTD.float().chunk(2, dim=-1)
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    return torch.cat(turned, dim=-1).to(x_BHTD.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
 
 
 def split_heads(x_BTX: Tensor, *heads: int) -> list[Tensor]:
