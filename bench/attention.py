@@ -8,7 +8,8 @@ GPU a copy as well. Beside it each variant's other bound, its FLOPs at the rate 
 there, torch's SDPA and flex_attention take their turns on the same cache.
 """
 
-from pairs import Report, in_turns, parser, spread  # before torch, whose threads it tells how to wait
+# Before torch, whose threads it tells how to wait.
+from pairs import Report, in_turns, parser, spread
 
 # isort: split
 

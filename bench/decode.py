@@ -1,12 +1,14 @@
 """Whole models, decode step and prefill, against transformers with its default cache.
 
     uv run python bench/decode.py
-    uv run python bench/decode.py --width 768 --layers 12 --heads 12 --kv-rank 256 --rope-dim 32 --dtype bf16
+    uv run python bench/decode.py --context 8192 --dtype bf16 --variants mha "gqa kv_heads=4"
 
-Ours against theirs on the same shapes and numbers of parameters; and YOCO's prefill against our MHA's.
+Ours against theirs on the same shapes and numbers of parameters; where they have no such architecture (YOCO), our
+prefill against that of our first variant.
 """
 
-from pairs import Report, in_turns, parser, ratio, spread  # before torch, whose threads it tells how to wait
+# Before torch, whose threads it tells how to wait.
+from pairs import Report, in_turns, model_of, model_parser, ratio, spread
 
 # isort: split
 
@@ -14,26 +16,13 @@ import torch
 from peers import peer
 from transformers import DynamicCache
 
-from archs import build
-
 STEPS = 8  # decode steps timed together, between which neither cache is cut back
 
 
 def main() -> None:
-    made = parser(
-        __doc__.splitlines()[0],
-        vocab_size=4096, width=256, layers=6, heads=8, kv_heads=2, kv_rank=128, rope_dim=16, window=256,
-        batch=8, context=2048, dtype="fp32", decode_repeats=7, prefill_repeats=3,
-    )  # fmt: skip
-    made.add_argument("--only", nargs="+", default=["mha", "gqa", "mqa", "mla", "yoco"], help=" ")
-    args = made.parse_args()
+    defaults = {"batch": 8, "context": 2048, "dtype": "fp32", "decode_repeats": 7, "prefill_repeats": 3}
+    args = model_parser(__doc__.splitlines()[0], **defaults).parse_args()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    shape = {name: getattr(args, name) for name in ("vocab_size", "width", "layers", "heads", "context")}
-    own = {
-        "gqa": {"kv_heads": args.kv_heads},
-        "mla": {"kv_rank": args.kv_rank, "rope_dim": args.rope_dim},
-        "yoco": {"kv_heads": args.heads, "window": args.window},
-    }
     title = f"prefill and decode, batch {args.batch}, context {args.context}, {args.dtype}"
     report = Report(title, args.json, args.device, ["what", "ours ms", "peer", "peer ms", "ratio", "quartiles"])
     prompt = torch.randint(args.vocab_size, (args.batch, args.context), device=args.device)
@@ -45,8 +34,8 @@ def main() -> None:
         report.add(**row, ratio=f"{found:.2f}", quartiles=f"{low:.2f}-{high:.2f}")
 
     @torch.inference_mode()
-    def compare(arch: str) -> None:
-        model = build(arch, **shape, **own.get(arch, {})).to(args.device, dtype).eval()
+    def compare(variant: str) -> None:
+        model = model_of(variant, args, dtype)
         cache = model.new_cache(args.batch, args.context + STEPS)
 
         def prefill() -> None:
@@ -58,17 +47,19 @@ def main() -> None:
             for _ in range(STEPS):
                 model.decode(prompt[:, 0], cache)
 
-        if arch == "yoco":
-            baseline = build("mha", **shape).to(args.device, dtype).eval()
+        theirs = peer(model)
+        if theirs is None:
+            baseline = model_of(args.variants[0], args, dtype)
             other = baseline.new_cache(args.batch, args.context)
 
-            def prefill_mha() -> None:
+            def prefill_first() -> None:
                 other.reset()
                 baseline.prefill(prompt, other)
 
-            add("yoco prefill", in_turns({"ours": prefill, "our mha": prefill_mha}, args.device, args.prefill_repeats))
+            steps = {"ours": prefill, f"our {args.variants[0]}": prefill_first}
+            add(f"{variant} prefill", in_turns(steps, args.device, args.prefill_repeats))
             return
-        theirs = peer(model).eval()
+        theirs.eval()
         name = f"transformers {type(theirs).__name__.removesuffix('ForCausalLM')}"
         state = {}
 
@@ -80,7 +71,7 @@ def main() -> None:
             for _ in range(STEPS):
                 theirs(prompt[:, :1], past_key_values=state["cache"], use_cache=True)
 
-        add(f"{arch} prefill", in_turns({"ours": prefill, name: peer_prefill}, args.device, args.prefill_repeats, 1))
+        add(f"{variant} prefill", in_turns({"ours": prefill, name: peer_prefill}, args.device, args.prefill_repeats, 1))
 
         def one_each(repeats: int) -> dict[str, list[float]]:
             times = {"ours": [], name: []}
@@ -92,10 +83,10 @@ def main() -> None:
             return times
 
         one_each(1)
-        add(f"{arch} decode step", one_each(args.decode_repeats), STEPS)
+        add(f"{variant} decode step", one_each(args.decode_repeats), STEPS)
 
-    for arch in args.only:
-        compare(arch)
+    for variant in args.variants:
+        compare(variant)
     report.show()
 
 

@@ -16,23 +16,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SHAPE_124M = ["--width", "768", "--layers", "12", "--heads", "12", "--kv-heads", "4"]
+SHAPE_124M = ["--vocab-size", "50304", "--width", "768", "--layers", "12", "--heads", "12"]
+VARIANTS = ["--variants", "mha", "gqa kv_heads=4", "mqa", "mla kv_rank=256 rope_dim=32"]
+VARIANTS += ["yoco kv_heads=4 window=256", "yoco kv_heads=4 self_decoder=gret"]
 LATENT = ["--kv-rank", "256", "--rope-dim", "32"]
 LONG = ["--batch", "16", "--context", "65536"]
-TRAINING_124M = [*SHAPE_124M, *LATENT, "--vocab-size", "50304", "--context", "1024", "--batch", "32"]
+TRAINING_124M = [*SHAPE_124M, "--context", "1024", "--batch", "32"]
 PARTS: dict[str, list[tuple[str, int, list[str]]]] = {  # name, seconds at most, command
     "1": [
         ("tests", 130, ["-m", "pytest", "-q", "tests/archs/test_cuda.py", "tests/archs/test_split_kv.py"]),
         ("attention-8k", 110, ["bench/attention.py", "--dtype", "bf16", "--batch", "64", *LATENT]),
         ("attention-64k", 110, ["bench/attention.py", "--dtype", "bf16", *LONG, *LATENT]),
-        ("roof", 200, ["bench/roof.py", *SHAPE_124M, *LATENT, "--batch", "128", "--context", "8192"]),
+        ("roof", 200, ["bench/roof.py", *SHAPE_124M, *VARIANTS, "--batch", "128", "--context", "8192"]),
     ],
     "2": [
-        ("training", 220, ["bench/training.py", *TRAINING_124M, "--window", "256"]),
-        ("training-compiled-peer", 90, ["bench/training.py", *TRAINING_124M, "--only", "mha", "--compiled-peer"]),
-        ("decode", 160, ["bench/decode.py", *SHAPE_124M, *LATENT, "--vocab-size", "50304", "--dtype", "bf16",
-                         "--batch", "32", "--context", "4096"]),
-        ("roof-long", 80, ["bench/roof.py", *SHAPE_124M, *LATENT, "--batch", "8", "--context", "65536"]),
+        ("training", 220, ["bench/training.py", *TRAINING_124M, *VARIANTS]),
+        ("training-compiled-peer", 90, ["bench/training.py", *TRAINING_124M, "--variants", "mha", "--compiled-peer"]),
+        ("decode", 160, ["bench/decode.py", *SHAPE_124M, *VARIANTS, "--dtype", "bf16", "--batch", "32",
+                         "--context", "4096"]),
+        ("roof-long", 80, ["bench/roof.py", *SHAPE_124M, *VARIANTS, "--batch", "8", "--context", "65536"]),
     ],
 }  # fmt: skip
 

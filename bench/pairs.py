@@ -6,7 +6,6 @@ A ratio is that of the medians; its spread is the interquartile range of the rat
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -15,10 +14,17 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
+from archs import Decoder, build
+from train.files import device_name
+
 Step = Callable[[], object]
+SHAPE = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 8}
+VARIANTS = ["mha", "gqa kv_heads=2", "mqa", "mla kv_rank=128 rope_dim=16"]
+VARIANTS += ["yoco kv_heads=8 window=256", "yoco kv_heads=8 self_decoder=gret"]
 
 
 def parser(description: str, **defaults: int | str) -> argparse.ArgumentParser:
@@ -31,18 +37,29 @@ def parser(description: str, **defaults: int | str) -> argparse.ArgumentParser:
     return made
 
 
+def model_parser(description: str, **defaults: int | str) -> argparse.ArgumentParser:
+    """The same for scripts on whole models: their shape and variants, too."""
+    made = parser(description, **SHAPE, **defaults)
+    made.add_argument("--variants", nargs="+", default=VARIANTS, help="as in a study: arch option=value ...")
+    return made
+
+
+def options(variant: str, args: argparse.Namespace) -> tuple[str, dict]:
+    """(arch, options) of one of --variants in the shape that was asked for."""
+    arch, *own = variant.split()
+    given = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in own)}
+    return arch, {name: getattr(args, name) for name in (*SHAPE, "context")} | given
+
+
+def model_of(variant: str, args: argparse.Namespace, dtype: torch.dtype) -> Decoder:
+    arch, own = options(variant, args)
+    return build(arch, **own).to(args.device, dtype).eval()
+
+
 def machine(device: str) -> str:
     """What the numbers were measured on."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        try:
-            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        except (OSError, StopIteration):
-            name = platform.processor() or platform.machine()
-        name += f", {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}"
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    return f"{device_name(torch.device(device))}{threads}, torch {torch.__version__}"
 
 
 def in_turns(steps: dict[str, Step], device: str, repeats: int, warmup: int = 2) -> dict[str, list[float]]:

@@ -8,9 +8,14 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from archs import Decoder
 
 
-def peer(model: Decoder) -> PreTrainedModel:
-    """Of the same shape and number of parameters as `model`, on its device and in its dtype, freshly initialised."""
+def peer(model: Decoder) -> PreTrainedModel | None:
+    """Of the same shape and number of parameters as `model`, on its device and in its dtype, freshly initialised.
+
+    None where transformers has no such architecture.
+    """
     o = model.options
+    if not hasattr(o, "kv_rank") and not hasattr(model, "kv_heads"):
+        return None
     shape = {
         "vocab_size": o.vocab_size,
         "hidden_size": o.width,

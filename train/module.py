@@ -61,13 +61,9 @@ class LanguageModel(L.LightningModule):
     # Optimisation
 
     def configure_optimizers(self) -> dict:
-        h = self.hparams
-        matrices = [p for p in self.parameters() if p.dim() > 1]
-        vectors = [p for p in self.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": h.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         # A fused step unscales 16-mixed gradients itself, after they were clipped.
         fused = not (self._trainer and self.trainer.precision == "16-mixed")
-        optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=(0.9, 0.95), fused=fused)
+        optimizer = adamw(self, self.hparams.lr, self.hparams.weight_decay, fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.rate(self.tokens_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -207,6 +203,14 @@ class LanguageModel(L.LightningModule):
     def _log(self, metrics: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.tokens_seen)
+
+
+def adamw(model: torch.nn.Module, lr: float, weight_decay: float, fused: bool = True) -> torch.optim.AdamW:
+    """With decay on matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
 def has_compiler() -> bool:

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-SHAPE = ["--width", "32", "--layers", "2", "--heads", "4", "--vocab-size", "64", "--kv-rank", "16", "--rope-dim", "8"]
-SMALL = [*SHAPE, "--batch", "2", "--context", "24", "--device", "cpu"]
-RUNS = {
-    "decode": ([*SMALL, "--window", "8", "--decode-repeats", "2", "--prefill-repeats", "2"], 9),
-    "training": ([*SMALL, "--window", "8", "--repeats", "2", "--no-compile"], 7),
-    "roof": ([*SMALL, "--window", "8"], 6),
-    "attention": (
-        [*SHAPE[4:6], *SHAPE[8:], *SMALL[len(SHAPE) :], "--head-dim", "16", "--repeats", "2"],
-        4,
-    ),
+SMALL = ["--batch", "2", "--context", "24", "--device", "cpu"]
+VARIANTS = ["mha", "gqa kv_heads=2", "mla kv_rank=16 rope_dim=8", "yoco kv_heads=4 window=8"]
+MODEL = ["--width", "32", "--layers", "2", "--heads", "4", "--vocab-size", "64", *SMALL, "--variants", *VARIANTS]
+LAYER = ["--heads", "4", "--head-dim", "16", "--kv-rank", "16", "--rope-dim", "8", *SMALL]
+RUNS = {  # arguments, rows that are printed
+    "decode": ([*MODEL, "--decode-repeats", "2", "--prefill-repeats", "2"], 2 * 3 + 1),
+    "training": ([*MODEL, "--repeats", "2", "--no-compile"], 4 + 1),
+    "roof": (MODEL, 4),
+    "attention": ([*LAYER, "--repeats", "2"], 4),
 }
 
 
