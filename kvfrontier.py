@@ -14,11 +14,19 @@ from pathlib import Path
 PLAN = "plan.json"  # in a study's directory: what was asked for, so that a stage can be given the directory alone
 
 
+def let_threads_sleep() -> None:
+    """Has torch's CPU threads wait awake for half a millisecond at most; to be called before torch is imported.
+
+    Threads that spin for longer stall each other where cores are shared: up to 50x slower steps on a busy 2-core
+    virtual machine. Threads that sleep at once must be woken for each operation, of which a decode step has hundreds.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    # Threads that spin while they wait stall each other where cores are shared: up to 50x slower steps on a busy 2-core
-    # virtual machine, and 1.3x on an idle one. Read by the OpenMP runtime when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     from train.errors import InputError
 
     try:

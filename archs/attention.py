@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from archs.cpu_kernel import split_kv, takes_attention
+
 Rope = tuple[Tensor, Tensor]
 # For one query on a GPU: cuDNN, torch's choice on Hopper, makes a plan for each length.
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -23,6 +25,11 @@ def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device) 
     frequency = base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / -dim)
     angle = (start + torch.arange(tokens, dtype=torch.float32, device=device))[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+def last(rope: Rope) -> Rope:
+    """Of the last position."""
+    return rope[0][-1:], rope[1][-1:]
 
 
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
@@ -75,7 +82,7 @@ def attend(
     """Causal attention of the last T of S positions; query head h uses KV head h // (H/G). Returns (B, H, T, E).
 
     Without values, the keys' first `value_size` columns are them. With `seen`, a number on the device, one token sees
-    the first `seen` of S slots, in a kernel of ours; else the kernel is torch's.
+    the first `seen` of S slots, in a kernel of ours, as one token does on a CPU; else the kernel is torch's.
     """
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
@@ -85,6 +92,9 @@ def attend(
 
         out = split_kv_attention(q[:, :, 0], k_BGSD, v_BGSE, seen, scale or D**-0.5, value_size)
         return out[:, :, None].to(q_BHTD.dtype)
+    v = k_BGSD[..., :value_size] if v_BGSE is None else v_BGSE
+    if takes_attention(q, k_BGSD, v):
+        return split_kv(q, k_BGSD, v, scale or D**-0.5).to(q_BHTD.dtype)
     v = k_BGSD if v_BGSE is None else v_BGSE  # the columns too many are cut off: equal sizes keep the fast kernels
     if T == 1:
         out = sdpa(q.reshape(B, G, H // G, D), k_BGSD, v, scale=scale).reshape(B, H, 1, -1)

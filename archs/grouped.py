@@ -9,9 +9,10 @@ Shapes: B batch, T tokens, H query heads, G KV heads, D head size, W width.
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archs.attention import Rope, attend, merge_heads, rotate, split_heads
+from archs.attention import Rope, attend, last, merge_heads, rotate, split_heads
 from archs.cache import FullCache
 from archs.decoder import Decoder, Options, kv_heads_divide, mean_seen, option
 
@@ -19,13 +20,26 @@ from archs.decoder import Decoder, Options, kv_heads_divide, mean_seen, option
 class GroupedAttention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, cache: FullCache | None = None, start: int | Tensor = 0) -> Tensor:
-        qk_BXTD, v_BGTD = split_heads(self.qkv(x_BTW), self.heads + self.kv_heads, self.kv_heads)
-        q_BHTD, k_BGTD = rotate(qk_BXTD, rope).split((self.heads, self.kv_heads), dim=1)
+    def forward(
+        self,
+        x_BTW: Tensor,
+        rope: Rope,
+        cache: FullCache | None = None,
+        start: int | Tensor = 0,
+        only_last: bool = False,
+    ) -> Tensor:
+        if only_last and x_BTW.shape[1] > 1:
+            q_weight, kv_weight = self.qkv.weight.tensor_split((self.heads * self.head_dim,))
+            (q_BHTD,) = split_heads(F.linear(x_BTW[:, -1:], q_weight), self.heads)
+            k_BGTD, v_BGTD = split_heads(F.linear(x_BTW, kv_weight), self.kv_heads, self.kv_heads)
+            q_BHTD, k_BGTD = rotate(q_BHTD, last(rope)), rotate(k_BGTD, rope)
+        else:
+            qk_BXTD, v_BGTD = split_heads(self.qkv(x_BTW), self.heads + self.kv_heads, self.kv_heads)
+            q_BHTD, k_BGTD = rotate(qk_BXTD, rope).split((self.heads, self.kv_heads), dim=1)
         return self.out(merge_heads(self.attend(q_BHTD, k_BGTD, v_BGTD, cache, start)))
 
     def attend(

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from archs.attention import Rope, attend, merge_heads, rotate, split_heads
+from archs.attention import Rope, attend, last, merge_heads, rotate, split_heads
 from archs.cache import FullCache
 from archs.decoder import Decoder, Options, RMSNorm, mean_seen, option
 
@@ -49,17 +49,25 @@ class LatentAttention(nn.Module):
         self.kv_up = nn.Linear(o.kv_rank, o.heads * (o.nope_dim + o.v_dim), bias=False)
         self.out = nn.Linear(o.heads * o.v_dim, o.width, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, cache: FullCache | None = None, start: int | Tensor = 0) -> Tensor:
+    def forward(
+        self,
+        x_BTW: Tensor,
+        rope: Rope,
+        cache: FullCache | None = None,
+        start: int | Tensor = 0,
+        only_last: bool = False,
+    ) -> Tensor:
         o = self.o
-        (q_BHTX,) = split_heads(self.q_up(self.q_norm(self.q_down(x_BTW)) if o.q_rank else x_BTW), o.heads)
+        q_in_BTW, q_rope = (x_BTW[:, -1:], last(rope)) if only_last else (x_BTW, rope)
+        (q_BHTX,) = split_heads(self.q_up(self.q_norm(self.q_down(q_in_BTW)) if o.q_rank else q_in_BTW), o.heads)
         q_nope_BHTN, q_rope_BHTP = q_BHTX.split((o.nope_dim, o.rope_dim), dim=-1)
-        q_rope_BHTP = rotate(q_rope_BHTP, rope)
+        q_rope_BHTP = rotate(q_rope_BHTP, q_rope)
         latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.kv_rank, o.rope_dim), dim=-1)
         kept_B1SX = torch.cat((self.kv_norm(latent_BTR), rotate(k_rope_BTP, rope).to(latent_BTR.dtype)), -1)[:, None]
         queries, seen = (q_nope_BHTN, q_rope_BHTP), None
         if cache:
             (kept_B1SX,), seen = cache.append(start, kept_B1SX)
-        if seen is not None or (cache and self.absorbing_is_cheaper(x_BTW.shape[1], kept_B1SX.shape[2])):
+        if seen is not None or (cache and self.absorbing_is_cheaper(q_BHTX.shape[2], kept_B1SX.shape[2])):
             out_BHTE = self.absorbed(*queries, kept_B1SX, seen)
         else:
             out_BHTE = self.materialised(*queries, kept_B1SX)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archs.attention import Rope, attend, attend_window, merge_heads, rotate, split_heads
+from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads
 from archs.cache import Cache, FullCache, StateCache, WindowCache
 from archs.decoder import NORM_EPS, Decoder, Options, RMSNorm, kv_heads_divide, mean_seen, option
 from archs.grouped import GroupedAttention
@@ -185,7 +185,7 @@ class YOCO(Decoder):
         k_BGSD, v_BGSD = self.shared_kv(x_BTW, rope)
         if cache:
             (k_BGSD, v_BGSD), seen = cache.parts[half].append(start, k_BGSD, v_BGSD)
-            x_BTW, rope = x_BTW[:, -1:], (rope[0][-1:], rope[1][-1:])
+            x_BTW, rope = x_BTW[:, -1:], last(rope)
         for block in self.blocks[half:]:
             x_BTW = block(x_BTW, rope, k_BGSD, v_BGSD, seen)
         return x_BTW

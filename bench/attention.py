@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archs.attention import attend
-from eval.speed import ROOF_BYTES
+from eval.speed import ROOF_BYTES, reads
 from train.module import matmul_flops_per_s
 
 REPLAYED = 20  # calls in one CUDA graph: launches are then not what is timed
@@ -72,9 +72,7 @@ def main() -> None:
 
     x = torch.ones(ROOF_BYTES[device] // 4, device=device)
     y = torch.empty_like(x) if device == "cuda" else None
-    reads: dict[str, Callable[[], object]] = {"sum": x.sum, "max": x.amax, "dot": lambda: torch.dot(x, x)}
-    if y is not None:
-        reads["copy"] = lambda: y.copy_(x)
+    roofs = reads(x) | ({} if y is None else {"copy": lambda: y.copy_(x)})
     calls = REPLAYED if device == "cuda" else 1
     title = f"decode attention, batch {args.batch}, context {args.context}, {H} heads of {D}, {args.dtype}"
     columns = ["what", "cache MiB", "ms", "GB/s", "of the read roof", "arithmetic bound"]
@@ -92,7 +90,7 @@ def main() -> None:
         v = made(G, args.context, value_size) if value_size else None
         used = value_size or args.kv_rank
         call = functools.partial(attend, q, k, v, None, seen, used)
-        steps = {read: repeated(step, device) for read, step in reads.items()}
+        steps = {read: repeated(step, device) for read, step in roofs.items()}
         todo = {name: call}
         if device == "cuda" and v is not None:
             todo |= {f"{name}, {peer}": step for peer, step in peers(q, k, v).items()}
@@ -102,8 +100,8 @@ def main() -> None:
             except Exception as e:
                 print(f"{label}: {e}".splitlines()[0][:200], file=sys.stderr)
         times = in_turns(steps, device, args.repeats)
-        moved = {read: x.nbytes * (2 if read == "copy" else 1) for read in reads}
-        roof = max(calls * moved[read] / statistics.median(times[read]) / 1e9 for read in reads)
+        moved = {read: x.nbytes * (2 if read == "copy" else 1) for read in roofs}
+        roof = max(calls * moved[read] / statistics.median(times[read]) / 1e9 for read in roofs)
         held = k.nbytes + (v.nbytes if v is not None else 0)
         bound = 2 * args.batch * H * args.context * (key_size + used) / peak
         for label in [label for label in todo if label in times]:

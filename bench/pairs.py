@@ -5,13 +5,14 @@ A ratio is that of the medians; its spread is the interquartile range of the rat
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
+from kvfrontier import let_threads_sleep
+
+let_threads_sleep()  # before torch is imported
 
 import torch
 import yaml

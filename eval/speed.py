@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs import Cache, Decoder
+from archs.cpu_kernel import reader
 
 if TYPE_CHECKING:
     from eval.subject import Subject
@@ -97,10 +98,16 @@ def _gpu_ms(step: Callable[[], object], before: Callable[[], object], repeats: i
 
 
 def measure_roof(device: torch.device) -> float:
-    """Bytes a second, in GB/s, at which the device reads a large array: the best of several reductions."""
+    """Bytes a second, in GB/s, at which the device reads a large array: the best of several ways."""
     x = torch.ones(ROOF_BYTES[device.type] // 4, device=device)
-    reductions = (x.sum, x.amax, lambda: torch.dot(x, x))
-    return x.nbytes / min(timed(f, device, 10, 2).median for f in reductions) / 1e6
+    return x.nbytes / min(timed(read, device, 10, 2).median for read in reads(x).values()) / 1e6
+
+
+def reads(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Ways to read all of a large array."""
+    ways = {"sum": x.sum, "max": x.amax, "dot": lambda: torch.dot(x, x)}
+    ours = reader(x) if x.device.type == "cpu" else None
+    return ways | ({"prefetched": ours} if ours else {})
 
 
 def measure_decode(model: Decoder, batches: list[int], contexts: list[int], roof_gb_s: float) -> Iterator[dict]:
@@ -191,6 +198,8 @@ def attention_backend(model: Decoder, tokens_B: torch.Tensor, cache: Cache) -> s
     cache.length -= 1
     with _Operators() as operators:
         model.decode(tokens_B, cache)
+    if any(name.startswith("split_kv") for name in operators.names):
+        return "split-kv c++"
     prefix = "_scaled_dot_product_"
     kernels = {name.removeprefix(prefix).split("_")[0] for name in operators.names if name.startswith(prefix)}
     return f"sdpa {'+'.join(sorted(kernels)) or 'math'}"

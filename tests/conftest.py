@@ -2,7 +2,9 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is imported
+from kvfrontier import let_threads_sleep
+
+let_threads_sleep()
 
 import torch
 

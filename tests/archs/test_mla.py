@@ -71,7 +71,7 @@ def test_decode_is_absorbed_and_a_long_prompt_is_materialised(monkeypatch):
     cache = model.new_cache(1, 40)
     model.prefill(torch.randint(61, (1, 39)), cache)
     model.decode(torch.randint(61, (1,)), cache)
-    assert used == ["materialised"] * 2 + ["absorbed"] * 2
+    assert used == ["materialised", "absorbed", "absorbed", "absorbed"]  # one token alone leaves the last layer
 
 
 def test_only_the_normed_latent_and_the_rotary_key_are_cached():

@@ -1,0 +1,114 @@
+"""Attention of one new token over a static cache on a CPU, in C++ that is built for each shape when first needed.
+
+torch's own kernel computes and waits for memory by turns; this one fetches ahead (cpu_kernel.cpp says how). A build
+takes a second and lasts as long as the process; where there is no compiler, torch's kernel takes over.
+
+Shapes: B batch, H query heads, G KV heads, M = H/G, S cached tokens, D key size, E value size.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+
+
+def compiler() -> str | None:
+    """The C++ compiler, the one that torch.compile looks for; None where there is none."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+
+
+@functools.cache
+def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
+    """cpu_kernel.cpp for M queries a KV head, or None (after a warning, unless it is for want of a compiler)."""
+    if not compiler():
+        return None
+    with tempfile.TemporaryDirectory(prefix="kvfrontier-") as folder:
+        path = Path(folder) / "kernel.so"
+        sizes = [f"-D{name}={value}" for name, value in (("M", M), ("D", D), ("E", E))]
+        done = subprocess.run(
+            [compiler(), *FLAGS, *sizes, "-o", str(path), str(SOURCE)], capture_output=True, text=True, errors="replace"
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+            warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
+            return None
+        built = ctypes.CDLL(str(path))
+    pointer, whole = ctypes.c_void_p, ctypes.c_long
+    built.split_kv.argtypes = [pointer] * 6 + [whole] * 3 + [ctypes.c_float, ctypes.c_int]
+    built.split_kv.restype = None
+    built.rms_norm.argtypes = [pointer] * 3 + [whole] * 2 + [ctypes.c_float, ctypes.c_int]
+    built.rms_norm.restype = None
+    built.read_all.argtypes, built.read_all.restype = [pointer, whole, ctypes.c_int], ctypes.c_float
+    return built
+
+
+def reader(x: Tensor) -> Callable[[], float] | None:
+    """Reads all of x as fast as the kernel could, returns the sum; for 2^17 fp32 numbers, or a multiple, on a CPU."""
+    built = build()
+    return built and (lambda: built.read_all(x.data_ptr(), x.numel(), torch.get_num_threads()))
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the operators below may get these: fp32 on a CPU, no gradient wanted, and a compiler to build them."""
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if not x.is_cpu or x.dtype != torch.float32 or (grad and x.requires_grad):
+            return False
+    return not torch.compiler.is_compiling() and build() is not None
+
+
+def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
+    """Whether `split_kv` takes these: also one token, and sizes that are multiples of 4."""
+    (H, T, D), (G, _, E) = q_BHTD.shape[1:], v_BGSE.shape[1:]
+    fits = T == 1 and D % 4 == E % 4 == 0 and k_BGSD.stride(3) == v_BGSE.stride(3) == 1
+    return fits and takes(q_BHTD, k_BGSD, v_BGSE) and build(H // G, D, E) is not None
+
+
+# Operators of torch's, so that what counts operators or their FLOPs sees them.
+library = torch.library.Library("kvfrontier", "DEF")
+library.define("split_kv(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+
+
+def _split_kv(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float) -> Tensor:
+    """Attention of one token over all that is held, query head h using KV head h // (H/G); (B, H, 1, E)."""
+    B, H, T, D = q_BHTD.shape
+    G, S, E = v_BGSE.shape[1:]
+    q_BHTD, out_BHTE = q_BHTD.contiguous(), q_BHTD.new_empty(B, H, T, E)
+    strides = [(ctypes.c_long * 3)(*x.stride()[:3]) for x in (k_BGSD, v_BGSE)]
+    places = [x.data_ptr() for x in (q_BHTD, k_BGSD, v_BGSE, out_BHTE)]
+    build(H // G, D, E).split_kv(*places, *strides, B, G, S, scale, torch.get_num_threads())
+    return out_BHTE
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467)."""
+    x, width = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    build().rms_norm(*places, x.numel() // width, width, eps, torch.get_num_threads())
+    return out
+
+
+library.impl("split_kv", _split_kv, "CPU")
+library.impl("rms_norm", _rms_norm, "CPU")
+split_kv, rms_norm = torch.ops.kvfrontier.split_kv, torch.ops.kvfrontier.rms_norm
+
+
+@register_flop_formula(torch.ops.kvfrontier.split_kv)
+def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    B, H, T, D = q_shape
+    return 2 * B * H * T * v_shape[2] * (D + v_shape[3])

@@ -1,0 +1,124 @@
+"""The decode kernel of a CPU against attention by definition."""
+
+import math
+import subprocess
+
+import pytest
+import torch
+from test_attention import by_definition
+
+from archs import cpu_kernel
+from archs.attention import attend
+from archs.cpu_kernel import build, compiler, reader, rms_norm, split_kv, takes, takes_attention
+
+needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
+# query heads, KV heads, key size, value size (None: the values are the first columns of the keys)
+SHAPES = {
+    "mha": (4, 4, 64, 64),
+    "gqa": (8, 2, 32, 32),
+    "mqa": (12, 1, 128, 128),
+    "queries of no common divisor": (7, 1, 16, 16),
+    "vectors of four": (6, 2, 20, 12),
+    "mla": (8, 1, 144, None),
+    "mla of odd sizes": (3, 1, 40, None),
+}
+
+
+def inputs(shape, batch: int, held: int, beyond: float = math.nan):
+    """A cache of 16 more slots than are held; what stands in them is `beyond`."""
+    H, G, D, E = shape
+    q, k = torch.randn(batch, H, 1, D), torch.randn(batch, G, held + 16, D)
+    v = torch.randn(batch, G, held + 16, E) if E else k[..., : D - D // 9 // 4 * 4 - 4]
+    for x in (k, v):
+        x[:, :, held:] = beyond
+    return q, k[:, :, :held], v[:, :, :held]
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("held", [1, 17, 64, 300])
+def test_one_token_attends_to_all_that_is_held(shape, held):
+    torch.manual_seed(held)
+    q, k, v = inputs(shape, 2, held)
+    with torch.inference_mode():
+        assert takes_attention(q, k, v)
+        got = split_kv(q, k, v, 0.2)
+    torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_long_sequences_are_split_among_threads(threads):
+    q, k, v = inputs(SHAPES["mqa"], 1, 2100)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = split_kv(q, k, v, 0.3)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got, by_definition(q, k, v, scale=0.3), rtol=1e-5, atol=2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 100.0])
+def test_weights_of_any_size(scale):
+    """Scores of hundreds: a weight of e^-300 is 0 and nothing overflows; a scale of nearly 0 gives the mean."""
+    q, k, v = inputs(SHAPES["gqa"], 2, 77)
+    expected = by_definition(q.double(), k.double(), v.double(), scale=scale).float()
+    torch.testing.assert_close(split_kv(q, k, v, scale), expected, rtol=1e-4, atol=1e-4 if scale > 1 else 1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(3, 7, 50), (1, 1, 1), (40, 16, 256)])
+def test_rms_norm_is_torchs(shape):
+    x, weight = torch.randn(shape).transpose(0, 1), torch.randn(shape[-1])
+    assert takes(x, weight)
+    expected = torch.nn.functional.rms_norm(x, shape[-1:], weight, eps=1e-6)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected, rtol=1e-5, atol=1e-6)
+    assert not takes(x, weight.requires_grad_())
+
+
+@needs_compiler
+def test_the_roof_reads_everything_once():
+    x = torch.zeros(2**18)
+    x[::3] = 1
+    assert reader(x)() == x.sum()
+
+
+@needs_compiler
+def test_other_cases_are_left_to_torch():
+    q, k, v = inputs(SHAPES["gqa"], 2, 9)
+    with torch.inference_mode():
+        assert takes_attention(q, k, v)
+        assert not takes_attention(q.expand(-1, -1, 3, -1), k, v)  # several tokens
+        assert not takes_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        assert not takes_attention(q[..., :30], k[..., :30], v)  # 30 is no multiple of 4
+    assert not takes_attention(q.requires_grad_(), k, v)
+
+
+def test_without_a_working_compiler_attention_is_torchs(monkeypatch, tmp_path):
+    q, k, v = inputs(SHAPES["gqa"], 2, 9)
+    for place, warns in (("/nowhere", False), (tmp_path / "c++", True)):
+        (tmp_path / "c++").write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+        (tmp_path / "c++").chmod(0o755)
+        monkeypatch.setenv("CXX", str(place))
+        build.cache_clear()
+        if warns:
+            with pytest.warns(UserWarning, match="no such flag"):
+                got = attend(q, k, v)
+        else:
+            got = attend(q, k, v)
+        torch.testing.assert_close(got, by_definition(q, k, v), rtol=1e-5, atol=1e-6)
+    build.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [["-mno-avx512f"], ["-march=x86-64"], ["-fsanitize=undefined,bounds", "-Werror"]])
+def test_narrower_vectors_give_the_same(flags, monkeypatch):
+    if "86" not in subprocess.run([compiler(), "-dumpmachine"], capture_output=True, text=True).stdout:
+        pytest.skip("flags of x86 processors")
+    monkeypatch.setattr(cpu_kernel, "FLAGS", cpu_kernel.FLAGS + flags)
+    build.cache_clear()
+    q, k, v = inputs(SHAPES["gqa"], 2, 100)
+    torch.testing.assert_close(split_kv(q, k, v, 0.2), by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+    build.cache_clear()
