@@ -36,6 +36,12 @@ constexpr int EV = divisor(E / L, 4);
 constexpr int LINE = 16;                         // floats in a cache line
 constexpr bool SHARED = D != E;                  // the values are the first columns of the keys
 
+// About the cycles that a tile takes: turning L x L keys, a step of the scores' loop, one of the values', all of them;
+// and the lines to be fetched in some of them.
+constexpr int TURN = 4 * L + 11, SCORE = MS, VALUE = std::max(1, MV * EV / 2);
+constexpr int CYCLES = N * D / (L * L) * TURN + M * N * (D + E) / (2 * L);
+constexpr int lines(int cycles) { return (cycles * N * (SHARED ? D : D + E) / LINE + CYCLES - 1) / CYCLES; }
+
 typedef float vec __attribute__((vector_size(4 * L)));
 typedef int32_t veci __attribute__((vector_size(4 * L)));
 typedef float loose __attribute__((vector_size(4 * L), aligned(4)));
@@ -48,9 +54,18 @@ INLINE vec load(const float *x) { return *(const loose *)x; }
 INLINE void store(float *x, vec a) { *(loose *)x = a; }
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 
-INLINE void fetch(const float *x, int lines) {
-    UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch(x + i * LINE, 0, 2);
-}
+// The lines of a tile to come, its keys' and then its values', fetched some at a time while another is computed with.
+struct Ahead {
+    const float *at, *end, *values, *values_end;
+
+    INLINED void fetch(int lines) {
+        UNROLL for (int i = 0; i < lines; i++) {
+            __builtin_prefetch(at, 0, 2);
+            at += LINE;
+            if (at >= end) at = values, end = values_end;
+        }
+    }
+};
 
 template <int... I> INLINE vec pick(vec a, vec b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
@@ -113,22 +128,22 @@ struct Running {
 };
 
 // scores[m][n] of a tile's `live` tokens; what follows them is undefined.
-INLINE void score(const float *q, const float *k, long stride, int live, const float *ahead, float (*scores)[N]) {
+INLINE void score(const float *q, const float *k, long stride, int live, Ahead &ahead, float (*scores)[N]) {
     if constexpr (M == 1) {
-        for (int n = 0; n < live; n++, ahead += D) {
+        for (int n = 0; n < live; n++) {
             vec a = {};
-            fetch(ahead, D / LINE);
+            ahead.fetch(D / LINE);
             UNROLL for (int d = 0; d < D; d += L) a += load(k + n * stride + d) * load(q + d);
             scores[0][n] = sum(a);
         }
         return;
     }
-    constexpr int LINES = (2 * L * MS + LINE * M - 1) / (LINE * M);  // at each step, to get through the tile
     alignas(64) float turned[DS][N];
     for (int d = 0; d < D; d += DS) {
         for (int n = 0; n < live; n += L)
             for (int c = 0; c < DS; c += L) {
                 vec rows[L];
+                ahead.fetch(lines(TURN));
                 UNROLL for (int i = 0; i < L; i++) rows[i] = load(k + std::min(n + i, live - 1) * stride + d + c);
                 transpose(rows);
                 UNROLL for (int i = 0; i < L; i++) *(vec *)&turned[c + i][n] = rows[i];
@@ -138,8 +153,8 @@ INLINE void score(const float *q, const float *k, long stride, int live, const f
                 vec a[MS][2] = {};
                 if (d) UNROLL for (int i = 0; i < MS; i++)
                     UNROLL for (int j = 0; j < 2; j++) a[i][j] = *(vec *)&scores[m + i][n + j * L];
-                for (int c = 0; c < DS; c++, ahead += LINES * LINE) {
-                    fetch(ahead, LINES);
+                for (int c = 0; c < DS; c++) {
+                    ahead.fetch(lines(SCORE));
                     UNROLL for (int i = 0; i < MS; i++)
                         UNROLL for (int j = 0; j < 2; j++)
                             a[i][j] += q[(m + i) * D + d + c] * *(vec *)&turned[c][n + j * L];
@@ -167,15 +182,14 @@ INLINE void weigh(float (*scores)[N], int live, Running &seen) {
     }
 }
 
-INLINE void add_values(float (*weights)[N], const float *v, long stride, int live, const float *ahead, float *out) {
-    constexpr int LINES = (EV * L * MV + LINE * M - 1) / (LINE * M);
+INLINE void add_values(float (*weights)[N], const float *v, long stride, int live, Ahead &ahead, float *out) {
     for (int e = 0; e < E; e += EV * L)
         for (int m = 0; m < M; m += MV) {
             vec a[MV][EV];
             UNROLL for (int i = 0; i < MV; i++)
                 UNROLL for (int j = 0; j < EV; j++) a[i][j] = load(out + (m + i) * E + e + j * L);
-            for (int n = 0; n < live; n++, ahead += LINES * LINE) {
-                if (!SHARED) fetch(ahead, LINES);
+            for (int n = 0; n < live; n++) {
+                ahead.fetch(M == 1 ? E / LINE : lines(VALUE));
                 UNROLL for (int i = 0; i < MV; i++)
                     UNROLL for (int j = 0; j < EV; j++)
                         a[i][j] += weights[m + i][n] * load(v + n * stride + e + j * L);
@@ -194,11 +208,13 @@ static void attend(const float *q, const float *k, const float *v, long k_stride
     std::fill(seen.top, seen.top + M, -INFINITY);
     std::fill(out, out + M * E, 0.0f);
     for (long s = 0; s < tokens; s += N, k += N * k_stride, v += N * v_stride) {
-        bool more = s + AHEAD < tokens;  // else what is here already is fetched, at no cost
+        long far = s + AHEAD < tokens ? AHEAD : 0;  // at the end what is here already is fetched, at no cost
+        const float *keys = k + far * k_stride, *values = SHARED ? keys : v + far * v_stride;
+        Ahead ahead = {keys, keys + N * D, values, values + N * E};
         auto tile = [&](int live) INLINED {
-            score(q, k, k_stride, live, k + more * AHEAD * k_stride, scores);
+            score(q, k, k_stride, live, ahead, scores);
             weigh(scores, live, seen);
-            add_values(scores, v, v_stride, live, v + more * AHEAD * v_stride, out);
+            add_values(scores, v, v_stride, live, ahead, out);
         };
         if (tokens - s >= N) tile(N);  // a constant: the common case is unrolled
         else tile(tokens - s);
@@ -263,8 +279,8 @@ extern "C" float read_all(const float *x, long n, int threads) {
     for (long i = 0; i < n / 2; i += 65536) {
         vec a[2][LINE / L] = {};
         for (const float *y = x + i, *z = y + n / 2, *end = y + 65536; y < end; y += LINE, z += LINE) {
-            fetch(y + 1024, 1);
-            fetch(z + 1024, 1);
+            __builtin_prefetch(y + 1024, 0, 2);
+            __builtin_prefetch(z + 1024, 0, 2);
             UNROLL for (int j = 0; j < LINE / L; j++) a[0][j] += load(y + j * L), a[1][j] += load(z + j * L);
         }
         UNROLL for (int j = 0; j < LINE / L; j++) total += sum(a[0][j] + a[1][j]);

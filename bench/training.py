@@ -19,7 +19,8 @@ import sys
 import torch
 from peers import peer
 
-from train.module import LanguageModel, adamw, has_compiler, matmul_flops_per_s
+from archs.cpu_kernel import compiler
+from train.module import LanguageModel, adamw, matmul_flops_per_s
 from train.plan import resolve_precision
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     made.add_argument("--no-compile", action="store_true", help="ours as short runs are trained, not compiled")
     made.add_argument("--compiled-peer", action="store_true", help="transformers' through torch.compile, too")
     args = made.parse_args()
-    compiled = has_compiler() and not args.no_compile
+    compiled = bool(compiler()) and not args.no_compile
     precision = resolve_precision(args.precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     inputs = torch.randint(args.vocab_size, (args.batch, args.context), device=args.device)

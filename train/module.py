@@ -8,8 +8,6 @@ for every variant.
 
 import functools
 import math
-import os
-import shutil
 import time
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archs import build
+from archs.cpu_kernel import compiler
 from train.batches import IGNORED
 
 COMPILED_FROM = {"cuda": 2e15, "cpu": 2e14}  # FLOPs of a run, by parameters: compiling takes up to a minute or two
@@ -82,7 +81,7 @@ class LanguageModel(L.LightningModule):
     def setup(self, stage: str) -> None:
         enough = COMPILED_FROM.get(self.trainer.strategy.root_device.type, math.inf)
         work = 6 * self.model.count_params() * self.hparams.tokens  # alike for variants of matched parameters
-        if stage == "fit" and work > enough and has_compiler():
+        if stage == "fit" and work > enough and compiler():
             torch.compiler.reset()  # what the models before this one left counts against a limit
             self.compile_parts()
             self._compiles = True
@@ -211,11 +210,6 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float, fused: bool = 
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
-
-
-def has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch.compile looks for."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _rate(tokens: int, seconds: float) -> float:
