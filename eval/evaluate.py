@@ -16,9 +16,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from archs import Decoder, build
 from eval.speed import measure_roof
 from eval.subject import Subject
+from train.checkpoints import newest_whole
 from train.files import describe_machine, is_evaluated, read_json, read_record, write_json
 from train.plan import Plan, Run, find_device, resolve_dtype
-from train.progress import StudyProgress
+from train.progress import StudyProgress, console
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_ROUND = "evaluation.json"  # in a run's directory between the rounds
@@ -97,8 +98,10 @@ def merge(record: dict, measured: dict) -> None:
 
 def load_model(run: Run) -> Decoder:
     """The trained model on the CPU, in evaluation mode."""
-    path = run.directory / "checkpoints" / "last.ckpt"
-    weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    found = newest_whole(run.directory, console.print)
+    if not found or found[1]["seen"]["tokens_seen"] != read_record(run)["train_tokens"]:
+        raise RuntimeError(f"its last checkpoint is missing or damaged; delete {run.directory} to train it again")
+    weights = found[1]["state_dict"]
     model = build(run.variant.arch, **run.variant.options)
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     return model.eval()

@@ -75,6 +75,22 @@ class LanguageModel(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or self.hparams.clip)
+        if str(self.trainer.precision) == "16-mixed":  # its scaler looks for what is not finite, and expects some
+            return
+        self._broken = self._broken | ~(self._loss.isfinite() & self._grad_norm.isfinite())
+        if self.device.type == "cpu":
+            self._check()
+        else:  # to look would be to wait: the fused optimizer does nothing from here on, and the next log looks
+            getattr(optimizer, "optimizer", optimizer).found_inf = self._broken.float()
+
+    def _check(self) -> None:
+        """FloatingPointError once a loss or a gradient was not finite; nothing of that step was applied."""
+        if self._broken.item():
+            loss, norm = self._loss.item(), self._grad_norm.item()
+            raise FloatingPointError(
+                f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} after {self.tokens_seen:,} tokens; "
+                "try a lower learning rate"
+            )
 
     # Training
 
@@ -110,6 +126,7 @@ class LanguageModel(L.LightningModule):
         self.mfu(0)  # measures the peak, which is no part of training
         self._since = time.perf_counter()
         self._logged = self.train_seconds, self.tokens_seen
+        self._broken = torch.zeros((), dtype=torch.bool, device=self.device)
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if self.model.options.dropout:  # a pure function of seed and place: nothing to restore when resuming
@@ -135,14 +152,10 @@ class LanguageModel(L.LightningModule):
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
             seconds, tokens = self.train_seconds - self._logged[0], self.tokens_seen - self._logged[1]
             self._logged = self.train_seconds, self.tokens_seen
-            loss = self._loss.item()
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} after {self.tokens_seen:,} tokens; try a lower learning rate"
-                )
+            self._check()
             self._log(
                 {
-                    "train/loss": loss,
+                    "train/loss": self._loss.item(),
                     "train/lr": optimizer.param_groups[0]["lr"],
                     "train/grad_norm": self._grad_norm.item(),
                     "train/tokens_per_s": _rate(tokens, seconds),

@@ -1,7 +1,10 @@
 """The train stage: every run of a study that is not done yet, each in its own directory, repeatable and resumable.
 
-A run writes `config.json` (what decides its result), TensorBoard events, `metrics.jsonl`, `checkpoints/last.ckpt` and,
+A run writes `config.json` (what decides its result), TensorBoard events, `metrics.jsonl`, its last two checkpoints and,
 when it has trained to the end, `record.json`. A run whose directory has another key starts over.
+
+A run that was stopped or killed at any moment goes on from its last checkpoint to the same weights and curves: batches
+and dropout are functions of the seed and the place in the run, and what was logged after the checkpoint is dropped.
 """
 
 import contextlib
@@ -21,9 +24,10 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from train.checkpoints import DurableCheckpoints, checkpoint_path, checkpoints, newest_whole
 from train.data import TextData
+from train.errors import InputError
 from train.files import device_name, read_json, write_atomic, write_json
 from train.module import LanguageModel
 from train.mqar import RecallTask
@@ -62,6 +66,12 @@ def train_runs(plan: Plan) -> list[str]:
                 progress.say(failure)
                 if not (diverged and run.tunes):  # a learning rate that is too high is what tuning is to find out
                     failures.append(failure)
+            except OSError as e:
+                where = e.filename or run.directory
+                raise InputError(
+                    f"{run.name}: cannot write {where}: {e.strerror or e}; what was done is kept: make room there and "
+                    "give the same command again"
+                ) from None
     return failures
 
 
@@ -77,16 +87,43 @@ def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     return steps // val_every * val_every, val_every
 
 
+def settings(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> dict:
+    """config.json: what decides the run's result, and names it."""
+    train = vars(config) | {"lr": run.lr, "tokens": run.variant.tokens}
+    return run.settings() | {"train": train, "corpus": data.facts}
+
+
+def stale_because(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> str:
+    """What of the run's settings is not as in its directory, as `train.lr was 0.001, is 0.002`; empty if all is."""
+    was, now = read_json(run.directory / "config.json"), json.loads(json.dumps(settings(run, config, data)))
+    if not was or was.get("key") == run.key:
+        return ""
+    apart = {"key", "tuning", "baseline", "family", "size", "params", "match"}  # follow from the rest, or only name it
+    before, after = (_flat({k: v for k, v in content.items() if k not in apart}) for content in (was, now))
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return "; ".join(f"{name} was {before.get(name)}, is {after.get(name)}" for name in changed) or "the format changed"
+
+
+def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progress: StudyProgress, name: str) -> None:
     """Trains one run from its last checkpoint, or from the start, to its end."""
-    checkpoint = run.directory / "checkpoints" / "last.ckpt"
-    tokens_done = 0
-    if read_json(run.directory / "config.json").get("key") == run.key and checkpoint.exists():
-        tokens_done = torch.load(checkpoint, weights_only=True, mmap=True)["seen"]["tokens_seen"]
-    else:
+    found = None
+    if read_json(run.directory / "config.json").get("key") == run.key:
+        found = newest_whole(run.directory, progress.say)
+        if not found and checkpoints(run.directory):
+            progress.say(f"{run.name}: no checkpoint is whole; the run starts over")
+    elif because := stale_because(run, config, data):
+        progress.say(f"{run.name} starts over: {because}")
+    checkpoint, tokens_done = (found[0], found[1]["seen"]["tokens_seen"]) if found else (None, 0)
+    if not found:
         shutil.rmtree(run.directory, ignore_errors=True)
-        train = vars(config) | {"lr": run.lr, "tokens": run.variant.tokens}
-        write_json(run.directory / "config.json", run.settings() | {"train": train, "corpus": data.facts})
+        write_json(run.directory / "config.json", settings(run, config, data))
     steps, val_every = step_counts(run.variant.tokens, config)
     module = LanguageModel(
         run.variant.arch,
@@ -103,7 +140,7 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
     tensorboard = TensorBoardLogger(
         run.directory, name="", version="", default_hp_metric=False, purge_step=tokens_done + 1 if tokens_done else None
     )
-    keep_going = KeepGoing(checkpoint, val_every)
+    keep_going = KeepGoing(run.directory, val_every)
     trainer = L.Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -119,11 +156,11 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
         enable_model_summary=False,
         enable_checkpointing=False,
         callbacks=[keep_going, ShowProgress(progress, name, steps, _work(run.variant) / steps)],
-        plugins=[AtomicCheckpoints()],
+        plugins=[DurableCheckpoints()],
     )
     batches = TextData(data, context, config.batch_tokens // context, run.seed, config.val_tokens)
-    trainer.fit(module, batches, ckpt_path=checkpoint if tokens_done else None, weights_only=True)
-    trainer.save_checkpoint(checkpoint)
+    trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+    save(trainer, run.directory)
     curve = metrics.curve()
     if not math.isfinite(curve[-1]["val_nats"]):
         raise FloatingPointError(f"the validation loss is {curve[-1]['val_nats']}; try a lower learning rate")
@@ -149,14 +186,21 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
         raise Interrupted(keep_going.signum)
 
 
+def save(trainer: L.Trainer, directory: Path) -> None:
+    """Writes a checkpoint, after what was logged: a run that goes on from it logs none of that again."""
+    for logger in trainer.loggers:
+        logger.save()
+    trainer.save_checkpoint(checkpoint_path(directory, trainer.global_step))
+
+
 class KeepGoing(L.Callback):
     """Writes a checkpoint every minute and when a signal asks to stop.
 
     Not at a step that is validated: the validation comes after it and would be missing when the run goes on.
     """
 
-    def __init__(self, path: Path, val_every: int):
-        self.path, self.val_every = path, val_every
+    def __init__(self, directory: Path, val_every: int):
+        self.directory, self.val_every = directory, val_every
         self.signum: int | None = None
         self.handlers: dict[int, Any] = {}
 
@@ -172,7 +216,7 @@ class KeepGoing(L.Callback):
         if (batch_idx + 1) % self.val_every == 0:
             return
         if self.signum or time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS:
-            trainer.save_checkpoint(self.path)
+            save(trainer, self.directory)
             self.saved = time.monotonic()
         if self.signum:
             raise Interrupted(self.signum)
@@ -224,6 +268,10 @@ class JSONLines(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """config.json has them."""
 
+    def save(self) -> None:
+        with self.path.open("a", encoding="utf-8") as f:
+            os.fsync(f.fileno())
+
     def rows(self) -> list[dict]:
         if not self.path.exists():
             return []
@@ -239,19 +287,6 @@ class JSONLines(Logger):
             for row in self.rows()
             if "val/bpb" in row
         ]
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """A checkpoint is there whole or not at all."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        temporary = Path(f"{path}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
 
 
 def _quiet_lightning() -> None:

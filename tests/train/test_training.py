@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from archs import VARIANTS
+from train.checkpoints import checkpoints, newest_whole
 from train.corpus import Corpus
 from train.data import TextData
 from train.files import read_record
@@ -135,7 +136,7 @@ def test_the_last_step_is_validated_and_the_budget_kept(tokens, points):
 
 
 def weights(run):
-    return torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return newest_whole(run.directory, pytest.fail)[1]["state_dict"]
 
 
 def metrics(run):
@@ -172,9 +173,9 @@ def test_trained_runs_are_left_alone_and_changed_ones_start_over(data, tmp_path)
     plan = Plan(study(), data, tmp_path)
     runs = plan.runs()
     assert train_runs(plan) == []
-    before = [(run.directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns for run in runs]
+    before = [checkpoints(run.directory)[0].stat().st_mtime_ns for run in runs]
     assert train_runs(plan) == []
-    assert before == [(run.directory / "checkpoints" / "last.ckpt").stat().st_mtime_ns for run in runs]
+    assert before == [checkpoints(run.directory)[0].stat().st_mtime_ns for run in runs]
     changed = study(lr=5e-4)
     again = Plan(changed, data, tmp_path)
     assert all(not read_record(run) for run in again.runs())
@@ -235,7 +236,7 @@ def test_a_run_that_diverges_fails_alone_and_says_so(data, tmp_path, monkeypatch
     monkeypatch.setattr(LanguageModel, "training_step", training_step)
     failures = train_runs(plan)
     assert len(failures) == 1
-    assert "mha seed 0 failed: the loss is nan after 1,280 tokens" in failures[0]
+    assert "mha seed 0 failed: the loss is nan and the gradient's norm" in failures[0]
     assert "failed" in read_record(runs[0])
     assert "train" in read_record(runs[1])
     monkeypatch.undo()
@@ -247,7 +248,7 @@ def test_a_checkpoint_loads_without_unpickling_code(data, tmp_path):
     plan = Plan(study(), data, tmp_path)
     run = plan.runs()[0]
     train_runs(plan)
-    checkpoint = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(checkpoints(run.directory)[0], weights_only=True)
     assert checkpoint["seen"]["tokens_seen"] == 128 * 24
 
 

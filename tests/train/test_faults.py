@@ -1,0 +1,186 @@
+"""Runs that are killed, files that are damaged, disks that are full: nothing is lost, and the end is the same."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import data, metrics, study  # noqa: F401  (a fixture)
+from test_training import weights as final_weights
+
+from archs import VARIANTS
+from train.checkpoints import KEPT, checkpoints, newest_whole
+from train.errors import InputError
+from train.files import read_record
+from train.module import LanguageModel
+from train.plan import Plan
+from train.progress import StudyProgress
+from train.runner import KeepGoing, train_run, train_runs
+from train.study import parse_study
+
+
+def one_run(tokens, directory, **train):
+    plan = Plan(parse_study(study(**train).settings() | {"variants": [{"arch": "mha"}]}), tokens, directory)
+    return plan, plan.runs()[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX systems")
+def test_runs_that_are_killed_end_as_ones_that_are_not():
+    """Each variant, killed five times at random places: the same weights, metrics and curves to the last bit."""
+    script = Path(__file__).with_name("kill.py")
+    done = subprocess.run([sys.executable, script, "--kills", "5"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the same after 5 kills") == len(VARIANTS)
+
+
+# Damaged files
+
+
+@pytest.fixture
+def stopped(data, tmp_path, monkeypatch):  # noqa: F811
+    """A run with two checkpoints that was stopped on its way, and how to go on with it."""
+    plan, run = one_run(data, tmp_path / "stopped")
+    monkeypatch.setattr("train.runner.SECONDS_BETWEEN_CHECKPOINTS", 0)
+    whole = KeepGoing.on_train_batch_end
+
+    def stop(self, trainer, *rest):
+        if trainer.global_step == 11:
+            signal.raise_signal(signal.SIGTERM)
+        whole(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeepGoing, "on_train_batch_end", stop)
+        with StudyProgress("training", 1) as progress, pytest.raises(Exception, match="SIGTERM"):
+            train_run(run, plan.study.train, data, progress, "")
+    steps = [int(path.stem.split("-")[1]) for path in checkpoints(run.directory)]
+    assert steps == [11, 10]
+    return plan, run
+
+
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "bit-flipped": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("many", [1, KEPT])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage, many, stopped, data, tmp_path, capsys):  # noqa: F811
+    plan, run = stopped
+    for path in checkpoints(run.directory)[:many]:
+        damage(path)
+    assert train_runs(plan) == []
+    said = capsys.readouterr().err
+    assert said.count("is damaged and not used") == many
+    assert ("no checkpoint is whole; the run starts over" in said) == (many == KEPT)
+    straight, expected = one_run(data, tmp_path / "straight")
+    train_runs(straight)
+    assert metrics(run) == metrics(expected)
+    assert all(
+        torch.equal(a, b) for a, b in zip(final_weights(run).values(), final_weights(expected).values(), strict=True)
+    )
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL"],)
+
+
+def test_a_pickle_in_place_of_a_checkpoint_is_not_executed(stopped, tmp_path, monkeypatch, capsys):
+    import hashlib
+    import pickle
+
+    plan, run = stopped
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    content = pickle.dumps(Evil())
+    digest = hashlib.sha256(content).hexdigest()[:16]  # even where its hash is right
+    (run.directory / "checkpoints" / f"step-000012-{digest}.ckpt").write_bytes(content)
+    assert newest_whole(run.directory, print)[0].name.startswith("step-000011")
+    assert "damaged" in capsys.readouterr().out
+    assert train_runs(plan) == []
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_torn_line_of_metrics_is_left_out(stopped):
+    plan, run = stopped
+    with (run.directory / "metrics.jsonl").open("a") as f:
+        f.write('{"tokens": 1408, "train/lo')
+    train_runs(plan)
+    assert metrics(run)[-1]["tokens"] == 128 * 24
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX systems")
+def test_a_full_disk_is_named_and_nothing_is_lost(stopped, capsys):
+    """A limit on the size of files stands for it: the checkpoint does not fit any more."""
+    plan, run = stopped
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*make room"):
+            train_runs(plan)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [int(path.stem.split("-")[1]) for path in checkpoints(run.directory)] == [11, 10]
+    assert not list(run.directory.rglob("*.tmp"))
+    assert train_runs(plan) == []
+    assert metrics(run)[-1]["tokens"] == 128 * 24
+
+
+# Losses that are not finite
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_nothing_of_a_step_that_is_not_finite_is_applied(looks, data, tmp_path, monkeypatch):  # noqa: F811
+    """On a CPU the run stops before it; where looking would be to wait (a GPU), the optimizer does nothing after it."""
+    plan, run = one_run(data, tmp_path)
+    original, before, after = LanguageModel.training_step, [], []
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx >= 9:
+            (before if batch_idx == 9 else after).append([p.detach().clone() for p in self.parameters()])
+        loss = original(self, batch, batch_idx)
+        return loss * float("nan") if batch_idx == 9 else loss
+
+    monkeypatch.setattr(LanguageModel, "training_step", training_step)
+    if not looks:
+        original_clip = LanguageModel.configure_gradient_clipping
+
+        def clip(self, optimizer, *rest, **options):
+            with monkeypatch.context() as patch:
+                patch.setattr(LanguageModel, "device", property(lambda self: torch.device("meta")))
+                original_clip(self, optimizer, *rest, **options)
+
+        monkeypatch.setattr(LanguageModel, "configure_gradient_clipping", clip)
+        monkeypatch.setattr("train.runner.LOG_POINTS", 8)  # looks every third step
+    failures = train_runs(plan)
+    assert len(failures) == 1
+    assert "mha seed 0 failed: the loss is" in failures[0]
+    assert read_record(run)["diverged"]
+    assert len(after) == (0 if looks else 2)
+    for later in after:
+        assert all(torch.equal(a, b) for a, b in zip(before[0], later, strict=True))
+
+
+def test_a_run_whose_settings_changed_says_what_was_and_what_is(data, tmp_path, capsys):  # noqa: F811
+    plan, run = one_run(data, tmp_path)
+    train_runs(plan)
+    changed, _ = one_run(data, tmp_path, lr=5e-4)
+    train_runs(changed)
+    assert f"mha seed 0 starts over: train.lr was {run.lr}, is 0.0005" in capsys.readouterr().err
+    assert json.loads((run.directory / "config.json").read_text())["train"]["lr"] == 5e-4
+    assert replace(run, lr=5e-4).lr == read_record(changed.runs()[0])["train"]["lr"]
