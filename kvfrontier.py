@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             help="override a value of the study, such as train.tokens=2_000_000 or variants.gqa.kv_heads=1; repeatable",
         )
         command.set_defaults(command=_run_stages, stage=stage)
-    status = commands.add_parser("status", help="which runs are done, under way, failed, missing")
+    status = commands.add_parser("status", help="which runs are done, running, interrupted, failed, stale, missing")
     status.add_argument("directory", type=Path, metavar="DIR")
     status.set_defaults(command=_status)
     return parser
@@ -173,6 +173,7 @@ def _read_plan(directory: Path) -> dict:
 def _write_plan(name: str, beside: Path, plan) -> None:
     from train.errors import InputError
     from train.files import write_json
+    from train.plan import stale_because
 
     runs = [
         {
@@ -184,6 +185,9 @@ def _write_plan(name: str, beside: Path, plan) -> None:
         }
         for run in [*plan.tuning_runs(), *plan.runs()]
     ]
+    for entry, run in zip(runs, [*plan.tuning_runs(), *plan.runs()], strict=True):
+        if because := stale_because(run, plan.study.train, plan.data):
+            entry["stale"] = because
     waiting = [f"{v.label} seed {seed}" for v in plan.variants for seed in plan.study.seeds if not plan.run(v, seed)]
     content = {
         "study": name,
@@ -217,16 +221,17 @@ def _plot(directory: Path, only_if_changed: bool = False) -> int:
 def _status(args: argparse.Namespace) -> int:
     from train.errors import InputError
 
-    runs = _read_plan(args.directory).get("runs")
-    if runs is None:
+    plan = _read_plan(args.directory)
+    if "runs" not in plan:
         raise InputError(f"{args.directory} is no study's directory: it has no {PLAN}")
-    for run in runs:
-        print(f"{run['name']}  {_state(args.directory, run)}")
+    for run in plan["runs"]:
+        print(f"{run['name']}  {_state(args.directory, run, plan['settings']['train']['batch_tokens'])}")
     return 0
 
 
-def _state(directory: Path, run: dict) -> str:
-    from train.files import read_json
+def _state(directory: Path, run: dict, batch_tokens: int) -> str:
+    from train.files import is_locked, read_json
+    from train.progress import duration
 
     if "directory" not in run:
         return "waiting for its learning rate"
@@ -238,12 +243,17 @@ def _state(directory: Path, run: dict) -> str:
         done = run["eval_key"] in (None, record.get("eval_key"))  # what tunes a rate is not evaluated
         return "done" if done else "trained, not evaluated"
     if read_json(folder / "config.json").get("key") != run["key"]:
-        return "missing"
-    tokens = 0
+        return f"stale: {run['stale']}" if "stale" in run else "missing"
+    rows = []
     if (folder / "metrics.jsonl").exists():
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        tokens = max((json.loads(line)["tokens"] for line in lines if line.endswith("}")), default=0)
-    return f"under way: {tokens / run['tokens']:.0%} of {run['tokens']:,} tokens"
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+    tokens = max((row["tokens"] for row in rows), default=0)
+    step = f"step {tokens // batch_tokens} of {run['tokens'] // batch_tokens}"
+    if not is_locked(folder):
+        return f"interrupted: {step}"
+    speed = next((row["train/tokens_per_s"] for row in reversed(rows) if row.get("train/tokens_per_s")), 0)
+    return f"running: {step}" + (f", {duration((run['tokens'] - tokens) / speed)} left" if speed else "")
 
 
 if __name__ == "__main__":

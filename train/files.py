@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 PACKAGES = "kvfrontier", "torch", "lightning", "tiktoken", "tokenizers", "numpy"
 
 if TYPE_CHECKING:
@@ -63,6 +65,27 @@ def read_record(run: "Run") -> dict:
 
 def is_evaluated(run: "Run") -> bool:
     return read_record(run).get("eval_key") == run.eval_key
+
+
+def lock(directory: Path) -> FileLock:
+    """Of a run's directory: who trains or evaluates the run holds it, until the process ends. `acquire` does not wait."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(lock_path(directory), timeout=0)
+
+
+def lock_path(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.lock")
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process is at work on a run."""
+    if not lock_path(directory).exists():
+        return False
+    try:
+        with lock(directory):
+            return False
+    except Timeout:
+        return True
 
 
 def device_name(device: "torch.device") -> str:

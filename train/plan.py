@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from train.errors import InputError
-from train.files import read_record
+from train.files import read_json, read_record
 from train.matching import FREE, RULES, matched, on_meta
 from train.mqar import RecallTask
-from train.study import Study, check_label, variant_label
+from train.study import Study, TrainConfig, check_label, variant_label
 from train.tokens import TokenSet
 from train.tuning import at_edge, best_rate, next_rate, tuning_seed
 
@@ -208,6 +208,30 @@ class Plan:
 
 def content_key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> dict:
+    """config.json: what decides the run's result, and names it."""
+    train = vars(config) | {"lr": run.lr, "tokens": run.variant.tokens}
+    return run.settings() | {"train": train, "corpus": data.facts}
+
+
+def stale_because(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> str:
+    """What of the run's settings is not as in its directory, as `train.lr was 0.001, is 0.002`; empty if all is."""
+    was, now = read_json(run.directory / "config.json"), json.loads(json.dumps(settings(run, config, data)))
+    if not was or was.get("key") == run.key:
+        return ""
+    apart = {"key", "tuning", "baseline", "family", "size", "params", "match"}  # follow from the rest, or only name it
+    before, after = (_flat({k: v for k, v in content.items() if k not in apart}) for content in (was, now))
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return "; ".join(f"{name} was {before.get(name)}, is {after.get(name)}" for name in changed) or "the format changed"
+
+
+def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 # Variants

@@ -48,7 +48,7 @@ class StudyProgress:
         self.done += work
         now = time.monotonic()
         left = (self.total - self.done) * (now - self._started) / self.done if self.done else 0
-        detail = f"{detail}  {_duration(left)} left" if self.done else detail
+        detail = f"{detail}  {duration(left)} left" if self.done else detail
         if console.is_terminal:
             self._bar.update(
                 self._task, description=f"{self.stage} {run}", completed=self.done, total=self.total, detail=detail
@@ -61,7 +61,7 @@ class StudyProgress:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

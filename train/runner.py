@@ -22,16 +22,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from filelock import Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 
 from train.checkpoints import DurableCheckpoints, checkpoint_path, checkpoints, newest_whole
 from train.data import TextData
 from train.errors import InputError
-from train.files import device_name, read_json, write_atomic, write_json
+from train.files import device_name, lock, read_json, read_record, write_atomic, write_json
 from train.module import LanguageModel
 from train.mqar import RecallTask
-from train.plan import Plan, Run, Variant, find_device
+from train.plan import Plan, Run, Variant, find_device, settings, stale_because
 from train.progress import StudyProgress
 from train.study import TrainConfig
 from train.tokens import TokenSet
@@ -49,8 +50,12 @@ class Interrupted(Exception):
 
 
 def train_runs(plan: Plan) -> list[str]:
-    """Trains what is not trained yet; returns a line for each run that failed. Interrupted if a signal came."""
+    """Trains what is not trained yet; returns a line for each run that failed. Interrupted if a signal came.
+
+    Runs that another process trains are left to it: InputError at the end, which names them.
+    """
     failures: list[str] = []
+    elsewhere: list[str] = []
     _quiet_lightning()
     config = plan.study.train
     with StudyProgress("training", 0) as progress:
@@ -58,7 +63,11 @@ def train_runs(plan: Plan) -> list[str]:
             left = plan.left()
             progress.left(sum(_work(variant) for variant in left))
             try:
-                train_run(run, config, plan.data, progress, f"{number}/{number - 1 + len(left)} {run.name}")
+                with lock(run.directory):
+                    if not read_record(run).get("train"):  # else another process has just finished it
+                        train_run(run, config, plan.data, progress, f"{number}/{number - 1 + len(left)} {run.name}")
+            except Timeout:
+                elsewhere.append(run.name)
             except (RuntimeError, ArithmeticError) as e:  # out of memory, not finite: the other runs go on
                 failure = f"{run.name} failed: {str(e).splitlines()[0]}"
                 diverged = isinstance(e, ArithmeticError)
@@ -72,6 +81,11 @@ def train_runs(plan: Plan) -> list[str]:
                     f"{run.name}: cannot write {where}: {e.strerror or e}; what was done is kept: make room there and "
                     "give the same command again"
                 ) from None
+    if elsewhere:
+        raise InputError(
+            f"{', '.join(elsewhere)}: in work by another kvfrontier process in {plan.directory}; all else is trained: "
+            "when it has ended, give the same command again"
+        )
     return failures
 
 
@@ -85,30 +99,6 @@ def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     steps = tokens // config.batch_tokens
     val_every = max(min(2, steps), steps // config.val_points)  # 2: a checkpoint can come between
     return steps // val_every * val_every, val_every
-
-
-def settings(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> dict:
-    """config.json: what decides the run's result, and names it."""
-    train = vars(config) | {"lr": run.lr, "tokens": run.variant.tokens}
-    return run.settings() | {"train": train, "corpus": data.facts}
-
-
-def stale_because(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> str:
-    """What of the run's settings is not as in its directory, as `train.lr was 0.001, is 0.002`; empty if all is."""
-    was, now = read_json(run.directory / "config.json"), json.loads(json.dumps(settings(run, config, data)))
-    if not was or was.get("key") == run.key:
-        return ""
-    apart = {"key", "tuning", "baseline", "family", "size", "params", "match"}  # follow from the rest, or only name it
-    before, after = (_flat({k: v for k, v in content.items() if k not in apart}) for content in (was, now))
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return "; ".join(f"{name} was {before.get(name)}, is {after.get(name)}" for name in changed) or "the format changed"
-
-
-def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progress: StudyProgress, name: str) -> None:

@@ -90,7 +90,9 @@ def end(plan: Plan) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=5, help="of each variant's run (default: 5)")
-    kills = parser.parse_args().kills
+    parser.add_argument("--archs", nargs="+", default=list(VARIANTS), metavar="ARCH", help="default: all")
+    args = parser.parse_args()
+    kills = args.kills
     torch.set_num_threads(1)  # no threads are left behind by a fork
     matmul_flops_per_s("cpu", torch.float32)  # once for all children
     failed = False
@@ -98,7 +100,7 @@ def main() -> int:
         texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
         corpus = Corpus("files", texts[:30], texts[30:], sum(map(len, texts)), "0" * 16)
         data = prepare(corpus, "bytes", None, Path(folder) / "cache")
-        for arch in VARIANTS:
+        for arch in args.archs:
             straight, killed = (plan_in(Path(folder) / name / arch, arch, data) for name in ("straight", "killed"))
             places = sorted(random.Random(arch).choices([n / 2 for n in range(1, 2 * STEPS)], k=kills))
             died = [run_in_child(killed, place) for place in places].count(signal.SIGKILL)

@@ -17,7 +17,7 @@ from test_training import weights as final_weights
 from archs import VARIANTS
 from train.checkpoints import KEPT, checkpoints, newest_whole
 from train.errors import InputError
-from train.files import read_record
+from train.files import is_locked, lock_path, read_record
 from train.module import LanguageModel
 from train.plan import Plan
 from train.progress import StudyProgress
@@ -33,10 +33,14 @@ def one_run(tokens, directory, **train):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX systems")
 def test_runs_that_are_killed_end_as_ones_that_are_not():
     """Each variant, killed five times at random places: the same weights, metrics and curves to the last bit."""
-    script = Path(__file__).with_name("kill.py")
-    done = subprocess.run([sys.executable, script, "--kills", "5"], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("the same after 5 kills") == len(VARIANTS)
+    script, archs = Path(__file__).with_name("kill.py"), list(VARIANTS)
+    halves = [
+        subprocess.Popen([sys.executable, script, "--kills", "5", "--archs", *half], stdout=subprocess.PIPE, text=True)
+        for half in (archs[::2], archs[1::2])
+    ]
+    said = [half.communicate(timeout=240)[0] for half in halves]
+    assert [half.returncode for half in halves] == [0, 0], said
+    assert "".join(said).count("the same after 5 kills") == len(VARIANTS)
 
 
 # Damaged files
@@ -184,3 +188,39 @@ def test_a_run_whose_settings_changed_says_what_was_and_what_is(data, tmp_path, 
     assert f"mha seed 0 starts over: train.lr was {run.lr}, is 0.0005" in capsys.readouterr().err
     assert json.loads((run.directory / "config.json").read_text())["train"]["lr"] == 5e-4
     assert replace(run, lr=5e-4).lr == read_record(changed.runs()[0])["train"]["lr"]
+
+
+# Two at once
+
+
+def test_a_run_that_another_process_holds_is_left_to_it(data, tmp_path):  # noqa: F811
+    plan = Plan(study(), data, tmp_path)
+    first, second = plan.runs()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock_path(first.directory))],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert is_locked(first.directory)
+        with pytest.raises(InputError, match="mha seed 0: in work by another kvfrontier process"):
+            train_runs(plan)
+        assert ["train" in read_record(run) for run in (first, second)] == [False, True]
+    finally:
+        holder.communicate("")  # it ends, and with it its lock
+    assert not is_locked(first.directory)
+    assert train_runs(plan) == []
+    assert "train" in read_record(first)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from filelock import FileLock
+Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
