@@ -68,7 +68,7 @@ def is_evaluated(run: "Run") -> bool:
 
 
 def lock(directory: Path) -> FileLock:
-    """Of a run's directory: who trains or evaluates the run holds it, until the process ends. `acquire` does not wait."""
+    """Who trains a run holds it, until the process ends; Timeout, at once, where another one does."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(lock_path(directory), timeout=0)
 

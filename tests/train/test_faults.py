@@ -80,12 +80,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("many", [1, KEPT])
+@pytest.mark.parametrize(("damage", "many"), [*((damage, 1) for damage in DAMAGES), ("empty", KEPT)])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage, many, stopped, data, tmp_path, capsys):  # noqa: F811
     plan, run = stopped
     for path in checkpoints(run.directory)[:many]:
-        damage(path)
+        DAMAGES[damage](path)
     assert train_runs(plan) == []
     said = capsys.readouterr().err
     assert said.count("is damaged and not used") == many
