@@ -38,14 +38,15 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory(prefix="kvfrontier-") as folder:
         path = Path(folder) / "kernel.so"
         sizes = [f"-D{name}={value}" for name, value in (("M", M), ("D", D), ("E", E))]
-        done = subprocess.run(
-            [compiler(), *FLAGS, *sizes, "-o", str(path), str(SOURCE)], capture_output=True, text=True, errors="replace"
-        )
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+        command = [compiler(), *FLAGS, *sizes, "-o", str(path), str(SOURCE)]
+        try:
+            subprocess.run(command, capture_output=True, check=True)
+            built = ctypes.CDLL(str(path))
+        except (subprocess.CalledProcessError, OSError) as e:
+            said = e.stderr.decode(errors="replace") if isinstance(e, subprocess.CalledProcessError) else str(e)
+            reason = (said.strip().splitlines() or ["no message"])[0]
             warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
             return None
-        built = ctypes.CDLL(str(path))
     pointer, whole = ctypes.c_void_p, ctypes.c_long
     built.split_kv.argtypes = [pointer] * 6 + [whole] * 3 + [ctypes.c_float, ctypes.c_int]
     built.split_kv.restype = None
