@@ -55,7 +55,7 @@ def train_runs(plan: Plan) -> list[str]:
     Runs that another process trains are left to it: InputError at the end, which names them.
     """
     failures: list[str] = []
-    elsewhere: list[str] = []
+    elsewhere: list[Run] = []
     _quiet_lightning()
     config = plan.study.train
     with StudyProgress("training", 0) as progress:
@@ -67,7 +67,7 @@ def train_runs(plan: Plan) -> list[str]:
                     if not read_record(run).get("train"):  # else another process has just finished it
                         train_run(run, config, plan.data, progress, f"{number}/{number - 1 + len(left)} {run.name}")
             except Timeout:
-                elsewhere.append(run.name)
+                elsewhere.append(run)
             except (RuntimeError, ArithmeticError) as e:  # out of memory, not finite: the other runs go on
                 failure = f"{run.name} failed: {str(e).splitlines()[0]}"
                 diverged = isinstance(e, ArithmeticError)
@@ -81,9 +81,9 @@ def train_runs(plan: Plan) -> list[str]:
                     f"{run.name}: cannot write {where}: {e.strerror or e}; what was done is kept: make room there and "
                     "give the same command again"
                 ) from None
-    if elsewhere:
+    if waiting := [run.name for run in elsewhere if "train" not in read_record(run)]:
         raise InputError(
-            f"{', '.join(elsewhere)}: in work by another kvfrontier process in {plan.directory}; all else is trained: "
+            f"{', '.join(waiting)}: in work by another kvfrontier process in {plan.directory}; all else is trained: "
             "when it has ended, give the same command again"
         )
     return failures
