@@ -60,5 +60,5 @@ class DurableCheckpoints(TorchCheckpointIO):
         torch.save(checkpoint, content)
         path, digest = Path(path), _digest(content)
         write_atomic(path.with_name(f"{path.stem}-{digest}.ckpt"), content.getbuffer())
-        for old in checkpoints(path.parent.parent)[KEPT:]:
+        for old in [*checkpoints(path.parent.parent)[KEPT:], *path.parent.glob("*.tmp")]:  # left by a kill
             old.unlink(missing_ok=True)

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Beside its place, flushed to the disk and renamed. OSError, and nothing of it left, where that can't be."""
+    """Beside its place, flushed to the disk and renamed. OSError, and nothing of it left, where that can't be.
+
+    Processes that write the same file at once do not disturb each other; the last one stands.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as f:
             f.write(content)
@@ -68,9 +71,9 @@ def is_evaluated(run: "Run") -> bool:
 
 
 def lock(directory: Path) -> FileLock:
-    """Who trains a run holds it, until the process ends; Timeout, at once, where another one does."""
+    """Who trains a run holds it, until the process ends; Timeout, after a moment, where another one does."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(lock_path(directory), timeout=0)
+    return FileLock(lock_path(directory), timeout=0.5)  # `is_locked` may hold it for an instant
 
 
 def lock_path(directory: Path) -> Path:
@@ -82,7 +85,7 @@ def is_locked(directory: Path) -> bool:
     if not lock_path(directory).exists():
         return False
     try:
-        with lock(directory):
+        with lock(directory).acquire(timeout=0):
             return False
     except Timeout:
         return True
