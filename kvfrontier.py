@@ -6,12 +6,12 @@ kvfrontier status runs/quick
 """
 
 import argparse
-import json
+import functools
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
-
-PLAN = "plan.json"  # in a study's directory: what was asked for, so that a stage can be given the directory alone
 
 
 def let_threads_sleep() -> None:
@@ -27,16 +27,26 @@ def let_threads_sleep() -> None:
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     let_threads_sleep()
-    from train.errors import InputError
+    from train.errors import InputError, Interrupted
 
+    def stop(signum: int, frame: object) -> None:
+        raise Interrupted(signum)
+
+    of_signals = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if of_signals else None
     try:
         return args.command(args)
     except InputError as e:
         print(f"kvfrontier: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("kvfrontier: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Interrupted) as e:
+        signum = getattr(e, "signum", signal.SIGINT)
+        name = signal.Signals(signum).name
+        print(f"kvfrontier: stopped by {name}; the same command goes on from here", file=sys.stderr)
+        return 128 + signum
+    finally:
+        if of_signals:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,11 +79,34 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="override a value of the study, such as train.tokens=2_000_000 or variants.gqa.kv_heads=1; repeatable",
         )
-        command.set_defaults(command=_run_stages, stage=stage)
+        command.set_defaults(command=_run_stages, stage=stage, one=None, workers=None, ray=None)
+        if stage in ("run", "train"):
+            how = command.add_mutually_exclusive_group()
+            how.add_argument(
+                "--workers",
+                type=_count,
+                metavar="N",
+                help="train N runs side by side, with a share of cores or GPUs each",
+            )
+            how.add_argument(
+                "--ray",
+                nargs="?",
+                const="",
+                metavar="ADDRESS",
+                help="spread the runs over a Ray cluster (default: $RAY_ADDRESS, or this machine); give it after STUDY",
+            )
+        if stage == "train":
+            how.add_argument("--run", dest="one", metavar="NAME", help="this run alone, as kvfrontier status names it")
     status = commands.add_parser("status", help="which runs are done, running, interrupted, failed, stale, missing")
     status.add_argument("directory", type=Path, metavar="DIR")
     status.set_defaults(command=_status)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return int(text)
 
 
 def _run_stages(args: argparse.Namespace) -> int:
@@ -83,29 +116,29 @@ def _run_stages(args: argparse.Namespace) -> int:
     from train.errors import InputError
     from train.plan import Plan
     from train.progress import console
+    from train.status import write_plan
     from train.study import load_data, parse_study
 
     given, beside = _given(args)
     study = parse_study(given, args.overrides)
     plan = Plan(study, load_data(study, beside), directory)
 
+    record_plan = functools.partial(write_plan, name, beside, plan)
+    if args.one:
+        from train.runner import train_one
+
+        return _report(train_one(plan, args.one, record_plan))
     failures = []
     if args.stage in ("run", "train"):
-        _write_plan(name, beside, plan)
-        if any(True for _ in plan.to_train()):
-            from train.runner import Interrupted, train_runs
-
+        record_plan()
+        if plan.ready():
             try:
-                failures += train_runs(plan)
-            except Interrupted as e:
-                console.print(f"{e}: stopped after a checkpoint; the same command goes on from here", highlight=False)
-                return 128 + e.signum
+                failures += _train(args, plan, record_plan)
             finally:
-                _write_plan(name, beside, plan)
+                record_plan()
         else:
             console.print(f"all {len(plan.runs())} runs are trained", highlight=False)
-        for variant in plan.untunable():
-            failures.append(f"{variant.label}: no learning rate gave a finite loss; give lower ones in train.lr")
+            failures += plan.failures()
     if args.stage in ("run", "eval"):
         from eval.results import write_results
         from train.files import is_evaluated
@@ -115,7 +148,7 @@ def _run_stages(args: argparse.Namespace) -> int:
 
             failures += evaluate_runs(plan)
         if write_results(name, plan):
-            _write_plan(name, beside, plan)
+            record_plan()
         elif not failures:
             raise InputError(f"no run in {directory} is trained with these settings; see kvfrontier status {directory}")
         else:
@@ -123,6 +156,26 @@ def _run_stages(args: argparse.Namespace) -> int:
     if args.stage == "run":
         _plot(directory, only_if_changed=True)
     return _report(failures)
+
+
+def _train(args: argparse.Namespace, plan, record_plan) -> list[str]:
+    """A line for each run that failed."""
+    from train.errors import InputError
+
+    config = plan.study.train
+    if config.num_nodes > 1:
+        raise InputError(
+            f"train.num_nodes={config.num_nodes}: runs on several machines are started one by one, a process on each "
+            f"device, by srun or torchrun with: kvfrontier train {args.study} --run NAME"
+        )
+    if args.ray is not None or args.workers or config.devices > 1:
+        from train.workers import OnRay, SideBySide, train_by
+
+        workers = OnRay(plan, args.ray) if args.ray is not None else SideBySide(plan, args.workers or 1)
+        return train_by(workers, plan, record_plan)
+    from train.runner import train_runs
+
+    return train_runs(plan, record_plan)
 
 
 def _report(failures: list[str]) -> int:
@@ -134,12 +187,13 @@ def _report(failures: list[str]) -> int:
 def _directory(args: argparse.Namespace) -> tuple[str, Path]:
     """The study's name and where its results are."""
     from train.errors import InputError
+    from train.status import read_plan
 
     if _is_study_directory(args.study):
         if args.out:
             raise InputError(f"--out does not go with {args.study}, which is a study's directory already")
         directory = Path(args.study)
-        return _read_plan(directory).get("study", directory.resolve().name), directory
+        return read_plan(directory).get("study", directory.resolve().name), directory
     from train.study import find_study
 
     name = find_study(args.study).stem
@@ -147,58 +201,24 @@ def _directory(args: argparse.Namespace) -> tuple[str, Path]:
 
 
 def _is_study_directory(study: str) -> bool:
+    from train.status import PLAN
+
     return any((Path(study) / name).is_file() for name in (PLAN, "results.json"))
 
 
 def _given(args: argparse.Namespace) -> tuple[dict, Path]:
     """The study as its file, or the directory's last command, has it, and the file that its paths are relative to."""
     from train.errors import InputError
+    from train.status import PLAN, read_plan
     from train.study import find_study, read_yaml
 
     if not _is_study_directory(args.study):
         path = find_study(args.study)
         return read_yaml(path), path
-    plan = _read_plan(Path(args.study))
+    plan = read_plan(Path(args.study))
     if not plan:
         raise InputError(f"{args.study} has no {PLAN}: only plot works there; give the study's YAML file and --out")
     return plan["settings"], Path(plan["study_file"])
-
-
-def _read_plan(directory: Path) -> dict:
-    from train.files import read_json
-
-    return read_json(directory / PLAN)
-
-
-def _write_plan(name: str, beside: Path, plan) -> None:
-    from train.errors import InputError
-    from train.files import write_json
-    from train.plan import stale_because
-
-    runs = [
-        {
-            "name": run.name,
-            "directory": run.directory.relative_to(plan.directory).as_posix(),
-            "key": run.key,
-            "eval_key": None if run.tunes else run.eval_key,
-            "tokens": run.variant.tokens,
-        }
-        for run in [*plan.tuning_runs(), *plan.runs()]
-    ]
-    for entry, run in zip(runs, [*plan.tuning_runs(), *plan.runs()], strict=True):
-        if because := stale_because(run, plan.study.train, plan.data):
-            entry["stale"] = because
-    waiting = [f"{v.label} seed {seed}" for v in plan.variants for seed in plan.study.seeds if not plan.run(v, seed)]
-    content = {
-        "study": name,
-        "study_file": str(beside.resolve()),
-        "settings": plan.study.settings(),
-        "runs": runs + [{"name": name} for name in waiting],
-    }
-    try:
-        write_json(plan.directory / PLAN, content)
-    except OSError as e:
-        raise InputError(f"cannot write to {plan.directory}: {e.strerror}; choose another place with --out") from None
 
 
 def _plot(directory: Path, only_if_changed: bool = False) -> int:
@@ -219,41 +239,11 @@ def _plot(directory: Path, only_if_changed: bool = False) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from train.errors import InputError
+    from train.status import states
 
-    plan = _read_plan(args.directory)
-    if "runs" not in plan:
-        raise InputError(f"{args.directory} is no study's directory: it has no {PLAN}")
-    for run in plan["runs"]:
-        print(f"{run['name']}  {_state(args.directory, run, plan['settings']['train']['batch_tokens'])}")
+    for name, state in states(args.directory).items():
+        print(f"{name}  {state}")
     return 0
-
-
-def _state(directory: Path, run: dict, batch_tokens: int) -> str:
-    from train.files import is_locked, read_json
-    from train.progress import duration
-
-    if "directory" not in run:
-        return "waiting for its learning rate"
-    folder = directory / run["directory"]
-    record = read_json(folder / "record.json")
-    if record.get("key") == run["key"]:
-        if "failed" in record:
-            return f"failed: {record['failed']}"
-        done = run["eval_key"] in (None, record.get("eval_key"))  # what tunes a rate is not evaluated
-        return "done" if done else "trained, not evaluated"
-    if read_json(folder / "config.json").get("key") != run["key"]:
-        return f"stale: {run['stale']}" if "stale" in run else "missing"
-    rows = []
-    if (folder / "metrics.jsonl").exists():
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-    tokens = max((row["tokens"] for row in rows), default=0)
-    step = f"step {tokens // batch_tokens} of {run['tokens'] // batch_tokens}"
-    if not is_locked(folder):
-        return f"interrupted: {step}"
-    speed = next((row["train/tokens_per_s"] for row in reversed(rows) if row.get("train/tokens_per_s")), 0)
-    return f"running: {step}" + (f", {duration((run['tokens'] - tokens) / speed)} left" if speed else "")
 
 
 if __name__ == "__main__":

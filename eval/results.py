@@ -11,7 +11,7 @@ from archs import VARIANTS
 from eval.compare import compare, gap_changes
 from eval.frontier import bytes_for_baseline
 from train.files import is_evaluated, read_json, read_record, write_atomic, write_json
-from train.plan import Plan, matching_tables
+from train.plan import Plan, Run, matching_tables
 
 
 def write_results(name: str, plan: Plan) -> int:
@@ -33,6 +33,7 @@ def write_results(name: str, plan: Plan) -> int:
         "archs": list(VARIANTS),
         "study_settings": plan.study.settings(),
         "runs": records,
+        "missing": _missing(plan),
         "comparisons": comparisons,
         "bytes_for_baseline": bytes_for_baseline(records, level),
         "gap_changes": gap_changes(records, level),
@@ -44,6 +45,25 @@ def write_results(name: str, plan: Plan) -> int:
         write_json(path, results | {"matching": matching_tables(plan.study, plan.data.n_vocab)})
         write_atomic(table, _csv(records).encode())
     return len(records)
+
+
+def _missing(plan: Plan) -> list[dict]:
+    """The runs of the study that have no record in it, and why: {label, seed, why}."""
+    planned = [(variant, seed, plan.run(variant, seed)) for variant in plan.variants for seed in plan.study.seeds]
+    return [
+        {"label": variant.label, "seed": seed, "why": _why_missing(run)}
+        for variant, seed, run in planned
+        if not (run and is_evaluated(run))
+    ]
+
+
+def _why_missing(run: Run | None) -> str:
+    if run is None:
+        return "no learning rate is known"
+    record = read_record(run)
+    if "failed" in record:
+        return record["failed"]
+    return "not evaluated" if "train" in record else "not trained"
 
 
 def _same(written: dict, results: dict) -> bool:

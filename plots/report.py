@@ -90,6 +90,7 @@ def flat(value, key: str = "") -> list[tuple[str, str]]:
 def conclusions(study: Study) -> list[tuple[str, str]]:
     """(what it is about, what may be said) for every claim that a reader might take from the figures."""
     return [
+        *gap_conclusions(study),
         ("Loss", loss_conclusion(study)),
         *chance_conclusions(study),
         ("Memory", memory_conclusion(study)),
@@ -97,6 +98,11 @@ def conclusions(study: Study) -> list[tuple[str, str]]:
         ("Size", size_conclusion(study)),
         ("Reach", reach_conclusion(study)),
     ]
+
+
+def gap_conclusions(study: Study) -> list[tuple[str, str]]:
+    """A gap may be no accident: where a variant diverges, the seeds that are left flatter it."""
+    return [("Gaps", f"{study.gaps} Means and intervals are over the other runs alone.")] if study.gaps else []
 
 
 def loss_conclusion(study: Study) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from plots.style import Look, plain_text
 
+NAMED = 12  # runs without results that are named one by one
+
 
 class ResultsError(ValueError):
     """A results file that cannot be drawn; the message says what is wrong and what to do, in one line."""
@@ -192,6 +194,14 @@ class Study:
         details = [Difference.of(entry) for entry in self.raw.get("details") or []]
         return {(each.label, each.metric): each for each in [*details, *self.comparisons]}
 
+    @cached_property
+    def gaps(self) -> str:
+        """A sentence on the runs that the study asked for and that have no record; empty where all have."""
+        gaps = self.raw.get("missing") or []
+        named = [f"{tidy(gap.get('label'))} seed {gap.get('seed')} ({tidy(gap.get('why'))})" for gap in gaps[:NAMED]]
+        more = [f"and {len(gaps) - NAMED} more"] if len(gaps) > NAMED else []
+        return f"Without results: {'; '.join(named + more)}." if gaps else ""
+
     def difference_row(self, variant: Variant, metric: str) -> dict:
         none = dict.fromkeys(("difference", "difference_low", "difference_high", "difference_seeds"))
         found = self.differences.get((variant.label, metric))
@@ -217,7 +227,7 @@ def load(directory: Path) -> Study:
     runs = raw.get("runs") if isinstance(raw, dict) else None
     if not isinstance(runs, list):
         raise ResultsError(f'{path}: no list "runs" in it; {again}')
-    for key in ("comparisons", "details", "bytes_for_baseline"):
+    for key in ("comparisons", "details", "bytes_for_baseline", "missing"):
         if not _objects(raw.get(key)):
             raise ResultsError(f'{path}: "{key}" is not a list of objects; {again}')
     matching = raw.get("matching") or {}

@@ -82,6 +82,8 @@ def results_table(study: Study) -> Table:
         )
     if any(row[-3].endswith(NOT_BOUND) for row in rows):
         notes.append(f"{NOT_BOUND} Not bound by memory: launches, Python or arithmetic set the time.")
+    if study.gaps:
+        notes.append(study.gaps)
     header = "variant,arch,parameters,FFN width,KV per token,constant,learning rate,val bits/byte,val nats/token,"
     header += "decode ms/token,decode tokens/s,of memory roof,train tokens/s,seeds"
     return Table(header.split(","), rows, "ll" + 12 * "r", notes)

@@ -5,11 +5,18 @@ import pytest
 from kvfrontier import let_threads_sleep
 
 let_threads_sleep()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other worker has the other core
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_workers", "test_cli", "test_faults"))
 
 
 @pytest.fixture(autouse=True, scope="session")

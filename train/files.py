@@ -66,14 +66,23 @@ def read_record(run: "Run") -> dict:
     return record if record.get("key") == run.key else {}
 
 
+def is_finished(run: "Run") -> bool:
+    """Whether it is trained, or has shown that its learning rate is too high where that was to be found out."""
+    record = read_record(run)
+    return "train" in record or (run.tunes and record.get("diverged", False))
+
+
 def is_evaluated(run: "Run") -> bool:
     return read_record(run).get("eval_key") == run.eval_key
 
 
-def lock(directory: Path) -> FileLock:
-    """Who trains a run holds it, until the process ends; Timeout, after a moment, where another one does."""
+def lock(directory: Path, wait: float = 0.5) -> FileLock:
+    """Who trains a run holds it, until the process ends; Timeout where another one does for `wait` seconds (-1: ever).
+
+    `is_locked` may hold it for an instant.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(lock_path(directory), timeout=0.5)  # `is_locked` may hold it for an instant
+    return FileLock(lock_path(directory), timeout=wait)
 
 
 def lock_path(directory: Path) -> Path:

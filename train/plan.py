@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from train.errors import InputError
-from train.files import read_json, read_record
+from train.files import is_finished, read_json, read_record
 from train.matching import FREE, RULES, matched, on_meta
 from train.mqar import RecallTask
 from train.study import Study, TrainConfig, check_label, variant_label
@@ -41,6 +41,11 @@ class Variant:
     options: dict[str, Any]
     params: int
     tokens: int  # training budget
+
+    @property
+    def work(self) -> int:
+        """Of a run, in the unit of a study's progress."""
+        return self.params * self.tokens
 
 
 @dataclass(frozen=True)
@@ -89,29 +94,26 @@ class Plan:
         """The tuning runs that are done or next, rates within variants."""
         return [self._tuning_run(variant, rate) for variant in self.variants for rate in self._rates(variant)]
 
-    def to_train(self) -> Iterator[Run]:
-        """What is not trained yet, a run at a time as records appear: rates first, then a whole seed after the other,
-        so that a study that is stopped has complete pairs."""
-        for variant in self.variants:
-            while (rate := self._next_rate(variant)) is not None:
-                yield self._tuning_run(variant, rate)
-                if rate not in self._losses(variant):  # it failed in a way that says nothing of the rate
-                    break
-        for seed in self.study.seeds:
-            for variant in self.variants:
-                run = self.run(variant, seed)
-                if run is not None and "train" not in read_record(run):
-                    yield run
+    def ready(self) -> list[Run]:
+        """What can be trained now and is not: rates first, then a whole seed after the other, so that a study that is
+        stopped has complete pairs. More may follow as records appear."""
+        runs = [self.run(variant, seed) for seed in self.study.seeds for variant in self.variants]
+        return [run for run in [*self.tuning_runs(), *runs] if run is not None and not is_finished(run)]
 
     def left(self) -> list[Variant]:
         """The variant of each run that is still to train, as far as can be said before the rates are known."""
         rates = [v for v in self.variants for rate in self.rates or () if rate not in self._losses(v)]
         runs = [(v, self.run(v, seed)) for v in self.variants for seed in self.study.seeds]
-        return rates + [v for v, run in runs if run is None or "train" not in read_record(run)]
+        return rates + [v for v, run in runs if run is None or not is_finished(run)]
 
-    def untunable(self) -> list[Variant]:
-        """The variants for which no learning rate gave a finite loss."""
-        return [v for v in self.variants if self.rates and self._next_rate(v) is None and self._tuned(v) is None]
+    def failures(self) -> list[str]:
+        """A line for each run that failed, and for each variant without a learning rate."""
+        failed = [line for run in [*self.tuning_runs(), *self.runs()] if (line := failure(run))]
+        return failed + [
+            f"{variant.label}: no learning rate gave a finite loss; give lower ones in train.lr"
+            for variant in self.variants
+            if self.rates and self._next_rate(variant) is None and self._tuned(variant) is None
+        ]
 
     def run(self, variant: Variant, seed: int) -> Run | None:
         """None while the learning rate is not known."""
@@ -180,14 +182,14 @@ class Plan:
     ) -> Run:
         study, fingerprint = self.study, self.data.facts["fingerprint"]
         tokenizer = dataclasses.asdict(study.tokenizer)
-        train = {"precision": self._precision, "lr": lr, "tokens": variant.tokens}
+        train = result_settings(study.train) | {"precision": self._precision, "lr": lr, "tokens": variant.tokens}
         decides = {
             "arch": variant.arch,
             "options": variant.options,
             "seed": seed,
             "corpus": fingerprint,
             "tokenizer": tokenizer,
-            "train": dataclasses.asdict(study.train) | train,
+            "train": train,
         }
         facts = {"match": study.match, "corpus_fingerprint": fingerprint, "tokenizer": tokenizer, "tuning": tuning}
         where = {"directory": directory, "name": name, "tunes": tunes}
@@ -206,13 +208,24 @@ class Plan:
         return resolve_dtype(self.study.eval.dtype)
 
 
+def failure(run: Run) -> str | None:
+    """A line on a run that failed; a rate that is too high is no failure of tuning."""
+    record = read_record(run)
+    return f"{run.name} failed: {record['failed']}" if "failed" in record and not is_finished(run) else None
+
+
 def content_key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def result_settings(config: TrainConfig) -> dict[str, Any]:
+    """Without the devices, which share one and the same batch."""
+    return {key: value for key, value in vars(config).items() if key not in ("devices", "num_nodes", "strategy")}
+
+
 def settings(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> dict:
     """config.json: what decides the run's result, and names it."""
-    train = vars(config) | {"lr": run.lr, "tokens": run.variant.tokens}
+    train = result_settings(config) | {"lr": run.lr, "tokens": run.variant.tokens}
     return run.settings() | {"train": train, "corpus": data.facts}
 
 
@@ -331,7 +344,23 @@ def _check_budget(study: Study, data: TokenSet | RecallTask, budgets: set[int]) 
     for tokens in budgets:
         if tokens < batch:
             raise InputError(f"train.tokens={tokens} is less than one batch of train.batch_tokens={batch}")
+    _check_devices(study.train, batch // context)
     data.check(context)
+
+
+def _check_devices(train: TrainConfig, sequences: int) -> None:
+    if sequences % (train.devices * train.num_nodes):
+        raise InputError(
+            f"train.devices={train.devices} and train.num_nodes={train.num_nodes} must divide the batch's {sequences} "
+            "sequences (train.batch_tokens / model.context)"
+        )
+    if find_device().type == "cuda" and train.devices > torch.cuda.device_count():
+        raise InputError(f"train.devices={train.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if train.strategy != "auto":
+        from lightning.pytorch.strategies import StrategyRegistry  # seconds to import
+
+        if train.strategy not in (known := StrategyRegistry.available_strategies()):
+            raise InputError(f"train.strategy={train.strategy!r}: must be auto, or Lightning's {', '.join(known)}")
 
 
 # What this machine does

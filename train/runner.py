@@ -8,6 +8,7 @@ and dropout are functions of the seed and the place in the run, and what was log
 """
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,73 +27,132 @@ import torch
 from filelock import Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
 
 from train.checkpoints import DurableCheckpoints, checkpoint_path, checkpoints, newest_whole
 from train.data import TextData
-from train.errors import InputError
-from train.files import device_name, lock, read_json, read_record, write_atomic, write_json
+from train.errors import InputError, Interrupted
+from train.files import device_name, is_finished, lock, read_json, write_atomic, write_json
 from train.module import LanguageModel
 from train.mqar import RecallTask
-from train.plan import Plan, Run, Variant, find_device, settings, stale_because
+from train.plan import Plan, Run, failure, find_device, settings, stale_because
 from train.progress import StudyProgress
+from train.status import PLAN, read_plan
 from train.study import TrainConfig
 from train.tokens import TokenSet
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
+STEPS_BETWEEN_DECISIONS = 10  # of several devices, which then wait for each other
 LOG_POINTS = 100
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came; a checkpoint has been written. `signum` is the signal."""
+def train_runs(plan: Plan, record_plan: Callable[[], object] = lambda: None) -> list[str]:
+    """Trains what is not trained yet, one run after the other; returns a line for each that failed. Interrupted if a
+    signal came.
 
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-def train_runs(plan: Plan) -> list[str]:
-    """Trains what is not trained yet; returns a line for each run that failed. Interrupted if a signal came.
-
-    Runs that another process trains are left to it: InputError at the end, which names them.
+    Runs that another process trains are left to it, and waited for at the end. `record_plan` is called when a learning
+    rate has been tried: there may be more runs then.
     """
-    failures: list[str] = []
-    elsewhere: list[Run] = []
-    _quiet_lightning()
-    config = plan.study.train
+    tried: set[Path] = set()
+    waits = False
     with StudyProgress("training", 0) as progress:
-        for number, run in enumerate(plan.to_train(), 1):
+        while runs := [run for run in plan.ready() if run.directory not in tried]:
             left = plan.left()
-            progress.left(sum(_work(variant) for variant in left))
-            try:
-                with lock(run.directory):
-                    if not read_record(run).get("train"):  # else another process has just finished it
-                        train_run(run, config, plan.data, progress, f"{number}/{number - 1 + len(left)} {run.name}")
-            except Timeout:
-                elsewhere.append(run)
-            except (RuntimeError, ArithmeticError) as e:  # out of memory, not finite: the other runs go on
-                failure = f"{run.name} failed: {str(e).splitlines()[0]}"
-                diverged = isinstance(e, ArithmeticError)
-                write_json(run.directory / "record.json", {"key": run.key, "failed": failure, "diverged": diverged})
-                progress.say(failure)
-                if not (diverged and run.tunes):  # a learning rate that is too high is what tuning is to find out
-                    failures.append(failure)
-            except OSError as e:
-                where = e.filename or run.directory
-                raise InputError(
-                    f"{run.name}: cannot write {where}: {e.strerror or e}; what was done is kept: make room there and "
-                    "give the same command again"
-                ) from None
-    if waiting := [run.name for run in elsewhere if "train" not in read_record(run)]:
+            progress.left(sum(variant.work for variant in left))
+            name = f"{len(tried) + 1}/{len(tried) + len(left)}"
+            for run in runs:
+                try:
+                    with lock(run.directory):
+                        train_if_needed(plan, run, progress, f"{name} {run.name}")
+                except Timeout:
+                    continue
+                tried.add(run.directory)
+                if run.tunes:
+                    record_plan()
+                break
+            else:
+                if not waits:
+                    names = ", ".join(run.name for run in runs)
+                    progress.say(f"waiting for another kvfrontier process in {plan.directory}, at work on {names}")
+                waits = True
+                time.sleep(1)
+    return plan.failures()
+
+
+def train_one(plan: Plan, name: str, record_plan: Callable[[], object]) -> list[str]:
+    """Trains the run that `kvfrontier status` calls `name`, once no other process does; returns a line if it failed.
+
+    `record_plan` is called where there is no plan.json yet. InputError where there is no such run, or where its
+    settings come out as others on this machine than in plan.json.
+    """
+    runs = {run.name: run for run in [*plan.tuning_runs(), *plan.runs()]}
+    if name not in runs:
+        raise InputError(f"no run {name!r} can be trained in {plan.directory}: there are {', '.join(runs)}")
+    run = runs[name]
+    planned = {entry["name"]: entry for entry in read_plan(plan.directory).get("runs", [])}
+    if not planned and not rank_zero_only.rank:
+        record_plan()
+    if planned.get(name, {}).get("key", run.key) != run.key:
         raise InputError(
-            f"{', '.join(waiting)}: in work by another kvfrontier process in {plan.directory}; all else is trained: "
-            "when it has ended, give the same command again"
+            f"{name} has other settings here than in {plan.directory / PLAN}: give kvfrontier train the changed study "
+            "without --run first; or, where machines differ in corpus or in what train.precision=auto picks, make them "
+            "alike"
         )
-    return failures
+    with StudyProgress("training", run.variant.work) as progress:
+        if rank_zero_only.rank:  # a process of a further device: the first one has the lock and writes
+            train_run(run, plan.study.train, plan.data, progress, name)
+            return []
+        with lock(run.directory, wait=-1):
+            train_if_needed(plan, run, progress, name)
+    line = failure(run)
+    return [line] if line else []
 
 
-def _work(variant: Variant) -> int:
-    """Of one run, in the unit of the study's progress."""
-    return variant.params * variant.tokens
+def train_if_needed(plan: Plan, run: Run, progress: StudyProgress, name: str) -> None:
+    """To be called with the run's lock: another process may just have finished it. What goes wrong with the run alone
+    is written into its record; InputError where nothing can be written."""
+    if is_finished(run):
+        return
+    try:
+        if failed := train_in_pieces(plan, run, progress, name):
+            write_json(run.directory / "record.json", {"key": run.key, **failed})
+            progress.say(f"{run.name} failed: {failed['failed']}")
+    except OSError as e:
+        where = e.filename or run.directory
+        raise InputError(
+            f"{run.name}: cannot write {where}: {e.strerror or e}; what was done is kept: make room there and give the "
+            "same command again"
+        ) from None
+
+
+def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress, name: str) -> dict | None:
+    """Trains a run, its batch in as many pieces as memory demands; why that was not possible, for its record."""
+    config = plan.study.train
+    devices = config.devices * config.num_nodes
+    sequences, pieces = config.batch_tokens // run.variant.options["context"] // devices, 1
+    while True:
+        try:
+            return train_run(run, config, plan.data, progress, name, pieces)
+        except ArithmeticError as e:
+            return {"failed": str(e), "diverged": True, "oom": False}
+        except (RuntimeError, MemoryError) as e:
+            why, oom = (str(e) or type(e).__name__).splitlines()[0], out_of_memory(e)
+        if not oom:
+            return {"failed": why, "diverged": False, "oom": False}
+        if pieces == sequences or devices > 1:  # a device that stops alone leaves the others waiting
+            least = "even with one sequence at a time" if pieces == sequences else f"with {sequences} on each device"
+            advice = "lower model.width, model.layers or model.context, or train.batch_tokens on several devices"
+            return {"failed": f"out of memory {least} ({why}); {advice}", "diverged": False, "oom": True}
+        gc.collect()
+        torch.cuda.empty_cache()
+        pieces = min(2 * pieces, sequences)
+        progress.say(f"{run.name}: out of memory; each batch now goes through the model in {pieces} pieces")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """A GPU's, and what torch says where the system gives a CPU none."""
+    said = "can't allocate memory", "not enough memory"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
 
 def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
@@ -101,19 +162,22 @@ def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     return steps // val_every * val_every, val_every
 
 
-def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progress: StudyProgress, name: str) -> None:
-    """Trains one run from its last checkpoint, or from the start, to its end."""
-    found = None
-    if read_json(run.directory / "config.json").get("key") == run.key:
-        found = newest_whole(run.directory, progress.say)
-        if not found and checkpoints(run.directory):
-            progress.say(f"{run.name}: no checkpoint is whole; the run starts over")
-    elif because := stale_because(run, config, data):
-        progress.say(f"{run.name} starts over: {because}")
+def train_run(
+    run: Run,
+    config: TrainConfig,
+    data: TokenSet | RecallTask,
+    progress: StudyProgress,
+    name: str,
+    pieces: int = 1,
+) -> None:
+    """Trains one run from its last checkpoint, or from the start, to its end.
+
+    On several devices each process calls it for the same run, and the first one (rank 0) alone writes.
+    """
+    _quiet_lightning()
+    writes = not rank_zero_only.rank
+    found = prepare_directory(run, config, data, progress.say) if writes else find_checkpoint(run)
     checkpoint, tokens_done = (found[0], found[1]["seen"]["tokens_seen"]) if found else (None, 0)
-    if not found:
-        shutil.rmtree(run.directory, ignore_errors=True)
-        write_json(run.directory / "config.json", settings(run, config, data))
     steps, val_every = step_counts(run.variant.tokens, config)
     module = LanguageModel(
         run.variant.arch,
@@ -124,20 +188,25 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
         weight_decay=config.weight_decay,
         clip=config.clip,
         seed=run.seed,
+        pieces=pieces,
     )
     context = run.variant.options["context"]
-    metrics = JSONLines(run.directory / "metrics.jsonl", up_to_tokens=tokens_done)
-    tensorboard = TensorBoardLogger(
-        run.directory, name="", version="", default_hp_metric=False, purge_step=tokens_done + 1 if tokens_done else None
-    )
+    loggers = []
+    if writes:
+        metrics = JSONLines(run.directory / "metrics.jsonl", up_to_tokens=tokens_done)
+        purge = tokens_done + 1 if tokens_done else None
+        tensorboard = TensorBoardLogger(run.directory, name="", version="", default_hp_metric=False, purge_step=purge)
+        loggers = [tensorboard, metrics]
     keep_going = KeepGoing(run.directory, val_every)
     trainer = L.Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator="gpu" if find_device().type == "cuda" else "cpu",
-        devices=1,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
         precision="bf16-mixed" if run.precision == "bf16" else "32-true",
-        logger=[tensorboard, metrics],
+        logger=loggers,
         log_every_n_steps=max(1, steps // LOG_POINTS),
         val_check_interval=val_every,
         check_val_every_n_epoch=None,
@@ -145,12 +214,15 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[keep_going, ShowProgress(progress, name, steps, _work(run.variant) / steps)],
+        callbacks=[keep_going, ShowProgress(progress, name, steps, run.variant.work / steps)],
         plugins=[DurableCheckpoints()],
     )
-    batches = TextData(data, context, config.batch_tokens // context, run.seed, config.val_tokens)
+    of_device = config.batch_tokens // context // (config.devices * config.num_nodes)
+    batches = TextData(data, context, of_device, run.seed, config.val_tokens)
     trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
     save(trainer, run.directory)
+    if not writes:
+        return
     curve = metrics.curve()
     if not math.isfinite(curve[-1]["val_nats"]):
         raise FloatingPointError(f"the validation loss is {curve[-1]['val_nats']}; try a lower learning rate")
@@ -165,8 +237,8 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
                 "mfu": module.mfu(module.tokens_per_s),
                 "seconds": module.train_seconds,
                 "lr": run.lr,
+                "checkpoint_seconds": module.checkpoint_seconds,
                 "device": device_name(trainer.strategy.root_device),
-                "threads": torch.get_num_threads(),
                 "flops_per_token": 3 * module.model.flops_per_token(context),
             },
             "curve": curve,
@@ -176,22 +248,52 @@ def train_run(run: Run, config: TrainConfig, data: TokenSet | RecallTask, progre
         raise Interrupted(keep_going.signum)
 
 
+def prepare_directory(
+    run: Run, config: TrainConfig, data: TokenSet | RecallTask, say: Callable[[str], object]
+) -> tuple[Path, dict] | None:
+    """Makes a run's directory ready; the checkpoint that it goes on from, where there is one."""
+    if read_json(run.directory / "config.json").get("key") == run.key:
+        if found := newest_whole(run.directory, say):
+            (run.directory / "record.json").unlink(missing_ok=True)  # it failed, and is tried again
+            return found
+        if checkpoints(run.directory):
+            say(f"{run.name}: no checkpoint is whole; the run starts over")
+    elif because := stale_because(run, config, data):
+        say(f"{run.name} starts over: {because}")
+    shutil.rmtree(run.directory, ignore_errors=True)
+    write_json(run.directory / "config.json", settings(run, config, data))
+    return None
+
+
+def find_checkpoint(run: Run) -> tuple[Path, dict] | None:
+    """What `prepare_directory` found, in the process of a further device; RuntimeError where it was never called."""
+    for _ in range(600):
+        if read_json(run.directory / "config.json").get("key") == run.key:
+            return newest_whole(run.directory, lambda line: None)
+        time.sleep(0.1)
+    raise RuntimeError(f"{run.directory} was not prepared by the first process: do all machines share it?")
+
+
 def save(trainer: L.Trainer, directory: Path) -> None:
     """Writes a checkpoint, after what was logged: a run that goes on from it logs none of that again."""
+    started = time.perf_counter()
     for logger in trainer.loggers:
         logger.save()
     trainer.save_checkpoint(checkpoint_path(directory, trainer.global_step))
+    trainer.lightning_module.checkpoint_seconds += time.perf_counter() - started
 
 
 class KeepGoing(L.Callback):
-    """Writes a checkpoint every minute and when a signal asks to stop.
+    """Writes a checkpoint every minute and when a signal asks to stop; a second signal stops at once.
 
-    Not at a step that is validated: the validation comes after it and would be missing when the run goes on.
+    Not at a step that is validated: the validation comes after it and would be missing when the run goes on. Several
+    devices do what the first one decides, every tenth step.
     """
 
     def __init__(self, directory: Path, val_every: int):
         self.directory, self.val_every = directory, val_every
         self.signum: int | None = None
+        self.stepped = False
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
@@ -200,16 +302,24 @@ class KeepGoing(L.Callback):
             self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _stop(self, signum: int, frame: Any) -> None:
+        if self.signum or not self.stepped:  # there is nothing new to keep; the first step may compile for a minute
+            raise Interrupted(signum)
         self.signum = signum
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
+        self.stepped = True
         if (batch_idx + 1) % self.val_every == 0:
             return
-        if self.signum or time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS:
+        signum, due = self.signum, time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
+        if trainer.world_size > 1:
+            if (batch_idx + 1) % STEPS_BETWEEN_DECISIONS:
+                return
+            signum, due = trainer.strategy.broadcast((signum, due))
+        if signum or due:
             save(trainer, self.directory)
             self.saved = time.monotonic()
-        if self.signum:
-            raise Interrupted(self.signum)
+        if signum:
+            raise Interrupted(signum)
 
     def teardown(self, trainer: L.Trainer, module: LanguageModel, stage: str) -> None:
         for signum, handler in self.handlers.items():

@@ -52,6 +52,9 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"]
     val_tokens: int
     val_points: int
+    devices: int  # a run's, on each of num_nodes machines; with strategy they go to Lightning's Trainer
+    num_nodes: int
+    strategy: str
 
 
 @dataclass(frozen=True)

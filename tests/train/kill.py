@@ -1,7 +1,10 @@
-"""Kills a run of each variant (SIGKILL) at random places, goes on with it, and compares its end with a straight run's.
+"""Kills kvfrontier at random places, gives the same command again until it ends, and compares with a straight run.
 
-    uv run python tests/train/kill.py --kills 50
+    uv run python tests/train/kill.py --kills 50                  # `train` of each variant at random steps
+    uv run python tests/train/kill.py --kills 50 --signal TERM    # which writes a checkpoint, and exits with 143
+    uv run python tests/train/kill.py --kills 50 --study          # `run` of all variants at random moments
 
+Weights, metrics.jsonl, TensorBoard's curves and, of a study, results.json must be the same to the bit, times apart.
 Children are forked from this process, which has imported everything and has one thread.
 """
 
@@ -11,108 +14,178 @@ import math
 import os
 import random
 import signal
+import sys
 import tempfile
+import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from kvfrontier import let_threads_sleep, main
+
+let_threads_sleep()
+
 import torch
+import yaml
+from same import differ, without_times
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import eval.evaluate
+import eval.speed
 import train.runner
 from archs import VARIANTS
-from train.checkpoints import newest_whole
-from train.corpus import Corpus
-from train.files import read_record
-from train.plan import Plan
-from train.runner import KeepGoing, train_runs
-from train.study import parse_study
-from train.tokens import prepare
+from train.checkpoints import checkpoints
+from train.runner import KeepGoing
 
 OWN = {"gqa": {"kv_heads": 1}, "mla": {"kv_rank": 8, "rope_dim": 4}, "yoco": {"kv_heads": 1, "window": 8}}
 BATCH = 128
-TIMED = "train/tokens_per_s", "train/mfu"
+SETTINGS = {
+    "corpus": {"files": ["texts/*.txt"]},
+    "tokenizer": {"name": "bytes"},
+    "model": {"width": 32, "layers": 2, "heads": 2, "context": 16, "dropout": 0.1},
+    "match": "none",
+    "variants": [{"arch": arch, **OWN.get(arch, {})} for arch in VARIANTS],
+    "eval": {"loss_tokens": 256, "decode": {"batch": [1], "context": [8]}},
+}
 
 
-def plan_in(directory: Path, arch: str, steps: int, data) -> Plan:
-    settings = {
-        "tokenizer": {"name": "bytes"},
-        "model": {"width": 32, "layers": 2, "heads": 2, "context": 16, "dropout": 0.1},
-        "variants": [{"arch": arch, **OWN.get(arch, {})}],
-        "train": {
-            "tokens": BATCH * steps,
-            "batch_tokens": BATCH,
-            "val_tokens": 64,
-            "val_points": 6,
-            "precision": "fp32",
-        },
-    }
-    return Plan(parse_study(settings), data, directory)
+def write_study(folder: Path, name: str, steps: int, **changes) -> Path:
+    train = {"tokens": BATCH * steps, "batch_tokens": BATCH, "val_tokens": 64, "val_points": 6, "precision": "fp32"}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | {"train": train} | changes))
+    return path
 
 
-def run_in_child(plan: Plan, dies_at: float) -> int:
-    """Its status; it kills itself once `dies_at` batches are done, where that is a half before a checkpoint."""
+def in_child(arguments: list, dies_at: float, signum: int) -> int:
+    """The exit status of a kvfrontier command, minus the signal that killed it. It sends itself `signum` once `dies_at`
+    batches are done; where that is a half, before a checkpoint and its validation."""
     if child := os.fork():
-        return os.waitpid(child, 0)[1]
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     whole = KeepGoing.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest):
-        if dies_at % 1 and trainer.global_step > dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        early = dies_at % 1 and trainer.global_step > dies_at
+        if early:
+            os.kill(os.getpid(), signum)
         whole(self, trainer, *rest)
-        if trainer.global_step >= dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step >= dies_at and not early:
+            os.kill(os.getpid(), signum)
 
     KeepGoing.on_train_batch_end = on_train_batch_end
+    silence()
     try:
-        os._exit(len(train_runs(plan)))
+        os._exit(main([str(argument) for argument in arguments]))
     finally:
         os._exit(70)
 
 
-def end(plan: Plan) -> dict:
-    """What a run left, timings apart: weights, metrics.jsonl, record and TensorBoard's curves."""
-    (run,) = plan.runs()
-    events = EventAccumulator(str(run.directory)).Reload()
-    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    weights = newest_whole(run.directory, print)[1]["state_dict"]
+def silence() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def killed_after(arguments: list, seconds: float) -> int:
+    """The exit status of a kvfrontier command that is killed after so many seconds, if it has not ended before."""
+    child = os.fork()
+    if not child:
+        silence()
+        try:
+            os._exit(main([str(argument) for argument in arguments]))
+        finally:
+            os._exit(70)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.002)
+    else:
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def end(run: Path) -> dict:
+    """What a run left, times apart: weights, metrics.jsonl, record and TensorBoard's curves."""
+    events = EventAccumulator(str(run)).Reload()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    weights = torch.load(checkpoints(run)[0], weights_only=True)["state_dict"]
+    timed = "train/tokens_per_s", "train/mfu", "final/train_tokens_per_s", "final/decode_tokens_per_s"
     return {
         "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
-        "metrics": [{k: v for k, v in row.items() if k not in TIMED} for row in rows],
-        "record": read_record(run)["curve"],
+        "metrics": [{k: v for k, v in row.items() if k not in timed} for row in rows],
+        "record": without_times(json.loads((run / "record.json").read_text())),
         "curves": {
             tag: [(e.step, e.value) for e in events.Scalars(tag)]
             for tag in events.Tags()["scalars"]
-            if tag not in TIMED
+            if tag not in timed
         },
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=5, help="of each variant's run (default: 5)")
-    kills = parser.parse_args().kills
+def compare(straight: Path, killed: Path) -> list[str]:
+    """What differs between two directories of a study."""
+    differing = []
+    for run in sorted(straight.glob("runs/*/*/record.json")):
+        here = run.relative_to(straight).parent
+        a, b = end(straight / here), end(killed / here)
+        differing += [f"{here} {part}" for part in a if a[part] != b[part]]
+    return differing
+
+
+def kill_runs(folder: Path, kills: int, signum: int) -> bool:
+    """Whether each variant's run ends the same."""
     steps = 6 * max(5, kills // 3)  # validated six times
-    train.runner.SECONDS_BETWEEN_CHECKPOINTS = 0.02  # some steps go by between two
-    torch.set_num_threads(1)  # no threads are left behind by a fork
-    failed = False
-    with tempfile.TemporaryDirectory() as folder:
-        texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
-        corpus = Corpus("files", texts[:30], texts[30:], sum(map(len, texts)), "0" * 16)
-        data = prepare(corpus, "bytes", None, Path(folder) / "cache")
-        for arch in VARIANTS:
-            straight, killed = (
-                plan_in(Path(folder) / name / arch, arch, steps, data) for name in ("straight", "killed")
-            )
-            failed |= bool(train_runs(straight))
-            places = sorted(random.Random(arch).choices([n / 2 for n in range(1, 2 * steps - 2)], k=kills))
-            died = [run_in_child(killed, place) for place in places].count(signal.SIGKILL)
-            failed |= run_in_child(killed, math.inf) != 0
-            a, b = end(straight), end(killed)
-            differ = [part for part in a if a[part] != b[part]]
-            failed |= bool(differ) or died < kills
-            said = f"not the same: {', '.join(differ)}" if differ else "the same"
-            print(f"{arch}: {said} after {died} kills", flush=True)
-    return failed
+    expected = -signum if signum == signal.SIGKILL else 128 + signum
+    well = True
+    for arch in VARIANTS:
+        study = write_study(folder, arch, steps, variants=[{"arch": arch, **OWN.get(arch, {})}])
+        straight, killed = folder / "straight" / arch, folder / "killed" / arch
+        well &= main(["train", str(study), "--out", str(straight)]) == 0
+        places = sorted(random.Random(arch).choices([n / 2 for n in range(1, 2 * steps - 2)], k=kills))
+        died = [in_child(["train", study, "--out", killed], place, signum) for place in places].count(expected)
+        well &= in_child(["train", study, "--out", killed], math.inf, signum) == 0
+        differing = compare(straight, killed)
+        well &= not differing and died == kills
+        said = f"not the same: {', '.join(differing)}" if differing else "the same"
+        print(f"{arch}: {said} after {died} times {signal.Signals(signum).name}", flush=True)
+    return well
+
+
+def kill_study(folder: Path, kills: int) -> bool:
+    """Whether a whole study, evaluation and figures included, ends the same."""
+    study = write_study(folder, "study", 120)
+    straight, killed = folder / "straight", folder / "killed"
+    began = time.monotonic()
+    well = killed_after(["run", study, "--out", straight], math.inf) == 0
+    took, rng, died = time.monotonic() - began, random.Random(0), 0
+    while died < kills and killed_after(["run", study, "--out", killed], rng.uniform(0, 2 * took / kills)) != 0:
+        died += 1
+    well &= killed_after(["run", study, "--out", killed], math.inf) == 0
+    differing = differ(straight / "results.json", killed / "results.json") + compare(straight, killed)
+    there = {path.name for path in killed.iterdir()} == {path.name for path in straight.iterdir()}
+    well &= not differing and there and died == kills
+    print(f"a study: {', '.join(differing) or 'the same'} after {died} times SIGKILL ({took:.0f} s when left alone)")
+    return well
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=5, help="of each variant's run, or of the study (default: 5)")
+    parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    parser.add_argument("--study", action="store_true", help="the whole study in place of each variant's run")
+    args = parser.parse_args()
+    train.runner.SECONDS_BETWEEN_CHECKPOINTS = 0.02  # some steps go by between two
+    eval.speed.SECONDS = 0.02
+    torch.set_num_threads(1)  # no threads are left behind by a fork
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
+        (folder / "texts").mkdir()
+        for n in range(40):
+            (folder / "texts" / f"{n}.txt").write_text(f"the cat number {n} sat on the mat\n" * 20)
+        if args.study:
+            well = kill_study(folder, args.kills)
+        else:
+            well = kill_runs(folder, args.kills, signal.Signals[f"SIG{args.signal}"])
+    sys.exit(not well)

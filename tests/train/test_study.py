@@ -296,9 +296,7 @@ def test_the_matching_tables_show_what_each_rule_holds_and_what_it_costs():
 def tried(plan, losses):
     """Trains nothing: writes the records that the tuning runs of an invented loss would leave."""
     order = []
-    for run in plan.to_train():
-        if "lr" not in run.name:
-            break
+    while (run := plan.ready()[0] if plan.ready() else None) and run.tunes:
         order.append((run.variant.label, run.lr))
         loss = losses(run.variant.label, run.lr)
         record = {"failed": "x", "diverged": True} if loss is None else {"train": {}, "curve": [{"val_bpb": loss}]}
@@ -321,7 +319,7 @@ def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(d
     assert {run.seed for run in plan.tuning_runs()} == {1001} == {run.tuning["seed"] for run in runs}
     assert [rate["lr"] for rate in runs[0].tuning["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
     assert not runs[0].tuning["at_edge"]
-    assert list(plan.to_train()) == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
+    assert plan.ready() == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
     given = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).runs()[0]
     assert given.key == runs[0].key  # how a rate was found does not change the run
 
@@ -330,7 +328,7 @@ def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_
     plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=" + THREE), data, tmp_path)
     tried(plan, lambda label, lr: {"mha": None, "mqa": 2.0 - lr if lr < 3e-3 else None, "gqa": 2.0 - lr}[label])
     chosen = {run.variant.label: run for run in plan.runs()}
-    assert [variant.label for variant in plan.untunable()] == ["mha"]
+    assert [line.split(":")[0] for line in plan.failures()] == ["mha"]
     assert chosen["mqa"].lr == 2e-3
     assert chosen["mqa"].tuning["rates"][-1] == {"lr": 4e-3, "val_bpb": None}
     assert chosen["gqa"].lr == 2e-3 * 2**WIDENED_AT_MOST
@@ -339,10 +337,11 @@ def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_
 
 def test_a_run_that_failed_for_another_reason_says_nothing_of_its_rate(data, tmp_path):
     plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=[{arch: mha}]"), data, tmp_path)
-    for _ in range(2):  # the same command tries again, once
-        (run,) = (run for run in plan.to_train() if not write_json(run.directory / "record.json", {"key": run.key}))
-        assert run.lr == 1e-3
-    assert plan.runs() == plan.untunable() == []
+    run = plan.ready()[0]
+    write_json(run.directory / "record.json", {"key": run.key, "failed": "x", "diverged": False})
+    assert [run.lr for run in plan.ready()] == [1e-3, 2e-3]
+    assert plan.runs() == []
+    assert plan.failures() == ["mha lr 0.001 failed: x"]
 
 
 def test_a_generated_task_needs_its_own_tokenizer():

@@ -14,11 +14,12 @@ from archs import VARIANTS
 from train.checkpoints import checkpoints, newest_whole
 from train.corpus import Corpus
 from train.data import TextData
+from train.errors import Interrupted
 from train.files import read_record
 from train.module import LanguageModel
 from train.plan import Plan
 from train.progress import StudyProgress
-from train.runner import Interrupted, KeepGoing, step_counts, train_run, train_runs
+from train.runner import KeepGoing, step_counts, train_run, train_runs
 from train.study import parse_study
 from train.tokens import prepare
 

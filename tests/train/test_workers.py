@@ -1,0 +1,177 @@
+"""Runs side by side, on a Ray cluster and on two devices: the same results as one after the other."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from same import differ
+
+import kvfrontier
+from train.status import states
+
+ROOT = Path(kvfrontier.__file__).parent
+STUDY = {
+    "corpus": {"files": ["texts/*.txt"]},
+    "tokenizer": {"name": "bytes"},
+    "model": {"width": 32, "layers": 2, "heads": 4, "context": 16},
+    "match": "none",
+    "variants": [{"arch": "mha"}, {"arch": "yoco", "kv_heads": 1, "window": 8}],
+    "train": {"tokens": 19200, "batch_tokens": 64, "val_tokens": 64, "val_points": 3, "precision": "fp32"},
+    "eval": {"loss_tokens": 128, "decode": {"batch": [1], "context": [8]}},
+}
+
+
+def command(*arguments, **env):
+    """A process of its own, as Ray and Lightning start further ones from it."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "kvfrontier.py", *map(str, arguments)],
+        env=os.environ | env,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def ended(process, status=0):
+    said = process.communicate(timeout=200)[1]
+    assert process.returncode == status, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    (folder / "texts").mkdir()
+    for n in range(30):
+        (folder / "texts" / f"{n}.txt").write_text(f"Document {n}. The quick brown fox jumps over a dog.\n" * 9)
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    assert kvfrontier.main(["run", str(folder / "study.yaml"), "--out", str(folder / "plain")]) == 0
+    return folder / "plain"
+
+
+def test_runs_side_by_side_give_the_same_results_and_stop_on_sigterm(plain, folder):
+    study, out = folder / "study.yaml", folder / "two"
+    process = command("train", study, "--out", out, "--workers", 2)
+    wait_for(lambda: running(out))
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM" in ended(process, 143)
+    assert not any(state.startswith(("running", "failed")) for state in states(out).values())
+    assert any("interrupted: step" in state for state in states(out).values())
+    assert kvfrontier.main(["run", str(study), "--out", str(out), "--workers", "2"]) == 0
+    assert differ(plain / "results.json", out / "results.json") == []
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if condition():
+                return
+        except ValueError:  # no plan yet
+            pass
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for a node's processes in /proc")
+def test_a_ray_cluster_gives_the_same_results_though_a_node_is_killed(plain, folder):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    out = folder / "ray"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        process = command("train", folder / "study.yaml", "--out", out, "--ray", cluster.address)
+        wait_for(lambda: running(out))
+        died, pids = next((node, pids) for node in nodes if (pids := processes_on(node, running(out))))
+        cluster.remove_node(died, allow_graceful=False)
+        for pid in pids:  # they go with a machine
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        ended(process)
+    finally:
+        cluster.shutdown()
+    assert set(states(out).values()) == {"trained, not evaluated"}
+    assert kvfrontier.main(["eval", str(folder / "study.yaml"), "--out", str(out)]) == 0
+    assert differ(plain / "results.json", out / "results.json") == []
+
+
+def running(out):
+    """The name of a run that is on its way; empty where none is."""
+    return next((name for name, state in states(out).items() if re.match(r"running: step [1-9]", state)), "")
+
+
+def processes_on(node, name):
+    """Ray's worker and the process that trains a run in it, if they are this node's."""
+    (raylet,) = node.all_processes["raylet"]
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"--run\0" + name.encode() in (process / "cmdline").read_bytes():
+                worker = parent(int(process.name))
+                return [worker, int(process.name)] if parent(worker) == raylet.process.pid else []
+    return []
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_two_devices_train_as_one_does(plain, folder):
+    """Lightning's ddp: each process has half of the batch, and only the first one writes."""
+    out = folder / "ddp"
+    settings = "train.devices=2", "train.strategy=ddp", "variants=[{arch: mha}]"
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    process = command("train", folder / "study.yaml", "--out", out, *overrides, OMP_NUM_THREADS="1")
+    wait_for(lambda: running(out))
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM" in ended(process, 143)
+    assert "interrupted: step" in states(out)["mha seed 0"]
+    assert kvfrontier.main(["train", str(folder / "study.yaml"), "--out", str(out), *overrides]) == 0
+    one, two = (rows(directory / "runs" / "mha" / "seed-0") for directory in (plain, out))
+    assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        for tag in {"train/loss", "train/grad_norm", "train/lr", "val/loss", "val/bpb"} & a.keys():
+            assert b[tag] == pytest.approx(a[tag], rel=1e-4)
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_devices_must_divide_the_batch_and_strategies_are_lightnings(folder, capsys):
+    study = str(folder / "study.yaml")
+    for setting, says in (
+        ("train.devices=3", "train.devices=3 and train.num_nodes=1 must divide the batch's 4 sequences"),
+        ("train.strategy=dpp", "train.strategy='dpp': must be auto, or Lightning's"),
+        ("train.num_nodes=2", "train.num_nodes=2: runs on several machines are started one by one"),
+    ):
+        assert kvfrontier.main(["train", study, "--out", str(folder / "bad"), "--set", setting]) == 2
+        said = capsys.readouterr().err
+        assert says in said
+        assert "\n" not in said.strip()
+
+
+def test_a_run_by_name_is_the_unit(plain, folder, capsys):
+    study, out = str(folder / "study.yaml"), folder / "one"
+    assert kvfrontier.main(["train", study, "--out", str(out), "--run", "yoco seed 0"]) == 0
+    assert states(out) == {"mha seed 0": "missing", "yoco seed 0": "trained, not evaluated"}
+    assert kvfrontier.main(["train", str(out), "--run", "yoco seed 1"]) == 2
+    assert "there are mha seed 0, yoco seed 0" in capsys.readouterr().err
+    changed = ["--set", "train.lr=1e-3", "--run", "yoco seed 0"]
+    assert kvfrontier.main(["train", str(out), *changed]) == 2
+    assert "has other settings here than in" in capsys.readouterr().err
