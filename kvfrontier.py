@@ -6,12 +6,15 @@ kvfrontier status runs/quick
 """
 
 import argparse
+import errno
 import functools
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
+
+UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 
 def let_threads_sleep() -> None:
@@ -38,6 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         return args.command(args)
     except InputError as e:
         print(f"kvfrontier: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        if e.errno not in UNWRITABLE:
+            raise
+        print(
+            f"kvfrontier: cannot write {e.filename or 'a file'}: {e.strerror}; what was done is kept: make room there "
+            "and give the same command again, or choose another place with --out",
+            file=sys.stderr,
+        )
         return 2
     except (KeyboardInterrupt, Interrupted) as e:
         signum = getattr(e, "signum", signal.SIGINT)

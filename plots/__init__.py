@@ -27,7 +27,9 @@ def draw(directory: Path) -> list[Path]:
     def write(name: str, content: bytes | str) -> None:
         path = directory / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        beside = path.with_name(f"{path.name}.tmp")  # a report that is there is whole
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        beside.replace(path)
         written.append(path)
 
     drawn, left_out = [], {}

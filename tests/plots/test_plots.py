@@ -656,6 +656,35 @@ def test_what_is_missing_is_left_out_and_said(hostile):
     assert "Without a finite loss in some run: yoco" in page
 
 
+def test_gaps_are_named_in_the_report_and_under_the_table(tmp_path):
+    study = copy.deepcopy(FIVE)
+    study["missing"] = [
+        {"label": "<script>x</script>", "seed": n, "why": r"the loss is nan \input{x}"} for n in range(20)
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(study))
+    loaded = load(tmp_path)
+    table = tables.results_table(loaded)
+    page, tex = report.page(loaded, [], {}, [table]), tables.to_latex(table)
+    assert "Without results: &lt;script&gt;x&lt;/script&gt; seed 0 (the loss is nan" in page
+    assert "and 8 more. Means and intervals are over the other runs alone." in page
+    assert page.count("<script") == 1
+    assert "% Without results: " in tex
+    assert not any(r"\input" in line for line in tex.splitlines() if not line.startswith("%"))
+
+
+def test_labels_lead_nowhere(tmp_path):
+    """Nothing is written but beside the results, whatever a file from elsewhere calls its variants."""
+    study = copy.deepcopy(FIVE)
+    for n, run in enumerate(study["runs"]):
+        run["label"] = ("../" * 3 + f"x{n}", f"/tmp/y{n}", r"..\z")[n % 3]
+    inner = tmp_path / "a" / "b" / "c" / "d"
+    inner.mkdir(parents=True)
+    (inner / "results.json").write_text(json.dumps(study))
+    written = plots.draw(inner)
+    assert all(path.resolve().is_relative_to(inner) for path in written)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*written, inner / "results.json"}
+
+
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 

@@ -16,9 +16,11 @@ from test_training import data, metrics, study  # noqa: F401  (a fixture)
 from test_training import weights as final_weights
 
 from archs import VARIANTS
+from eval.evaluate import evaluate_runs
+from eval.results import write_results
 from train.checkpoints import KEPT, checkpoints, newest_whole
 from train.errors import InputError, Interrupted
-from train.files import is_locked, lock_path, read_record
+from train.files import is_locked, lock_path, read_json, read_record, write_json
 from train.module import LanguageModel
 from train.plan import Plan
 from train.progress import StudyProgress
@@ -176,6 +178,71 @@ def test_nothing_of_a_step_that_is_not_finite_is_applied(looks, data, tmp_path, 
     assert len(after) == (0 if looks else 2)
     for later in after:
         assert all(torch.equal(a, b) for a, b in zip(before[0], later, strict=True))
+
+
+# Memory
+
+
+class Small:
+    """A machine whose memory holds the activations of so many sequences."""
+
+    def __init__(self, monkeypatch, sequences):
+        whole = LanguageModel._sum_nats
+
+        def sum_nats(module, inputs, targets):
+            if len(inputs) > sequences:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ...")
+            return whole(module, inputs, targets)
+
+        monkeypatch.setattr(LanguageModel, "_sum_nats", sum_nats)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The same steps at the same places, and up to rounding the same losses (with dropout: other masks)."""
+    settings = study().settings() | {"variants": [{"arch": "mha"}]}
+    settings["model"] = settings["model"] | {"dropout": dropout}
+    whole, plan = (Plan(parse_study(settings), data, tmp_path / name) for name in ("whole", "small"))
+    train_runs(whole)
+    Small(monkeypatch, 2)
+    assert train_runs(plan) == []
+    assert "out of memory; each batch now goes through the model in 4 pieces" in capsys.readouterr().err
+    (run,), (expected,) = plan.runs(), whole.runs()
+    for a, b in zip(metrics(run), metrics(expected), strict=True):
+        assert a.keys() == b.keys()
+        assert a["tokens"] == b["tokens"]
+        for tag in {"train/loss", "train/grad_norm", "val/loss"} & a.keys():
+            assert a[tag] == pytest.approx(b[tag], rel=0.1 if dropout else 1e-5)
+
+
+def test_where_not_even_one_sequence_fits_the_run_ends_with_advice_and_the_study_goes_on(data, tmp_path, monkeypatch):  # noqa: F811
+    plan = Plan(study(), data, tmp_path)
+    first, second = plan.runs()
+    whole = LanguageModel.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.hparams.arch == first.variant.arch:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return whole(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModel, "training_step", training_step)
+    (failure,) = train_runs(plan)
+    assert failure.startswith(f"{first.name} failed: out of memory even with one sequence at a time")
+    assert "lower model.width" in failure
+    assert read_record(first)["oom"]
+    assert "train" in read_record(second)
+
+
+def test_the_gap_that_a_failed_run_leaves_stands_in_the_results(data, tmp_path):  # noqa: F811
+    plan = Plan(study(), data, tmp_path)
+    first, second = plan.runs()
+    train_runs(plan)
+    assert evaluate_runs(plan) == []
+    write_json(second.directory / "record.json", {"key": second.key, "failed": "the loss is nan", "diverged": True})
+    assert write_results("x", plan) == 1
+    results = read_json(tmp_path / "results.json")
+    assert [run["label"] for run in results["runs"]] == [first.variant.label]
+    assert results["missing"] == [{"label": second.variant.label, "seed": 0, "why": "the loss is nan"}]
 
 
 def test_a_run_whose_settings_changed_says_what_was_and_what_is(data, tmp_path, capsys):  # noqa: F811
