@@ -4,6 +4,7 @@ A measure is a module of this package with a function `measure(subject) -> dict`
 that give the same key are merged. With `REPEATED = True` it is called again in every round, for what is timed.
 """
 
+import contextlib
 import functools
 import importlib
 import pkgutil
@@ -11,13 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from filelock import Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from archs import Decoder, build
 from eval.speed import measure_roof
 from eval.subject import Subject
 from train.checkpoints import newest_whole
-from train.files import describe_machine, is_evaluated, read_json, read_record, write_json
+from train.files import describe_machine, is_evaluated, lock, read_json, read_record, write_json
 from train.plan import Plan, Run, find_device, resolve_dtype
 from train.progress import StudyProgress, console
 
@@ -33,7 +35,20 @@ def measures() -> list[ModuleType]:
 
 
 def evaluate_runs(plan: Plan) -> list[str]:
-    """Evaluates what is trained and not evaluated with these settings yet; returns a line for each run that failed."""
+    """Evaluates what is trained and not evaluated with these settings yet; returns a line for each run that failed.
+
+    One process does at a time, as what is timed is to have the machine for itself; another one waits for it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(plan.directory / "evaluation"))
+        except Timeout:
+            console.print(f"waiting for another kvfrontier process, which evaluates {plan.directory}", soft_wrap=True)
+            stack.enter_context(lock(plan.directory / "evaluation", wait=-1))
+        return _evaluate_runs(plan)
+
+
+def _evaluate_runs(plan: Plan) -> list[str]:
     device, dtype = find_device(), DTYPES[resolve_dtype(plan.study.eval.dtype)]
     pending = [run for run in plan.runs() if "train" in read_record(run) and not is_evaluated(run)]
     once = [module for module in measures() if not getattr(module, "REPEATED", False)]

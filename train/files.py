@@ -77,9 +77,9 @@ def is_evaluated(run: "Run") -> bool:
 
 
 def lock(directory: Path, wait: float = 0.5) -> FileLock:
-    """Who trains a run holds it, until the process ends; Timeout where another one does for `wait` seconds (-1: ever).
+    """Who trains a run, or evaluates, holds it until the process ends; Timeout where another does for `wait` seconds.
 
-    `is_locked` may hold it for an instant.
+    -1 is for ever. `is_locked` may hold it for an instant.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(lock_path(directory), timeout=wait)

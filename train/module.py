@@ -9,6 +9,7 @@ for every variant.
 import functools
 import math
 import time
+from collections.abc import Collection
 from typing import Any
 
 import lightning as L
@@ -53,6 +54,7 @@ class LanguageModel(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = build(arch, **options)
+        self._matrices = {name for name, p in self.named_parameters() if p.dim() > 1}  # shards of them are flat
         self._token_nats, self._compiles = token_nats, False
         self.tokens_seen = 0
         self.train_seconds = 0.0  # validation, checkpoints and the step that compiles left out
@@ -67,7 +69,7 @@ class LanguageModel(L.LightningModule):
     def configure_optimizers(self) -> dict:
         # A fused step unscales 16-mixed gradients itself, after they were clipped.
         fused = not (self._trainer and self.trainer.precision == "16-mixed")
-        optimizer = adamw(self, self.hparams.lr, self.hparams.weight_decay, fused)
+        optimizer = adamw(self, self.hparams.lr, self.hparams.weight_decay, fused, self._matrices)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.rate(self.tokens_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -79,7 +81,11 @@ class LanguageModel(L.LightningModule):
         return min(1.0, warmup) * (0.55 + 0.45 * math.cos(math.pi * done))
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or self.hparams.clip)
+        limit, wrapped = gradient_clip_val or self.hparams.clip, self.trainer.strategy.model
+        if hasattr(wrapped, "clip_grad_norm_"):  # FSDP: each device holds a part of the norm
+            self._grad_norm = wrapped.clip_grad_norm_(limit)
+        else:
+            self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         if str(self.trainer.precision) == "16-mixed":  # its scaler looks for what is not finite, and expects some
             return
         self._broken = self._broken | ~(self._loss.isfinite() & self._grad_norm.isfinite())
@@ -233,10 +239,14 @@ class LanguageModel(L.LightningModule):
             logger.log_metrics(metrics, step=self.tokens_seen)
 
 
-def adamw(model: torch.nn.Module, lr: float, weight_decay: float, fused: bool = True) -> torch.optim.AdamW:
-    """With decay on matrices alone."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+def adamw(
+    model: torch.nn.Module, lr: float, weight_decay: float, fused: bool = True, names: Collection[str] | None = None
+) -> torch.optim.AdamW:
+    """With decay on matrices alone: the parameters of these names, or those that look like one."""
+    parts: tuple[list, list] = [], []
+    for name, p in model.named_parameters():
+        parts[p.dim() <= 1 if names is None else name not in names].append(p)
+    matrices, vectors = parts
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 

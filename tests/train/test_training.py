@@ -267,6 +267,27 @@ def test_every_variant_of_a_seed_sees_the_same_batches(data, tmp_path, monkeypat
     assert all(torch.equal(a, b) for a, b in zip(seen["mha"], seen["mqa"], strict=True))
 
 
+def test_shards_are_decayed_as_the_matrices_that_they_are_of():
+    """FSDP leaves flat pieces in place of the parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        plain, sharded = (LanguageModel("mha", OPTIONS, tokens=100) for _ in range(2))
+        names = {p: name for name, p in plain.named_parameters()}
+        expected = [
+            [names[p] for p in group["params"]] for group in plain.configure_optimizers()["optimizer"].param_groups
+        ]
+        FullyShardedDataParallel(sharded, use_orig_params=True, device_id=torch.device("cpu"))
+        assert all(p.dim() == 1 for p in sharded.parameters())
+        names = {id(p): name for name, p in sharded.named_parameters()}
+        groups = sharded.configure_optimizers()["optimizer"].param_groups
+        assert [[names[id(p)] for p in group["params"]] for group in groups] == expected
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_bf16_trains_too(data, tmp_path):
     plan = Plan(study(precision="bf16"), data, tmp_path)
     assert train_runs(plan) == []
