@@ -69,7 +69,7 @@ def _evaluate_runs(plan: Plan) -> list[str]:
                 show = functools.partial(progress.show, f"{number}/{len(pending)} {run.name}", work=0)
                 try:
                     model = load_model(run).to(device)
-                    subject = Subject(model, plan.data, plan.study.eval, dtype, roof, show, known)
+                    subject = Subject(model, plan.data, plan.study.eval, dtype, roof, show, known, run.seed)
                     for module in [] if turn else once:
                         merge(known, module.measure(subject))
                         progress.done += 1

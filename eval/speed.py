@@ -37,6 +37,8 @@ def measure(subject: "Subject") -> dict:
     known = {(point["batch"], point["context"]): point for point in before.get("decode", [])}
     measured: dict = {"decode": [], "decode_skipped": []}
     grid = subject.config.decode
+    if grid.seeds is not None and subject.seed not in grid.seeds:  # a shape's speed depends on no seed
+        return measured
     for point in measure_decode(model, grid.batch, sorted(grid.context), subject.roof_gb_s):
         if "skipped" in point:
             measured["decode_skipped"].append(point)
@@ -134,6 +136,8 @@ def _decode_point(model: Decoder, batch: int, context: int, roof_gb_s: float) ->
     Bytes that a step must read: every weight that it multiplies with, once, and the batch's cache.
     """
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     cache = model.new_cache(batch, context + DECODE_STEPS)
     prompt = torch.randint(model.options.vocab_size, (batch, context), device=device)
     prefill = timed(partial(model.prefill, prompt, cache), device, 2, 1, before=cache.reset)
@@ -156,7 +160,7 @@ def _decode_point(model: Decoder, batch: int, context: int, roof_gb_s: float) ->
         "memory_bound": roof_fraction >= MEMORY_BOUND,
         "backend": attention_backend(model, prompt[:, 0], cache),
         "device": device.type,
-    }
+    } | ({"peak_bytes": torch.cuda.max_memory_allocated()} if device.type == "cuda" else {})
 
 
 def _timed_steps(model: Decoder, tokens_B: torch.Tensor, cache: Cache, context: int) -> Timing:

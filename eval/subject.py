@@ -50,6 +50,7 @@ class Subject:
     roof_gb_s: float
     show: Callable[[str], None]
     measured: dict = field(default_factory=dict)
+    seed: int = 0
 
     @cached_property
     @torch.inference_mode()

@@ -3,7 +3,8 @@
 Two results may stand in one figure only if their models saw the same text, split in the same way. So a corpus is put
 together from names relative to its own root, never from absolute paths, and carries a fingerprint of names, texts and
 split that goes into every record. The default, `stdlib`, is the source of the running Python's standard library: real
-text that is on every machine (another Python version is another corpus, and its fingerprint says so).
+text that is on every machine (another Python version is another corpus, and its fingerprint says so). `environment` is
+the Python source and the texts of the packages installed beside this one: some hundreds of MB.
 
     load_corpus("stdlib")
     load_corpus(files=["texts/**/*.txt", "more.jsonl"], relative_to=[Path("studies"), Path.cwd()])
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from train.errors import InputError
 
+ENVIRONMENT = ".py", ".rst", ".md", ".txt"
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 MIN_DOCUMENTS = 20
 VAL_SHARE = 0.05
@@ -45,7 +47,7 @@ class Corpus:
 
 
 def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to: Sequence[Path] = ()) -> Corpus:
-    """The corpus `name` ("stdlib"), or the one made of `files`; InputError says what a user has to mend.
+    """The corpus `name` ("stdlib", "environment"), or the one made of `files`; InputError says what a user has to mend.
 
     `files` are paths or glob patterns (`**` for any depth), absolute or relative to the first folder of `relative_to`
     (default: the current one) in which they match. `.jsonl` holds a document a line in the field "text", `.parquet` a
@@ -59,13 +61,13 @@ def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to:
     files = [files] if isinstance(files, str) else list(files)
     if (name is None) == (not files):
         given = "both" if files else "neither"
-        raise InputError(f"corpus: give either a name (stdlib) or files (a list of patterns), {given} was given")
-    if name not in (None, "stdlib"):
-        raise InputError(f"corpus: unknown name {name!r}; allowed is stdlib, or give files instead of a name")
-    documents = _stdlib() if name else _from_files(files, list(relative_to) or [Path.cwd()])
+        raise InputError(f"corpus: give either a name ({NAMES}) or files (a list of patterns), {given} was given")
+    if name is not None and name not in NAMED:
+        raise InputError(f"corpus: unknown name {name!r}; allowed are {NAMES}, or give files instead of a name")
+    documents = NAMED[name]() if name else _from_files(files, list(relative_to) or [Path.cwd()])
     split = _split([document for document in documents if document.text])
     if not split["train"] or not split["val"]:
-        where = ", ".join(files) if files else f"no source in {sysconfig.get_path('stdlib')}"
+        where = ", ".join(files) if files else f"no source of {name} on this machine"
         raise InputError(f"corpus: empty, there is no text to train on ({where}); give files with text in them")
 
     digest, size = hashlib.sha256(), 0
@@ -87,12 +89,40 @@ def _stdlib() -> Iterator[Document]:
         sources = (entry for entry in entries if entry.endswith(".py") and not entry.startswith("_sysconfigdata"))
         names += [(Path(folder) / source).relative_to(root).as_posix() for source in sources]
     for name in sorted(names):
-        data = (root / name).read_bytes()
-        try:
-            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-            yield Document(name, data.decode(encoding))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
+        if (text := _source(root / name)) is not None:
+            yield Document(name, text)
+
+
+def _environment() -> Iterator[Document]:
+    """Files of equal content are taken once, under the first of their names."""
+    roots = dict.fromkeys(Path(sysconfig.get_path(where)) for where in ("purelib", "platlib"))
+    paths = {
+        (Path(folder) / entry).relative_to(root).as_posix(): Path(folder) / entry
+        for root in roots
+        for folder, _, entries in os.walk(root)
+        for entry in entries
+        if entry.endswith(ENVIRONMENT)
+    }
+    seen = set()
+    for name in sorted(paths):
+        text = _source(paths[name])
+        if text is not None and (digest := hashlib.sha256(text.encode()).digest()) not in seen:
+            seen.add(digest)
+            yield Document(name, text)
+
+
+NAMED = {"stdlib": _stdlib, "environment": _environment}
+NAMES = " or ".join(NAMED)
+
+
+def _source(path: Path) -> str | None:
+    """A file's text, a Python file's in the encoding that it names; None where it is no text."""
+    data = path.read_bytes()
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline) if path.suffix == ".py" else ("utf-8", None)
+        return data.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError):
+        return None
 
 
 def _from_files(patterns: Sequence[str], folders: Sequence[Path]) -> Iterator[Document]:

@@ -82,7 +82,7 @@ class Plan:
     def __init__(self, study: Study, data: TokenSet | RecallTask, directory: Path):
         self.study, self.data, self.directory = study, data, directory
         self.variants = resolve_variants(study, data.n_vocab)
-        _check_budget(study, data, {variant.tokens for variant in self.variants})
+        _check_budget(study, data, {self._short(v).tokens for v in self.variants} | {v.tokens for v in self.variants})
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
 
     def runs(self) -> list[Run]:
@@ -102,7 +102,7 @@ class Plan:
 
     def left(self) -> list[Variant]:
         """The variant of each run that is still to train, as far as can be said before the rates are known."""
-        rates = [v for v in self.variants for rate in self.rates or () if rate not in self._losses(v)]
+        rates = [self._short(v) for v in self.variants for rate in self.rates or () if rate not in self._losses(v)]
         runs = [(v, self.run(v, seed)) for v in self.variants for seed in self.study.seeds]
         return rates + [v for v, run in runs if run is None or not is_finished(run)]
 
@@ -127,13 +127,20 @@ class Plan:
         losses = self._losses(variant)
         rates = [{"lr": lr, "val_bpb": loss if math.isfinite(loss) else None} for lr, loss in sorted(losses.items())]
         tuning = {"seed": tuning_seed(self.study.seeds), "at_edge": at_edge(losses), "rates": rates}
+        if self.study.train.tuning_tokens:
+            tuning["tokens"] = self.study.train.tuning_tokens
         return self._run(variant, seed, lr, tuning, where, name)
 
     # Tuning
 
+    def _short(self, variant: Variant) -> Variant:
+        """As it is trained to try a rate."""
+        return dataclasses.replace(variant, tokens=self.study.train.tuning_tokens or variant.tokens)
+
     def _tuning_run(self, variant: Variant, rate: float) -> Run:
         where = self.directory / "tuning" / variant.label / f"lr-{rate!r}"
         name = f"{variant.label} lr {rate:g}"
+        variant = self._short(variant)
         return self._run(variant, tuning_seed(self.study.seeds), rate, None, where, name, tunes=True)
 
     def _losses(self, variant: Variant) -> dict[float, float]:
@@ -219,8 +226,9 @@ def content_key(content: Any) -> str:
 
 
 def result_settings(config: TrainConfig) -> dict[str, Any]:
-    """Without the devices, which share one and the same batch."""
-    return {key: value for key, value in vars(config).items() if key not in ("devices", "num_nodes", "strategy")}
+    """Without how a rate is found, and without the devices, which share one and the same batch."""
+    apart = "tuning_tokens", "devices", "num_nodes", "strategy"
+    return {key: value for key, value in vars(config).items() if key not in apart}
 
 
 def settings(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> dict:

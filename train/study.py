@@ -55,12 +55,14 @@ class TrainConfig:
     devices: int  # a run's, on each of num_nodes machines; with strategy they go to Lightning's Trainer
     num_nodes: int
     strategy: str
+    tuning_tokens: int | None = None  # of a run that tries a learning rate; None: as many as the runs that are compared
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
     batch: list[int]
     context: list[int]
+    seeds: list[int] | None = None  # which are timed; None: all
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,10 @@ def _check(study: Study) -> None:
             if option in variant:
                 raise InputError(f"variants: {option} is the same for all of them; set {key}")
     at_least_0 = {"warmup_tokens": study.train.warmup_tokens, "weight_decay": study.train.weight_decay}
-    above_0 = vars(study.train) | vars(study.eval) | vars(study.eval.decode) | vars(study.tokenizer)
+    decode = {"batch": study.eval.decode.batch, "context": study.eval.decode.context}
+    above_0 = vars(study.train) | vars(study.eval) | decode | vars(study.tokenizer)
+    if unknown := set(study.eval.decode.seeds or []) - set(study.seeds):
+        raise InputError(f"eval.decode.seeds={sorted(unknown)[0]}: must be among the study's seeds {study.seeds}")
     if too_large := [seed for seed in study.seeds if seed >= 2**32]:
         raise InputError(f"seeds={too_large[0]}: must be below 2**32")
     for name, value in [*at_least_0.items(), *(("seeds", seed) for seed in study.seeds)]:

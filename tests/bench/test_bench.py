@@ -40,3 +40,53 @@ def test_the_gpu_script_runs_scripts_that_exist(monkeypatch):
         assert sum(seconds for _, seconds, _ in steps) <= 600
         for _, _, command in steps:
             assert all((BENCH.parent / word).exists() for word in command if word.endswith(".py"))
+
+
+def test_the_study_goes_on_from_the_archive_of_an_earlier_piece(tmp_path, monkeypatch, capsys):
+    import kvfrontier
+
+    (tmp_path / "texts").mkdir()
+    for n in range(30):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"Document {n}. The quick brown fox jumps over a dog.\n" * 9)
+    study = {
+        "corpus": {"files": ["texts/*.txt"]},
+        "tokenizer": {"name": "bytes"},
+        "model": {"width": 32, "layers": 2, "heads": 4, "context": 16},
+        "match": "none",
+        "variants": [{"arch": "mha"}, {"arch": "yoco", "kv_heads": 1, "window": 8}],
+        "seeds": [0, 1],
+        "train": {"tokens": 640, "batch_tokens": 64, "val_tokens": 64, "val_points": 2, "lr": [1e-3, 2e-3]}
+        | {"tuning_tokens": 128},
+        "eval": {"loss_tokens": 128, "decode": {"batch": [1], "context": [8], "seeds": [1]}},
+    }
+    (tmp_path / "mini.yaml").write_text(json.dumps(study))
+    monkeypatch.setenv("KVFRONTIER_CACHE", str(tmp_path / "cache"))
+    arguments = ["--out", "out", "--study", str(tmp_path / "mini.yaml"), "--fit-context", "64", "--fit-gb", "0.001"]
+
+    def piece(place, *more):
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        monkeypatch.setattr(sys, "argv", ["h100.py", *arguments, *more])
+        script = runpy.run_path(str(BENCH / "h100.py"))
+        did = []
+        in_process = lambda command, seconds: did.append(command[0]) or kvfrontier.main(command)  # noqa: E731
+        monkeypatch.setitem(script["main"].__globals__, "kvfrontier", in_process)
+        assert script["main"]() == 0
+        assert did == ["train", "eval", "plot"]
+        return json.loads(Path("runs/mini/results.json").read_text())
+
+    first = piece("a")
+    assert [bool(run["decode"]) for run in first["runs"]] == [False, True, False, True]
+    assert {run["tuning"]["tokens"] for run in first["runs"]} == {128}
+    fits = json.loads(Path("runs/mini/fits.json").read_text())["batch"]
+    for label, cache_bytes in ("mha", 64 * 512), ("yoco", 64 * 64 + 8 * 64):
+        assert fits[label]["bytes_a_sequence"] == cache_bytes
+        assert 0 < fits[label]["tried"] <= fits[label]["computed"] == (10**6 - weights(first, label)) // cache_bytes
+    capsys.readouterr()
+    assert piece("b", "--from", str(tmp_path / "a" / "out" / "mini.tar.gz")) == first
+    assert not list(Path("runs").rglob("*.ckpt"))  # nothing was trained again
+    assert len(json.loads(Path("runs/mini/pieces.json").read_text())) == 2
+
+
+def weights(results, label):
+    return 4 * next(run["params"] for run in results["runs"] if run["label"] == label)

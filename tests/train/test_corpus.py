@@ -188,3 +188,27 @@ def test_mistakes_are_one_line_that_names_the_place(tmp_path):
     assert 'textless.jsonl:3 has no string "text"' in refusal(files=["textless.jsonl"], **at)
     assert "list.jsonl:1" in refusal(files=["list.jsonl"], **at)
     assert "empty" in refusal(files=["empty.txt"], **at)
+
+
+def test_environment_is_the_text_of_installed_packages(tmp_path, monkeypatch):
+    texts = {
+        "b/x.py": "# x\n" * 50,
+        "a/x.py": "# x\n" * 50,  # the same as b/x.py: taken once, under this name
+        "a/latin.py": "# -*- coding: latin-1 -*-\n# \xe9\n".encode("latin-1"),
+        "a/binary.txt": b"\xff\xfe\x00",
+        "a/left.json": "{}",
+        "a.dist-info/LICENSE.md": "free " * 40,
+    } | {f"c/{n}.rst": f"text number {n} " * 9 for n in range(30)}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    corpus = load_corpus("environment")
+    assert corpus.name == "environment"
+    held = corpus.train + corpus.val
+    assert len(held) == 33
+    assert held.count("# x\n" * 50) == 1
+    assert any("\xe9" in text for text in held)
+    assert load_corpus("environment") == corpus
+    (tmp_path / "c" / "0.rst").write_text("another text")
+    assert load_corpus("environment").fingerprint != corpus.fingerprint
