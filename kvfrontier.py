@@ -109,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
             )
         if stage == "train":
             how.add_argument("--run", dest="one", metavar="NAME", help="this run alone, as kvfrontier status names it")
+    export = commands.add_parser(
+        "export", help="write a trained run as a directory that Hugging Face transformers loads (all but YOCO)"
+    )
+    export.add_argument("run", type=Path, metavar="RUN_DIR", help="such as runs/quick/runs/mha/seed-0")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.set_defaults(command=_export)
     status = commands.add_parser("status", help="which runs are done, running, interrupted, failed, stale, missing")
     status.add_argument("directory", type=Path, metavar="DIR")
     status.set_defaults(command=_status)
@@ -247,6 +253,14 @@ def _plot(directory: Path, only_if_changed: bool = False) -> int:
         raise InputError(str(e)) from None
     print((directory / "tables" / "results.md").read_text(encoding="utf-8"))
     print(f"figures, tables and the report are in {directory}: open {report}, or tensorboard --logdir {directory}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from train.export import export
+
+    export(args.run, args.out)
+    print(f"{args.out}: AutoModelForCausalLM.from_pretrained loads it")
     return 0
 
 

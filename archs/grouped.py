@@ -70,6 +70,14 @@ class Grouped(Decoder):
     def count_kv_heads(options: Any) -> int:
         raise NotImplementedError
 
+    def hf_class(self) -> tuple[str, str, dict]:
+        return "llama", "LlamaForCausalLM", {"num_key_value_heads": self.kv_heads, "head_dim": self.options.head_dim}
+
+    def hf_attention(self, attention: GroupedAttention) -> dict[str, Tensor]:
+        heads = attention.heads, attention.kv_heads, attention.kv_heads
+        parts = attention.qkv.weight.split([count * attention.head_dim for count in heads])
+        return dict(zip(("q_proj", "k_proj", "v_proj"), parts, strict=True))
+
     def layer_attention(self, layer: int) -> nn.Module:
         o = self.options
         return GroupedAttention(o.width, o.heads, self.kv_heads, o.head_dim)

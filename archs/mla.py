@@ -111,6 +111,27 @@ class MLA(Decoder):
         {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20},
     )
 
+    def hf_class(self) -> tuple[str, str, dict]:
+        o = self.options
+        own = {
+            "num_key_value_heads": o.heads,
+            "kv_lora_rank": o.kv_rank,
+            "q_lora_rank": o.q_rank or None,
+            "qk_rope_head_dim": o.rope_dim,
+            "qk_nope_head_dim": o.nope_dim,
+            "v_head_dim": o.v_dim,
+            "rope_interleave": False,  # pairs are laid out as halves
+            "first_k_dense_replace": o.layers,  # no mixture of experts
+        }
+        return "deepseek_v3", "DeepseekV3ForCausalLM", own
+
+    def hf_attention(self, attention: LatentAttention) -> dict[str, Tensor]:
+        a = attention
+        queries = {"q_a_proj": a.q_down, "q_a_layernorm": a.q_norm} if self.options.q_rank else {}
+        queries["q_b_proj" if self.options.q_rank else "q_proj"] = a.q_up
+        modules = queries | {"kv_a_proj_with_mqa": a.kv_down, "kv_a_layernorm": a.kv_norm, "kv_b_proj": a.kv_up}
+        return {name: module.weight for name, module in modules.items()}
+
     def layer_attention(self, layer: int) -> nn.Module:
         return LatentAttention(self.options)
 

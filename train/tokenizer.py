@@ -7,6 +7,7 @@ applies them: both split the text by the same pattern, and a token's rank is the
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -147,6 +148,39 @@ def train_hf(sample: Sequence[str], vocab_size: int):
     )
     tokenizer.train_from_iterator(sample, trainer)
     return tokenizer
+
+
+def as_hf(encoding: tiktoken.Encoding):
+    """The `tokenizers.Tokenizer` that gives the same ids. Special tokens are some there too; ids not in use as well."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    ranks = encoding._mergeable_ranks
+    characters = _byte_characters()
+    spelled = {token: "".join(characters[byte] for byte in token) for token in ranks}
+    merges = [tuple(spelled[part] for part in _merged_from(token, ranks)) for token in ranks if len(token) > 1]
+    tokenizer = Tokenizer(models.BPE(vocab={spelled[token]: rank for token, rank in ranks.items()}, merges=merges))
+    pattern = Regex(encoding._pat_str)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {rank: token for token, rank in encoding._special_tokens.items()}
+    names = [special.get(rank, f"<|unused {rank}|>") for rank in range(len(ranks), encoding.n_vocab)]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return tokenizer
+
+
+def _merged_from(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens whose merge it is: what merging its bytes, lowest rank first, comes to just before it."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [a + b for a, b in itertools.pairwise(parts)]
+        best = min(range(len(pairs)), key=lambda n: ranks.get(pairs[n], math.inf))
+        parts[best : best + 2] = [pairs[best]]
+    return parts
 
 
 def _byte_characters() -> list[str]:
