@@ -1,10 +1,13 @@
 import os
+import sys
 
 import pytest
 
 from kvfrontier import let_threads_sleep
 
 let_threads_sleep()
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start would each compile what they import
+sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other worker has the other core
 
