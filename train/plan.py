@@ -82,7 +82,8 @@ class Plan:
     def __init__(self, study: Study, data: TokenSet | RecallTask, directory: Path):
         self.study, self.data, self.directory = study, data, directory
         self.variants = resolve_variants(study, data.n_vocab)
-        _check_budget(study, data, {self._short(v).tokens for v in self.variants} | {v.tokens for v in self.variants})
+        tuned = {"train.tuning_tokens": study.train.tuning_tokens or study.train.batch_tokens}
+        _check_budget(study, data, tuned | {"train.tokens": min(variant.tokens for variant in self.variants)})
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
 
     def runs(self) -> list[Run]:
@@ -345,13 +346,13 @@ def expand(study: Study) -> Iterator[tuple[str, str, str, dict]]:
             yield "-".join([name, *kinds]), variant["arch"], label, own | dict(zip(lists, values, strict=True))
 
 
-def _check_budget(study: Study, data: TokenSet | RecallTask, budgets: set[int]) -> None:
+def _check_budget(study: Study, data: TokenSet | RecallTask, budgets: dict[str, int]) -> None:
     context, batch = study.model["context"], study.train.batch_tokens
     if batch % context:
         raise InputError(f"train.batch_tokens={batch} must be a multiple of model.context={context}")
-    for tokens in budgets:
+    for name, tokens in budgets.items():
         if tokens < batch:
-            raise InputError(f"train.tokens={tokens} is less than one batch of train.batch_tokens={batch}")
+            raise InputError(f"{name}={tokens} is less than one batch of train.batch_tokens={batch}")
     _check_devices(study.train, batch // context)
     data.check(context)
 

@@ -55,8 +55,7 @@ def test_the_study_goes_on_from_the_archive_of_an_earlier_piece(tmp_path, monkey
         "match": "none",
         "variants": [{"arch": "mha"}, {"arch": "yoco", "kv_heads": 1, "window": 8}],
         "seeds": [0, 1],
-        "train": {"tokens": 640, "batch_tokens": 64, "val_tokens": 64, "val_points": 2, "lr": [1e-3, 2e-3]}
-        | {"tuning_tokens": 128},
+        "train": {"tokens": 640, "batch_tokens": 64, "val_tokens": 64, "val_points": 2},
         "eval": {"loss_tokens": 128, "decode": {"batch": [1], "context": [8], "seeds": [1]}},
     }
     (tmp_path / "mini.yaml").write_text(json.dumps(study))
@@ -77,7 +76,6 @@ def test_the_study_goes_on_from_the_archive_of_an_earlier_piece(tmp_path, monkey
 
     first = piece("a")
     assert [bool(run["decode"]) for run in first["runs"]] == [False, True, False, True]
-    assert {run["tuning"]["tokens"] for run in first["runs"]} == {128}
     fits = json.loads(Path("runs/mini/fits.json").read_text())["batch"]
     for label, cache_bytes in ("mha", 64 * 512), ("yoco", 64 * 64 + 8 * 64):
         assert fits[label]["bytes_a_sequence"] == cache_bytes

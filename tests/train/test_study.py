@@ -328,6 +328,26 @@ def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(d
     assert given.key == runs[0].key  # how a rate was found does not change the run
 
 
+def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
+    settings = "train.lr=[1e-3, 2e-3, 4e-3]", "variants=[{arch: mha}]"
+    plan = Plan(study(*settings, "train.tuning_tokens=4_096"), data, tmp_path)
+    tried(plan, lambda label, lr: 2 + abs(math.log(lr / 2e-3)))
+    (run,) = plan.runs()
+    assert (run.lr, run.tuning["tokens"]) == (2e-3, 4096)
+    assert {run.variant.tokens for run in plan.tuning_runs()} == {4096}
+    assert run.variant.tokens > 4096
+    whole = Plan(study(*settings), data, tmp_path / "whole")
+    tried(whole, lambda label, lr: 2 + abs(math.log(lr / 2e-3)))
+    assert whole.runs()[0].key == run.key  # how long rates were tried does not change the run
+    with pytest.raises(InputError, match=r"train.tuning_tokens=10 is less than one batch"):
+        Plan(study(*settings, "train.tuning_tokens=10"), data, tmp_path)
+
+
+def test_seeds_that_are_timed_are_seeds_of_the_study():
+    with pytest.raises(InputError, match=r"eval.decode.seeds=7: must be among the study's seeds \[0\]"):
+        study("eval.decode.seeds=[0, 7]")
+
+
 def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_path):
     plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=" + THREE), data, tmp_path)
     tried(plan, lambda label, lr: {"mha": None, "mqa": 2.0 - lr if lr < 3e-3 else None, "gqa": 2.0 - lr}[label])
