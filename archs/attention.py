@@ -22,9 +22,13 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device) -> Rope:
     """Cosine and sine (T, dim/2) in fp32 for positions from `start` (RoFormer, arXiv 2104.09864, section 3)."""
-    frequency = base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / -dim)
-    angle = (start + torch.arange(tokens, dtype=torch.float32, device=device))[:, None] * frequency
+    angle = (start + torch.arange(tokens, dtype=torch.float32, device=device))[:, None] * frequencies(dim, base, device)
     return angle.cos(), angle.sin()
+
+
+def frequencies(dim: int, base: float, device) -> Tensor:
+    """By how much each pair (dim/2) turns from one position to the next."""
+    return base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / -dim)
 
 
 def last(rope: Rope) -> Rope:
@@ -82,8 +86,11 @@ def attend(
     """Causal attention of the last T of S positions; query head h uses KV head h // (H/G). Returns (B, H, T, E).
 
     Without values, the keys' first `value_size` columns are them. With `seen`, a number on the device, one token sees
-    the first `seen` of S slots, in a kernel of ours, as one token does on a CPU; else the kernel is torch's.
+    the first `seen` of S slots, in a kernel of ours, as one token does on a CPU; else the kernel is torch's. A cache
+    under a technique, which stands for keys and values, attends itself.
     """
+    if not isinstance(k_BGSD, Tensor):
+        return k_BGSD.attend(q_BHTD, scale, value_size)
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
     q = q_BHTD.to(k_BGSD.dtype)

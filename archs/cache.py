@@ -85,8 +85,12 @@ class Cache:
     """What a batch of sequences holds in all layers of a model. Made by `model.new_cache`.
 
     `length` is the number of tokens held, `nbytes` the bytes of all storages, `parts` what the layers wrote them to.
-    `step` is the decode step recorded on these storages, where there is one.
+    `step` is the decode step recorded on these storages, where there is one. `static`: storages stay where they are, so
+    that a step can be recorded and rows can be filled apart. `whole_prompt`: every token of a prompt is to attend.
     """
+
+    static = True
+    whole_prompt = False
 
     def __init__(self, parts: list, batch_size: int, max_tokens: int):
         self.parts = parts
@@ -99,6 +103,10 @@ class Cache:
     def nbytes(self) -> int:
         storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in _tensors(self.parts))}
         return sum(storages.values())
+
+    def advance(self, tokens: int) -> None:
+        """So many more are in all parts."""
+        self.length += tokens
 
     def reset(self) -> None:
         """Empties the cache and keeps its storages."""

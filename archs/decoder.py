@@ -156,6 +156,7 @@ class Decoder(nn.Module):
     Options: ClassVar[type] = Options
     # Option sets for 4 heads that between them reach every path of the variant; the tests run their laws over them.
     examples: ClassVar[Sequence[dict]] = ({},)
+    early_exit: ClassVar[bool] = False  # of a prompt only the last token goes through the layers that attend to all
 
     def __init__(self, options: Options):
         super().__init__()
@@ -192,13 +193,13 @@ class Decoder(nn.Module):
         B, T = tokens_BT.shape
         cache.check_room(B, T)
         rows = max(1, AT_ONCE.get(tokens_BT.device.type, 2**17) // T)
-        if rows >= B:
+        if rows >= B or not cache.static:
             logits_BV = self.append(tokens_BT, cache, cache.length)
         else:
             some = range(0, B, rows)
             logits = [self.append(tokens_BT[i : i + rows], cache.rows(i, rows), cache.length) for i in some]
             logits_BV = torch.cat(logits)
-        cache.length += T
+        cache.advance(T)
         return logits_BV
 
     @torch.no_grad()
@@ -207,12 +208,12 @@ class Decoder(nn.Module):
 
         The graph holds the addresses of the weights: they may change in place, not move, while the cache is used.
         """
-        if not graphs_decode(tokens_B.device):
+        if not (cache.static and graphs_decode(tokens_B.device)):
             return self.prefill(tokens_B[:, None], cache)
         cache.check_room(len(tokens_B), 1)
         cache.step = cache.step or GraphedStep(cache.batch_size, tokens_B.device)
         logits_BV = cache.step(self, tokens_B, cache)
-        cache.length += 1
+        cache.advance(1)
         return logits_BV
 
     def append(self, tokens_BT: Tensor, cache: Cache, start: int | Tensor) -> Tensor:
@@ -242,7 +243,8 @@ class Decoder(nn.Module):
         """
         rope = self.rope(x_BTW, start)
         for layer, block in enumerate(self.blocks):
-            cached = (cache.parts[layer], start, layer == len(self.blocks) - 1) if cache else ()
+            only_last = cache and layer == len(self.blocks) - 1 and not cache.whole_prompt
+            cached = (cache.parts[layer], start, only_last) if cache else ()
             x_BTW = block(x_BTW, rope, *cached)
         return x_BTW
 

@@ -67,7 +67,8 @@ class LatentAttention(nn.Module):
         queries, seen = (q_nope_BHTN, q_rope_BHTP), None
         if cache:
             (kept_B1SX,), seen = cache.append(start, kept_B1SX)
-        if seen is not None or (cache and self.absorbing_is_cheaper(q_BHTX.shape[2], kept_B1SX.shape[2])):
+        on_latent = seen is not None or not isinstance(kept_B1SX, Tensor)
+        if on_latent or (cache and self.absorbing_is_cheaper(q_BHTX.shape[2], kept_B1SX.shape[2])):
             out_BHTE = self.absorbed(*queries, kept_B1SX, seen)
         else:
             out_BHTE = self.materialised(*queries, kept_B1SX)

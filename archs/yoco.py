@@ -150,6 +150,7 @@ class YOCO(Decoder):
     """Self-decoder of constant memory, cross-decoder on one shared K/V."""
 
     Options = YOCOOptions
+    early_exit = True
     examples = (
         {"kv_heads": 4, "self_decoder": "swa", "window": 7},
         {"kv_heads": 2, "self_decoder": "gret"},

@@ -1,0 +1,65 @@
+"""Techniques that act on the cache of a trained model: which slots they keep, and what of attention they look at.
+
+    cache = compressed_cache(model, H2O(budget=0.5), batch_size=8, max_tokens=4096)
+    model.prefill(prompt, cache)      # then model.decode(tokens, cache) as ever
+    cache.nbytes                      # of what is still held
+
+To add one: a file with a subclass of `Technique`, and one line in `TECHNIQUES`.
+"""
+
+import copy
+import dataclasses
+
+import torch
+
+from archs.cache import FullCache, _tensors
+from archs.decoder import Decoder
+from archs.techniques.heavy import H2O, VATP
+from archs.techniques.norm import L2Norm
+from archs.techniques.slots import CompressedCache, Slots
+from archs.techniques.snapkv import SnapKV
+from archs.techniques.streaming import StreamingLLM
+from archs.techniques.technique import Technique
+
+TECHNIQUES: dict[str, type[Technique]] = {
+    "streaming-llm": StreamingLLM,
+    "h2o": H2O,
+    "vatp": VATP,
+    "snapkv": SnapKV,
+    "l2-norm": L2Norm,
+}
+
+
+def technique(name: str, **options) -> Technique:
+    """One of TECHNIQUES by its name. ValueError names what is wrong and what is allowed."""
+    if name not in TECHNIQUES:
+        raise ValueError(f"unknown technique {name!r}; allowed are {', '.join(TECHNIQUES)}")
+    allowed = [option.name for option in dataclasses.fields(TECHNIQUES[name])]
+    if unknown := [key for key in options if key not in allowed]:
+        raise ValueError(f"{name}: unknown option {unknown[0]!r}; allowed are {', '.join(allowed)}")
+    return TECHNIQUES[name](**options)
+
+
+def compressed_cache(
+    model: Decoder, technique: Technique, batch_size: int, max_tokens: int, dtype: torch.dtype | None = None
+) -> CompressedCache:
+    """An empty cache of `model` under a technique; `max_tokens` is what a sequence may grow to, and holds nothing back.
+
+    What does not grow with the context (windows, recurrent states) stays as it is. ValueError where the technique has
+    to see the attention of every prompt token and the model does not compute it.
+    """
+    if technique.observes and model.early_exit:
+        raise ValueError(
+            f"{type(technique).__name__} looks at the attention of every prompt token, and {type(model).__name__} "
+            "computes the last one's alone (early exit); techniques that look at none work there"
+        )
+    weight, o = model.embed.weight, model.options
+    with torch.inference_mode(False):
+        parts = model.new_parts(batch_size, max_tokens, dtype or weight.dtype, "meta")
+        for n, part in enumerate(parts):
+            if isinstance(part, FullCache):
+                parts[n] = Slots(technique, n, part, (o.rotary_dim, o.rope_base), weight.device)
+            else:
+                zeros = {id(t): torch.zeros_like(t, device=weight.device) for t in _tensors(part)}
+                parts[n] = copy.deepcopy(part, memo=zeros)
+    return CompressedCache(technique, parts, batch_size, max_tokens)

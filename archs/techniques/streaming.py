@@ -1,0 +1,29 @@
+"""StreamingLLM (Xiao et al. 2023, arXiv 2309.17453, section 3.2): the first tokens, attention's sinks, and a window.
+
+Positions are those within the cache: keys and queries are turned by how far their slot lies from their token's place.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from archs.techniques.technique import Technique
+
+if TYPE_CHECKING:
+    from archs.techniques.slots import Slots
+
+
+@dataclass(frozen=True)
+class StreamingLLM(Technique):
+    sinks: int = 4
+
+    def priority(self, slots: "Slots") -> Tensor:
+        return torch.where(slots.position_N < self.sinks, slots.length, slots.position_N)
+
+    def place(self, slots: "Slots", q_ORD: Tensor) -> tuple[Tensor, Tensor]:
+        starts_O = slots.count_O.cumsum(0) - slots.count_O
+        within_N = torch.arange(len(slots.position_N), device=starts_O.device) - starts_O[slots.owner_N]
+        moved_O = slots.count_O - slots.length  # of the query, which is the last token
+        return slots.turned(q_ORD, moved_O[:, None]), slots.turned(slots.keys_ND, within_N - slots.position_N)

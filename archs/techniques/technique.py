@@ -1,0 +1,70 @@
+"""What a technique is: which slots it keeps, and what of attention it looks at to decide that."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from archs.techniques.slots import Slots
+
+
+@dataclass(frozen=True)
+class Technique:
+    """`budget`: slots of each KV head, in tokens (10), or as a share of the context (0.5); else ValueError.
+
+    A technique overrides `keep` or, where slots are ranked, `priority`; with `observes` it is shown attention weights.
+    """
+
+    budget: float = 1.0
+    observes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.budget, float)
+        if isinstance(self.budget, bool) or not (0 < self.budget <= 1 if share else self.budget >= 1):
+            raise ValueError(f"budget={self.budget!r}: must be a share above 0.0 and up to 1.0, or 1 token or more")
+        self.check()
+
+    def check(self) -> None:
+        """ValueError for options that do not go together."""
+
+    def capacity(self, slots: "Slots") -> int:
+        """Slots of one KV head; a share is of the tokens seen so far."""
+        return max(1, math.ceil(self.budget * slots.length - 1e-9)) if isinstance(self.budget, float) else self.budget
+
+    def keep(self, slots: "Slots", prompt: bool) -> Tensor | None:
+        """Which slots (N,) are kept, after the prompt or after a token; None: all."""
+        return top(slots, self.priority(slots), self.capacity(slots))
+
+    def priority(self, slots: "Slots") -> Tensor:
+        """(N,): of each KV head's slots those with the highest are kept, of equals the earlier."""
+        raise NotImplementedError
+
+    def see_prompt(self, slots: "Slots", weights: Iterable[tuple[int, Tensor]]) -> None:
+        """(position of the first query, attention weights (B, G, R, queries, S)), some queries at a time."""
+
+    def see(self, slots: "Slots", weight_NR: Tensor) -> None:
+        """The attention weights of a decode step's queries on each slot."""
+
+    def place(self, slots: "Slots", q_ORD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they meet: at their tokens' positions, unless a technique moves them."""
+        return q_ORD, slots.keys_ND
+
+
+def top(slots: "Slots", priority_N: Tensor, count: int) -> Tensor:
+    """Whether a slot is among the `count` of highest priority in its KV head."""
+    by_priority = priority_N.argsort(descending=True, stable=True)
+    by_owner = slots.owner_N[by_priority].argsort(stable=True)
+    order = by_priority[by_owner]  # an owner's slots together, in falling priority
+    starts = slots.count_O.cumsum(0) - slots.count_O
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - starts.repeat_interleave(slots.count_O)
+    return rank < count
+
+
+def first_and_last(slots: "Slots", first: int, last: int) -> Tensor:
+    """Whether a slot's token is among the first or the last of all that were seen."""
+    return (slots.position_N < first) | (slots.position_N >= slots.length - last)

@@ -1,0 +1,211 @@
+"""Techniques on a trained cache: a full budget changes nothing, a smaller one holds what it says, and each rule keeps
+the slots that its paper's formula keeps."""
+
+import math
+
+import pytest
+import torch
+
+from archs import VARIANTS, build
+from archs.cache import FullCache
+from archs.techniques import TECHNIQUES, Slots, compressed_cache, technique
+
+SHAPE = {"vocab_size": 61, "width": 48, "layers": 4, "heads": 4, "context": 64}
+CASES = [(arch, own) for arch, variant in VARIANTS.items() for own in variant.examples]
+PROMPT, LATER = 40, 12
+OWN = {"snapkv": {"window": 6}}
+
+
+def random_model(arch, own):
+    torch.manual_seed(0)
+    model = build(arch, **SHAPE, **own).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model, torch.randint(61, (2, PROMPT + LATER))
+
+
+def run(model, tokens, cache):
+    logits = [model.prefill(tokens[:, :PROMPT], cache)]
+    return torch.stack(logits + [model.decode(token, cache) for token in tokens[:, PROMPT:].T])
+
+
+def works_on(name, model):
+    return not (TECHNIQUES[name].observes and model.early_exit)
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize(("arch", "own"), CASES)
+def test_with_a_full_budget_nothing_changes(arch, own, name):
+    model, tokens = random_model(arch, own)
+    for budget in (1.0, PROMPT + LATER):
+        one = technique(name, budget=budget, **OWN.get(name, {}))
+        if not works_on(name, model):
+            with pytest.raises(ValueError, match="computes the last one's alone"):
+                compressed_cache(model, one, 2, PROMPT + LATER)
+            continue
+        cache, whole = compressed_cache(model, one, 2, PROMPT + LATER), model.new_cache(2, PROMPT + LATER)
+        expected = run(model, tokens, whole)
+        assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert cache.nbytes == whole.nbytes
+
+
+@pytest.mark.parametrize("budget", [0.5, 17])
+@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize(("arch", "own"), CASES)
+def test_a_smaller_budget_holds_what_it_says(arch, own, name, budget):
+    model, tokens = random_model(arch, own)
+    if not works_on(name, model):
+        return
+    one = technique(name, budget=budget, **OWN.get(name, {}))
+    cache, whole = compressed_cache(model, one, 2, PROMPT + LATER), model.new_cache(2, PROMPT + LATER)
+    for logits in (run(model, tokens, cache), run(model, tokens, whole)):
+        assert logits.isfinite().all()
+    share = math.ceil(budget * (PROMPT + LATER)) if budget < 1 else budget
+    if name == "snapkv":  # decides once; what comes later is kept
+        share = (math.ceil(budget * PROMPT) if budget < 1 else budget) + LATER
+    expected = 0
+    for n, (part, full) in enumerate(zip(cache.parts, whole.parts, strict=True)):
+        held = sum(stream.nbytes for stream in getattr(full, "streams", [])) or full.state.nbytes
+        kept = isinstance(full, FullCache) and not (name == "l2-norm" and n < 2)
+        expected += held * share // (PROMPT + LATER) if kept else held
+        if isinstance(part, Slots):
+            assert {stream.untyped_storage().nbytes() for stream in part.streams} == {
+                stream.nbytes for stream in part.streams
+            }
+    assert cache.nbytes == expected
+
+
+def test_what_was_let_go_is_not_read():
+    slots = one_layer(technique("h2o", budget=2, recent=0.0), heads=1, sizes=(4, 4))
+    slots.append(0, torch.zeros(1, 1, 3, 4), torch.ones(1, 1, 3, 4))
+    slots.score_N += torch.tensor([3.0, 1.0, 2.0])
+    slots.streams[1][1] = math.nan
+    assert not slots.attend(torch.ones(1, 1, 1, 4), None, None).isfinite().all()
+    slots.score_N[:] = torch.tensor([3.0, 1.0, 2.0])
+    slots.evict(prompt=True)
+    assert slots.position_N.tolist() == [0, 2]
+    assert slots.attend(torch.ones(1, 1, 1, 4), None, None).isfinite().all()
+
+
+# The rules, against what the papers say, on full attention matrices
+
+
+def one_layer(one, heads=2, sizes=(4, 5)):
+    whole = FullCache(1, 64, [(heads, size) for size in sizes], torch.float32, "meta")
+    return Slots(one, 2, whole, (sizes[0], 10_000.0), "cpu")
+
+
+def kept_by(one, q, k, v):
+    """Positions that each KV head holds after each step: the prompt, then a token at a time."""
+    slots, history = one_layer(one), []
+    for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + LATER))]:
+        slots.append(start, k[:, :, start:end], v[:, :, start:end])
+        slots.attend(q[:, :, start:end], None, None)
+        slots.evict(prompt=not start)
+        history.append([set(held.tolist()) for held in slots.position_N.split(slots.count_O.tolist())])
+    return history
+
+
+def steps_by(keep, q, k, v):
+    """The same from the whole matrix of scores: `keep(head, held, weights (R, T, S), tokens seen)` says what is left."""
+    scores = torch.einsum("grtd,gsd->grts", q.view(2, 3, *q.shape[2:]), k[0]) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    held, history = [set(range(PROMPT)) for _ in range(2)], []
+    for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + LATER))]:
+        for head in range(2):
+            held[head] |= set(range(start, end))
+            gone = torch.tensor([s not in held[head] for s in range(scores.shape[-1])])
+            weights = scores[head, :, start:end].masked_fill(gone, -math.inf).softmax(-1)
+            held[head] = keep(head, held[head], weights, end)
+        history.append([set(h) for h in held])
+    return history
+
+
+def best(held, score, count):
+    return set(sorted(held, key=lambda s: (-score[s], s))[:count])
+
+
+def h2o(budget, v, first=0, values=False):
+    total = torch.zeros(2, PROMPT + LATER)
+
+    def keep(head, held, weights, seen):
+        total[head] += weights.sum((0, 1)) * (v[0, head].abs().sum(-1) if values else 1)
+        capacity = math.ceil(budget * seen)
+        recent = min(capacity // 2, capacity - min(first, capacity))
+        always = {s for s in held if s < first or s >= seen - recent}
+        return held if len(held) <= capacity else always | best(held - always, total[head], capacity - len(always))
+
+    return keep
+
+
+def snapkv(budget, window, kernel):
+    def keep(head, held, weights, seen):
+        if seen > PROMPT:
+            return held
+        look = weights[:, PROMPT - window :, : PROMPT - window].sum(1).mean(0)
+        half = kernel // 2
+        padded = torch.cat((torch.zeros(half), look, torch.zeros(half)))
+        pooled = torch.stack([padded[n : n + kernel].mean() for n in range(len(look))])
+        recent = set(range(PROMPT - window, PROMPT))
+        return recent | best(held - recent, pooled, math.ceil(budget * PROMPT) - window)
+
+    return keep
+
+
+def streaming(budget, sinks):
+    return lambda head, held, weights, seen: {
+        s for s in range(seen) if s < sinks or s >= seen - (math.ceil(budget * seen) - sinks)
+    }
+
+
+def l2(budget, k):
+    return lambda head, held, weights, seen: best(held, -k[0, head].norm(dim=-1), math.ceil(budget * seen))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_each_rule_keeps_what_its_formula_keeps(name, seed):
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(1, 6, 52, 4) * 2, torch.randn(1, 2, 52, 4), torch.randn(1, 2, 52, 5)
+    budget = 0.6
+    rules = {
+        "streaming-llm": streaming(budget, 4),
+        "h2o": h2o(budget, v),
+        "vatp": h2o(budget, v, first=20, values=True),
+        "snapkv": snapkv(budget, 6, 7),
+        "l2-norm": l2(budget, k),
+    }
+    one = technique(name, budget=budget, **OWN.get(name, {}))
+    assert kept_by(one, q, k, v) == steps_by(rules[name], q, k, v)
+
+
+def test_streaming_llms_positions_are_those_within_the_cache():
+    """After many tokens the logits are those of the kept tokens alone, put one after the other."""
+    model, _ = random_model("mha", {})
+    model = build("mha", **SHAPE | {"layers": 1}).eval()
+    tokens = torch.randint(61, (1, 50))
+    cache = compressed_cache(model, technique("streaming-llm", budget=16), 1, 64)
+    model.prefill(tokens[:, :40], cache)
+    for token in tokens[:, 40:49].T:
+        model.decode(token, cache)
+    kept = torch.cat((tokens[:, :4], tokens[:, 49 - 12 : 50]), dim=1)
+    torch.testing.assert_close(model.decode(tokens[:, 49], cache), model(kept)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("h2p", {}, "unknown technique 'h2p'; allowed are streaming-llm, h2o"),
+        ("h2o", {"budget": 0}, "budget=0: must be a share above 0.0 and up to 1.0, or 1 token or more"),
+        ("h2o", {"budget": 1.5}, "budget=1.5: must be a share"),
+        ("h2o", {"size": 3}, "h2o: unknown option 'size'; allowed are budget, recent"),
+        ("h2o", {"recent": 1.0}, "recent=1.0: must be a share of the budget"),
+        ("snapkv", {"budget": 16}, "window=32 is longer than budget=16: give a shorter window"),
+        ("snapkv", {"kernel": 4}, "the kernel odd"),
+    ],
+)
+def test_bad_options_are_named(name, options, says):
+    with pytest.raises(ValueError, match=says):
+        technique(name, **options)
