@@ -109,7 +109,7 @@ def kept_by(one, q, k, v):
 
 
 def steps_by(keep, q, k, v):
-    """The same from the whole matrix of scores: `keep(head, held, weights (R, T, S), tokens seen)` says what is left."""
+    """The same from the whole matrix of scores: `keep(head, held, weights (R, T, S), tokens seen)` says what stays."""
     scores = torch.einsum("grtd,gsd->grts", q.view(2, 3, *q.shape[2:]), k[0]) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
     held, history = [set(range(PROMPT)) for _ in range(2)], []

@@ -59,8 +59,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    assert kvfrontier.main(["run", str(folder / "study.yaml"), "--out", str(folder / "plain")]) == 0
-    return folder / "plain"
+    return evaluated(folder, "plain")
+
+
+def evaluated(folder, name, *how):
+    """Trained and evaluated; nothing is drawn, which takes long."""
+    for command in (["train", *how], ["eval"]):
+        assert kvfrontier.main([*command, str(folder / "study.yaml"), "--out", str(folder / name)]) == 0
+    return folder / name
 
 
 def test_runs_side_by_side_give_the_same_results_and_stop_on_sigterm(plain, folder):
@@ -71,7 +77,7 @@ def test_runs_side_by_side_give_the_same_results_and_stop_on_sigterm(plain, fold
     assert "stopped by SIGTERM" in ended(process, 143)
     assert not any(state.startswith(("running", "failed")) for state in states(out).values())
     assert any("interrupted: step" in state for state in states(out).values())
-    assert kvfrontier.main(["run", str(study), "--out", str(out), "--workers", "2"]) == 0
+    evaluated(folder, "two", "--workers", "2")
     assert differ(plain / "results.json", out / "results.json") == []
 
 
@@ -107,7 +113,7 @@ def test_a_ray_cluster_gives_the_same_results_though_a_node_is_killed(plain, fol
     finally:
         cluster.shutdown()
     assert set(states(out).values()) == {"trained, not evaluated"}
-    assert kvfrontier.main(["eval", str(folder / "study.yaml"), "--out", str(out)]) == 0
+    evaluated(folder, "ray")
     assert differ(plain / "results.json", out / "results.json") == []
 
 
