@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise Interrupted(signum)
 
     of_signals = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if of_signals else None
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if of_signals else {}
     try:
         return args.command(args)
     except InputError as e:
@@ -57,12 +58,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"kvfrontier: stopped by {name}; the same command goes on from here", file=sys.stderr)
         return 128 + signum
     finally:
-        if of_signals:
-            signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as all that is said of bad input."""
+        print(f"kvfrontier: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kvfrontier",
         description="Trains language models from scratch that differ only in how attention keeps its keys and values, "
         "measures cache bytes, decode speed and loss, and plots memory against quality.",
@@ -142,7 +150,7 @@ def _run_stages(args: argparse.Namespace) -> int:
     plan = Plan(study, load_data(study, beside), directory)
 
     record_plan = functools.partial(write_plan, name, beside, plan)
-    if args.one:
+    if args.one is not None:
         from train.runner import train_one
 
         return _report(train_one(plan, args.one, record_plan))

@@ -260,6 +260,25 @@ def test_commands_about_nothing_are_one_line_and_status_2(folder, capsys):
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "quick", "--workers", "0"], "argument --workers: '0' must be a whole number, 1 or more"),
+        (["run", "--workers", "2", "--ray"], "argument --ray: not allowed with argument --workers"),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_status_2(arguments, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        kvf(*arguments)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert says in said
+    assert said.startswith("kvfrontier: ")
+    assert len(said.splitlines()) == 1
+
+
 def test_help_answers_in_under_a_second_and_without_torch():
     check = "import sys, kvfrontier\ntry: kvfrontier.main(['--help'])\nfinally: print('torch' in sys.modules)"
     times = []

@@ -60,6 +60,16 @@ def read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines; [] without a file. Lines torn or filled by a kill are left out."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("tokens"), int)]
+
+
 def read_record(run: "Run") -> dict:
     """A run's record, {} unless it was made by this very run (by its key)."""
     record = read_json(run.directory / "record.json")

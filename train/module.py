@@ -88,7 +88,9 @@ class LanguageModel(L.LightningModule):
             self._grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         if str(self.trainer.precision) == "16-mixed":  # its scaler looks for what is not finite, and expects some
             return
-        self._broken = self._broken | ~(self._loss.isfinite() & self._grad_norm.isfinite())
+        now = torch.stack((self._loss, self._grad_norm)).detach()
+        self._worst = torch.where(self._broken, self._worst, now)
+        self._broken = self._broken | ~now.isfinite().all()
         if self.device.type == "cpu":
             self._check()
         else:  # to look would be to wait: the fused optimizer does nothing from here on, and the next log looks
@@ -97,7 +99,7 @@ class LanguageModel(L.LightningModule):
     def _check(self) -> None:
         """FloatingPointError once a loss or a gradient was not finite; nothing of that step was applied."""
         if self._broken.item():
-            loss, norm = self._loss.item(), self._grad_norm.item()
+            loss, norm = self._worst.tolist()
             raise FloatingPointError(
                 f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} after {self.tokens_seen:,} tokens; "
                 "try a lower learning rate"
@@ -146,6 +148,7 @@ class LanguageModel(L.LightningModule):
         self._since = time.perf_counter()
         self._logged = self.train_seconds, self.tokens_seen
         self._broken = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._worst = torch.zeros(2, device=self.device)  # loss and norm, of the first step that broke
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if self.model.options.dropout:  # a pure function of seed and place: nothing to restore when resuming
@@ -197,6 +200,7 @@ class LanguageModel(L.LightningModule):
 
     def on_train_end(self) -> None:
         self._tick(wait=True)
+        self._check()
 
     def _tick(self, counts: bool = True, wait: bool = False) -> None:
         if wait and self.device.type == "cuda":
@@ -206,6 +210,8 @@ class LanguageModel(L.LightningModule):
         self._since = now
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.training:
+            self._check()  # no checkpoint of what is broken
         names = "tokens_seen", "tokens_untimed", "train_seconds", "checkpoint_seconds"
         checkpoint["seen"] = {name: getattr(self, name) for name in names}
 
@@ -222,8 +228,10 @@ class LanguageModel(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor, int], batch_idx: int) -> None:
         inputs, targets, n_bytes = batch
-        nats = token_nats(self.model(inputs), targets)
-        self._val.append((nats.sum().item(), (targets != IGNORED).sum().item(), n_bytes))
+        pieces = min(self.hparams.pieces, len(inputs))
+        parts = zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
+        nats = sum(token_nats(self.model(some), wanted).sum() for some, wanted in parts)
+        self._val.append((nats.item(), (targets != IGNORED).sum().item(), n_bytes))
 
     def on_validation_epoch_end(self) -> None:
         nats, tokens, n_bytes = (sum(column) for column in zip(*self._val, strict=True))

@@ -26,6 +26,7 @@ from train.study import Study, TrainConfig, check_label, variant_label
 from train.tokens import TokenSet
 from train.tuning import at_edge, best_rate, next_rate, tuning_seed
 
+STRATEGIES = "auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "fsdp_cpu_offload"
 MEASURES = Path(__file__).resolve().parent.parent / "eval"
 
 
@@ -216,6 +217,13 @@ class Plan:
         return resolve_dtype(self.study.eval.dtype)
 
 
+def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
+    """(optimizer steps, steps between validations): the budget rounded down so that the last step is validated."""
+    steps = tokens // config.batch_tokens
+    val_every = max(min(2, steps), steps // config.val_points)  # 2: a checkpoint can come between
+    return steps // val_every * val_every, val_every
+
+
 def failure(run: Run) -> str | None:
     """A line on a run that failed; a rate that is too high is no failure of tuning."""
     record = read_record(run)
@@ -363,13 +371,10 @@ def _check_devices(train: TrainConfig, sequences: int) -> None:
             f"train.devices={train.devices} and train.num_nodes={train.num_nodes} must divide the batch's {sequences} "
             "sequences (train.batch_tokens / model.context)"
         )
-    if find_device().type == "cuda" and train.devices > torch.cuda.device_count():
-        raise InputError(f"train.devices={train.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    if train.strategy != "auto":
-        from lightning.pytorch.strategies import StrategyRegistry  # seconds to import
-
-        if train.strategy not in (known := StrategyRegistry.available_strategies()):
-            raise InputError(f"train.strategy={train.strategy!r}: must be auto, or Lightning's {', '.join(known)}")
+    if train.strategy not in STRATEGIES:
+        raise InputError(f"train.strategy={train.strategy!r}: must be one of {', '.join(STRATEGIES)}, Lightning's")
+    if train.strategy.startswith("fsdp") and find_device().type != "cuda":
+        raise InputError(f"train.strategy={train.strategy}: needs GPUs; ddp works without")
 
 
 # What this machine does

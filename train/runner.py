@@ -7,7 +7,6 @@ A run that was stopped or killed at any moment goes on from its last checkpoint 
 and dropout are functions of the seed and the place in the run, and what was logged after the checkpoint is dropped.
 """
 
-import contextlib
 import gc
 import json
 import logging
@@ -28,14 +27,24 @@ from filelock import Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from train.checkpoints import DurableCheckpoints, checkpoint_path, checkpoints, newest_whole
 from train.data import TextData
 from train.errors import InputError, Interrupted
-from train.files import device_name, is_finished, lock, read_json, write_atomic, write_json
+from train.files import (
+    device_name,
+    is_finished,
+    lock,
+    read_json,
+    read_record,
+    read_rows,
+    write_atomic,
+    write_json,
+)
 from train.module import LanguageModel
 from train.mqar import RecallTask
-from train.plan import Plan, Run, failure, find_device, settings, stale_because
+from train.plan import Plan, Run, failure, find_device, settings, stale_because, step_counts
 from train.progress import StudyProgress
 from train.status import PLAN, read_plan
 from train.study import TrainConfig
@@ -54,6 +63,7 @@ def train_runs(plan: Plan, record_plan: Callable[[], object] = lambda: None) -> 
     rate has been tried: there may be more runs then.
     """
     tried: set[Path] = set()
+    before = failed_before(plan)
     waits = False
     with StudyProgress("training", 0) as progress:
         while runs := [run for run in plan.ready() if run.directory not in tried]:
@@ -63,7 +73,7 @@ def train_runs(plan: Plan, record_plan: Callable[[], object] = lambda: None) -> 
             for run in runs:
                 try:
                     with lock(run.directory):
-                        train_if_needed(plan, run, progress, f"{name} {run.name}")
+                        train_if_needed(plan, run, progress, f"{name} {run.name}", before)
                 except Timeout:
                     continue
                 tried.add(run.directory)
@@ -98,24 +108,41 @@ def train_one(plan: Plan, name: str, record_plan: Callable[[], object]) -> list[
             "without --run first; or, where machines differ in corpus or in what train.precision=auto picks, make them "
             "alike"
         )
+    before = failed_before(plan)
     with StudyProgress("training", run.variant.work) as progress:
         if rank_zero_only.rank:  # a process of a further device: the first one has the lock and writes
-            train_run(run, plan.study.train, plan.data, progress, name)
-            return []
+            return [] if is_finished(run) else train_further(plan, run, progress)
         with lock(run.directory, wait=-1):
-            train_if_needed(plan, run, progress, name)
+            train_if_needed(plan, run, progress, name, before)
     line = failure(run)
     return [line] if line else []
 
 
-def train_if_needed(plan: Plan, run: Run, progress: StudyProgress, name: str) -> None:
-    """To be called with the run's lock: another process may just have finished it. What goes wrong with the run alone
-    is written into its record; InputError where nothing can be written."""
-    if is_finished(run):
+def train_further(plan: Plan, run: Run, progress: StudyProgress) -> list[str]:
+    """A further device's part of a run; what goes wrong is also the first one's, which writes the record."""
+    try:
+        train_run(run, plan.study.train, plan.data, progress, run.name)
+    except (RuntimeError, ArithmeticError) as e:
+        return [f"{run.name}, process {rank_zero_only.rank}: {(str(e) or type(e).__name__).splitlines()[0]}"]
+    return []
+
+
+def failed_before(plan: Plan) -> dict[Path, dict]:
+    """The records of runs that failed in an earlier command: they are tried again."""
+    records = {run.directory: read_record(run) for run in plan.ready()}
+    return {directory: record for directory, record in records.items() if "failed" in record}
+
+
+def train_if_needed(plan: Plan, run: Run, progress: StudyProgress, name: str, before: dict[Path, dict]) -> None:
+    """To be called with the run's lock: another process may just have finished it, or failed, where its record is not
+    as it was `before`. What goes wrong with the run alone is written into its record; InputError where nothing can be
+    written."""
+    record = read_record(run)
+    if is_finished(run) or ("failed" in record and record != before.get(run.directory)):
         return
     try:
         if failed := train_in_pieces(plan, run, progress, name):
-            write_json(run.directory / "record.json", {"key": run.key, **failed})
+            write_json(run.directory / "record.json", {"key": run.key, **failed, "failed_at": time.time()})
             progress.say(f"{run.name} failed: {failed['failed']}")
     except OSError as e:
         where = e.filename or run.directory
@@ -151,15 +178,8 @@ def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress, name: str) ->
 
 def out_of_memory(error: BaseException) -> bool:
     """A GPU's, and what torch says where the system gives a CPU none."""
-    said = "can't allocate memory", "not enough memory"
+    said = "out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
-
-
-def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
-    """(optimizer steps, steps between validations): the budget rounded down so that the last step is validated."""
-    steps = tokens // config.batch_tokens
-    val_every = max(min(2, steps), steps // config.val_points)  # 2: a checkpoint can come between
-    return steps // val_every * val_every, val_every
 
 
 def train_run(
@@ -198,7 +218,7 @@ def train_run(
         tensorboard = TensorBoardLogger(run.directory, name="", version="", default_hp_metric=False, purge_step=purge)
         loggers = [tensorboard, metrics]
     keep_going = KeepGoing(run.directory, val_every)
-    trainer = L.Trainer(
+    trainer = make_trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator="gpu" if find_device().type == "cuda" else "cpu",
@@ -246,6 +266,16 @@ def train_run(
     )
     if keep_going.signum:  # it came at the last step
         raise Interrupted(keep_going.signum)
+
+
+def make_trainer(**arguments: Any) -> L.Trainer:
+    """InputError where it does not take a study's devices or strategy."""
+    try:
+        return L.Trainer(**arguments)
+    except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as e:
+        devices, nodes, strategy = (arguments[name] for name in ("devices", "num_nodes", "strategy"))
+        said = " ".join(str(e).split())
+        raise InputError(f"train.devices={devices}, num_nodes={nodes}, strategy={strategy!r}: {said}") from None
 
 
 def prepare_directory(
@@ -312,7 +342,7 @@ class KeepGoing(L.Callback):
             return
         signum, due = self.signum, time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
         if trainer.world_size > 1:
-            if (batch_idx + 1) % STEPS_BETWEEN_DECISIONS:
+            if (batch_idx + 1) % self.val_every % STEPS_BETWEEN_DECISIONS != 1:  # never a step that is validated
                 return
             signum, due = trainer.strategy.broadcast((signum, due))
         if signum or due:
@@ -373,13 +403,7 @@ class JSONLines(Logger):
             os.fsync(f.fileno())
 
     def rows(self) -> list[dict]:
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line torn by a kill
-                rows.append(json.loads(line))
-        return rows
+        return read_rows(self.path)
 
     def curve(self) -> list[dict]:
         return [

@@ -3,12 +3,11 @@
 With it a stage can be given the directory alone, and `kvfrontier status` answers without loading a corpus or torch.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import InputError
-from train.files import is_locked, read_json, write_json
+from train.files import is_locked, read_json, read_rows, write_json
 from train.progress import duration
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ PLAN = "plan.json"
 
 def write_plan(study: str, study_file: Path, plan: "Plan") -> None:
     """`study_file` is what the study's paths are relative to. InputError where it can't be written."""
-    from train.plan import stale_because
+    from train.plan import stale_because, step_counts
 
     runs = []
     for run in [*plan.tuning_runs(), *plan.runs()]:
@@ -28,7 +27,7 @@ def write_plan(study: str, study_file: Path, plan: "Plan") -> None:
             "directory": run.directory.relative_to(plan.directory).as_posix(),
             "key": run.key,
             "eval_key": None if run.tunes else run.eval_key,
-            "tokens": run.variant.tokens,
+            "steps": step_counts(run.variant.tokens, plan.study.train)[0],
         }
         because = stale_because(run, plan.study.train, plan.data)
         runs.append(entry | ({"stale": because} if because else {}))
@@ -70,18 +69,15 @@ def _state(directory: Path, run: dict, batch_tokens: int) -> str:
     if read_json(folder / "config.json").get("key") != run["key"]:
         return f"stale: {run['stale']}" if "stale" in run else "missing"
     tokens, speed = progress_of(folder)
-    step = f"step {tokens // batch_tokens} of {run['tokens'] // batch_tokens}"
+    step = f"step {tokens // batch_tokens} of {run['steps']}"
     if not is_locked(folder):
         return f"interrupted: {step}"
-    return f"running: {step}" + (f", {duration((run['tokens'] - tokens) / speed)} left" if speed else "")
+    left = run["steps"] * batch_tokens - tokens
+    return f"running: {step}" + (f", {duration(left / speed)} left" if speed else "")
 
 
 def progress_of(folder: Path) -> tuple[int, float]:
     """(tokens, tokens a second) of a run's last log."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0, 0.0
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = read_rows(folder / "metrics.jsonl")
     speed = next((row["train/tokens_per_s"] for row in reversed(rows) if row.get("train/tokens_per_s")), 0.0)
     return max((row["tokens"] for row in rows), default=0), speed

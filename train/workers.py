@@ -6,6 +6,7 @@ gives it. What is trained is the same as when the runs go one after the other.
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from train.status import progress_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from train.plan import Plan, Run
+    from train.plan import Plan, Run, Variant
 
 COMMAND = Path(__file__).resolve().parent.parent / "kvfrontier.py"
 INTERRUPTED = 130, 143
@@ -35,6 +36,9 @@ class Workers(Protocol):
 
     def stop(self) -> None:
         """Has all runs write a checkpoint and end; those that wait are not begun."""
+
+    def close(self) -> None:
+        """To be called last."""
 
 
 def train_by(workers: Workers, plan: "Plan", record_plan: "Callable[[], object]") -> list[str]:
@@ -54,29 +58,36 @@ def train_by(workers: Workers, plan: "Plan", record_plan: "Callable[[], object]"
                         at_work[workers.start(run)] = run
                 if not at_work:
                     return plan.failures() + lost
-                done, _ = wait(at_work, timeout=1, return_when=FIRST_COMPLETED)
+                left, done = plan.left(), set()
+                while not done:
+                    done, _ = wait(at_work, timeout=1, return_when=FIRST_COMPLETED)
+                    _show(progress, left, list(at_work.values()))
                 for future in done:
-                    if line := _ended(run := at_work.pop(future), future):
+                    if line := _ended(run := at_work.pop(future), future, progress):
                         lost.append(line)
                         progress.say(line)
                     if run.tunes:
                         record_plan()
-                _show(progress, plan, list(at_work.values()))
         finally:
             if at_work:
                 progress.say(f"stopping: {len(at_work)} runs write their checkpoints")
                 workers.stop()
                 wait(at_work, timeout=60)
+            workers.close()
 
 
-def _ended(run: "Run", future: Future) -> str | None:
-    """A line on a run that left no record; what ended it is beyond the run."""
+def _ended(run: "Run", future: Future, progress: StudyProgress) -> str | None:
+    """Passes on what a run's process said. A line on a run that left no record: what ended it is beyond the run."""
+    try:
+        status, lines = future.result()
+    except Exception as e:  # Ray's: its worker died more often than RETRIES
+        status, lines = 1, str(e).strip().splitlines()[:1]
+    for line in lines:
+        if not line.startswith("kvfrontier: "):
+            progress.say(line)
     if is_finished(run) or "failed" in read_record(run):
         return None
-    try:
-        status, said = future.result()
-    except Exception as e:  # Ray's: its worker died more often than RETRIES
-        status, said = 1, str(e).strip().splitlines()[0]
+    said = lines[-1] if lines else "it said nothing"
     if status == 2:
         raise InputError(said.removeprefix("kvfrontier: "))
     if status in INTERRUPTED:
@@ -85,10 +96,9 @@ def _ended(run: "Run", future: Future) -> str | None:
     return f"{run.name}: its process {how} ({said}); the same command goes on from its last checkpoint"
 
 
-def _show(progress: StudyProgress, plan: "Plan", runs: list["Run"]) -> None:
+def _show(progress: StudyProgress, to_train: "list[Variant]", runs: list["Run"]) -> None:
     """How far they are is told from what they log."""
     begun = {run.name: run.variant.params * tokens for run in runs if (tokens := progress_of(run.directory)[0])}
-    to_train = plan.left()
     left = max(0, sum(variant.work for variant in to_train) - sum(begun.values()))
     done = progress.total - progress.done - left
     if done < 0 or not progress.total:  # the first time, or there are more runs than was known
@@ -97,8 +107,11 @@ def _show(progress: StudyProgress, plan: "Plan", runs: list["Run"]) -> None:
         progress.show(", ".join(begun) or "starts", f"{len(to_train)} to go", done)
 
 
-def train_process(directory: Path, name: str, env: dict[str, str], children: set[subprocess.Popen]) -> tuple[int, str]:
-    """(exit status, last line said) of the command that trains one run; it is among `children` while it lasts."""
+def train_process(
+    directory: Path, name: str, env: dict[str, str], children: set[subprocess.Popen]
+) -> tuple[int, list[str]]:
+    """(exit status, lines said, but for its progress) of the command that trains one run; it is among `children` while
+    it lasts."""
     command = [sys.executable, str(COMMAND), "train", str(directory), "--run", name]
     child = subprocess.Popen(
         command,
@@ -111,30 +124,37 @@ def train_process(directory: Path, name: str, env: dict[str, str], children: set
     )
     children.add(child)
     try:
-        said = child.communicate()[1].strip().splitlines()
+        said = [line for line in child.communicate()[1].splitlines() if line.strip()]
     except BaseException:  # this process is to stop: the child writes a checkpoint
         child.terminate()
         child.communicate()
         raise
     finally:
         children.discard(child)
-    return child.returncode, said[-1] if said else "it said nothing"
+    return child.returncode, [line for line in said if not line.startswith("training ")]
+
+
+def threads() -> dict[str, str]:
+    """Each run has as many threads as it has in a plain command: sums are rounded otherwise with other numbers."""
+    import torch
+
+    return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 class SideBySide:
-    """On this machine, `count` at a time: each with its share of the cores and, where there are GPUs, with its own."""
+    """On this machine, `count` at a time, where there are GPUs each with its own."""
 
     def __init__(self, plan: "Plan", count: int):
         self.directory = plan.directory
         self.pool, self.free = ThreadPoolExecutor(count), queue.SimpleQueue()
         self.children: set[subprocess.Popen] = set()
         for number in range(count):
-            self.free.put({"OMP_NUM_THREADS": str(max(1, cores() // count))} | _gpus(plan, number, count))
+            self.free.put(threads() | _gpus(plan, number, count))
 
     def start(self, run: "Run") -> Future:
         return self.pool.submit(self._train, run.name)
 
-    def _train(self, name: str) -> tuple[int, str]:
+    def _train(self, name: str) -> tuple[int, list[str]]:
         env = self.free.get()
         try:
             return train_process(self.directory, name, env, self.children)
@@ -146,9 +166,8 @@ class SideBySide:
         for child in [*self.children]:
             child.terminate()
 
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def close(self) -> None:
+        self.pool.shutdown(wait=False)
 
 
 def _gpus(plan: "Plan", number: int, count: int) -> dict[str, str]:
@@ -170,38 +189,43 @@ def _gpus(plan: "Plan", number: int, count: int) -> dict[str, str]:
 class OnRay:
     """A Ray task for each run, on any node that sees the study's directory under the same path.
 
-    A task takes as many GPUs as a run has devices; without GPUs its share of a node's cores. A run whose node died
-    goes on from its last checkpoint on another one. `address` is the cluster's; empty: $RAY_ADDRESS, or this machine.
+    A task takes as many GPUs as a run has devices, or, where no node has any, a core for each thread of a run (all of a
+    node that has fewer). A run whose node died goes on from its last checkpoint on another one. `address` is the
+    cluster's; empty: $RAY_ADDRESS, or this machine.
     """
 
     def __init__(self, plan: "Plan", address: str):
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else each worker installs a copy of the project
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         try:
             import ray
         except ImportError:
             raise InputError("--ray needs Ray: uv run --extra ray kvfrontier run ... --ray") from None
         self.ray, self.directory = ray, plan.directory.resolve()
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address or None, log_to_driver=False, logging_level="error", include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError) as e:
             raise InputError(f"--ray {address}: no Ray cluster answers there: {str(e).splitlines()[0]}") from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # Ray puts its own there
         self.tasks: list = []
-        self.task, self.share = ray.remote(train_process_on_ray), self._share(plan)
+        self.task, self.env = ray.remote(train_process_on_ray), threads()
+        try:
+            self.share = self._share(plan.study.train.devices, int(self.env["OMP_NUM_THREADS"]))
+        except InputError:
+            self.close()
+            raise
 
-    def _share(self, plan: "Plan") -> dict[str, int]:
-        from train.plan import find_device
-
-        if find_device().type == "cuda":
-            return {"num_gpus": plan.study.train.devices, "num_cpus": 1}
-        nodes = [node["Resources"].get("CPU", 0) for node in self.ray.nodes() if node["Alive"]]
-        nodes = [int(cpus) for cpus in nodes if cpus >= 1]
-        if not nodes:
-            raise InputError("--ray: no node of the cluster has a CPU to give")
-        runs_each = -(-max(1, len(plan.left())) // len(nodes))
-        return {"num_cpus": max(1, min(nodes) // runs_each)}
+    def _share(self, devices: int, threads: int) -> dict[str, int]:
+        resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        gpus, cpus = (int(max((node.get(kind, 0) for node in resources), default=0)) for kind in ("GPU", "CPU"))
+        if not cpus or 0 < gpus < devices:
+            raise InputError(f"--ray: a run needs a CPU and train.devices={devices}; no node has more than {gpus} GPUs")
+        return {"num_gpus": devices, "num_cpus": 1} if gpus else {"num_cpus": min(cpus, devices * threads)}
 
     def start(self, run: "Run") -> Future:
-        env = {name: value for name, value in os.environ.items() if name.startswith("KVFRONTIER_")}
+        env = self.env | {name: value for name, value in os.environ.items() if name.startswith("KVFRONTIER_")}
         of_task = {"name": run.name, "max_retries": RETRIES, "retry_exceptions": [Killed], **self.share}
         task = self.task.options(**of_task).remote(str(self.directory), run.name, env)
         self.tasks.append(task)
@@ -211,12 +235,15 @@ class OnRay:
         for task in self.tasks:
             self.ray.cancel(task)
 
+    def close(self) -> None:
+        self.ray.shutdown()
+
 
 class Killed(RuntimeError):
     """From outside: for want of memory, or with its node. Ray tries again."""
 
 
-def train_process_on_ray(directory: str, name: str, env: dict[str, str]) -> tuple[int, str]:
+def train_process_on_ray(directory: str, name: str, env: dict[str, str]) -> tuple[int, list[str]]:
     """In a Ray worker, which has told its children how many threads and which GPUs are theirs."""
     for _ in range(100):  # a shared directory may show the plan a moment later on other machines
         if (Path(directory) / "plan.json").exists():
@@ -225,4 +252,4 @@ def train_process_on_ray(directory: str, name: str, env: dict[str, str]) -> tupl
                 raise Killed(f"its process was killed by signal {-status}")
             return status, said
         time.sleep(0.1)
-    return 2, f"{directory} is not to be seen on every node: Ray's nodes must share it"
+    return 2, [f"{directory} is not to be seen on every node: Ray's nodes must share it"]

@@ -15,7 +15,7 @@ import torch
 from test_training import data, metrics, study  # noqa: F401  (a fixture)
 from test_training import weights as final_weights
 
-from archs import VARIANTS
+from archs import VARIANTS, Decoder
 from eval.evaluate import evaluate_runs
 from eval.results import write_results
 from train.checkpoints import KEPT, checkpoints, newest_whole
@@ -24,7 +24,7 @@ from train.files import is_locked, lock_path, read_json, read_record, write_json
 from train.module import LanguageModel
 from train.plan import Plan
 from train.progress import StudyProgress
-from train.runner import KeepGoing, train_run, train_runs
+from train.runner import KeepGoing, failed_before, train_if_needed, train_run, train_runs
 from train.study import parse_study
 
 
@@ -180,6 +180,32 @@ def test_nothing_of_a_step_that_is_not_finite_is_applied(looks, data, tmp_path, 
         assert all(torch.equal(a, b) for a, b in zip(before[0], later, strict=True))
 
 
+@pytest.mark.parametrize("when", ["at the last step", "just before a checkpoint"])
+def test_what_is_not_finite_is_never_a_checkpoint_or_a_record(when, data, tmp_path, monkeypatch):  # noqa: F811
+    """On a GPU too, where it is looked for now and then alone."""
+    plan, run = one_run(data, tmp_path)
+    broken = 23 if when == "at the last step" else 9
+    original_step, original_clip = LanguageModel.training_step, LanguageModel.configure_gradient_clipping
+
+    def training_step(self, batch, batch_idx):
+        return original_step(self, batch, batch_idx) * (float("nan") if batch_idx == broken else 1)
+
+    def clip(self, optimizer, *rest, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModel, "device", property(lambda self: torch.device("meta")))
+            original_clip(self, optimizer, *rest, **options)
+
+    monkeypatch.setattr(LanguageModel, "training_step", training_step)
+    monkeypatch.setattr(LanguageModel, "configure_gradient_clipping", clip)
+    monkeypatch.setattr("train.runner.LOG_POINTS", 4)  # looks every sixth step
+    monkeypatch.setattr("train.runner.SECONDS_BETWEEN_CHECKPOINTS", 0 if broken == 9 else 60)
+    (failure,) = train_runs(plan)
+    assert "gradient's norm nan" in failure
+    assert read_record(run)["diverged"]
+    steps = [int(path.stem.split("-")[1]) for path in checkpoints(run.directory)]
+    assert steps == ([9, 8] if broken == 9 else [])
+
+
 # Memory
 
 
@@ -187,14 +213,14 @@ class Small:
     """A machine whose memory holds the activations of so many sequences."""
 
     def __init__(self, monkeypatch, sequences):
-        whole = LanguageModel._sum_nats
+        whole = Decoder.forward
 
-        def sum_nats(module, inputs, targets):
-            if len(inputs) > sequences:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 ...")
-            return whole(module, inputs, targets)
+        def forward(model, tokens):
+            if len(tokens) > sequences:
+                raise RuntimeError("CUDA error: out of memory\nGPU 0 ...")
+            return whole(model, tokens)
 
-        monkeypatch.setattr(LanguageModel, "_sum_nats", sum_nats)
+        monkeypatch.setattr(Decoder, "forward", forward)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -213,6 +239,17 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data,
         assert a["tokens"] == b["tokens"]
         for tag in {"train/loss", "train/grad_norm", "val/loss"} & a.keys():
             assert a[tag] == pytest.approx(b[tag], rel=0.1 if dropout else 1e-5)
+
+
+def test_a_run_that_another_process_saw_fail_is_not_tried_again(data, tmp_path):  # noqa: F811
+    plan, run = one_run(data, tmp_path)
+    with StudyProgress("training", 1) as progress:
+        failed = {"key": run.key, "failed": "x", "diverged": True, "failed_at": 1.0}
+        write_json(run.directory / "record.json", failed)
+        train_if_needed(plan, run, progress, "", {})
+        assert read_record(run) == failed
+        train_if_needed(plan, run, progress, "", failed_before(plan))  # it had failed before the command
+        assert "train" in read_record(run)
 
 
 def test_where_not_even_one_sequence_fits_the_run_ends_with_advice_and_the_study_goes_on(data, tmp_path, monkeypatch):  # noqa: F811

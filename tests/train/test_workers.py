@@ -163,7 +163,7 @@ def test_devices_must_divide_the_batch_and_strategies_are_lightnings(folder, cap
     study = str(folder / "study.yaml")
     for setting, says in (
         ("train.devices=3", "train.devices=3 and train.num_nodes=1 must divide the batch's 4 sequences"),
-        ("train.strategy=dpp", "train.strategy='dpp': must be auto, or Lightning's"),
+        ("train.strategy=dpp", "train.strategy='dpp': must be one of auto, ddp"),
         ("train.num_nodes=2", "train.num_nodes=2: runs on several machines are started one by one"),
     ):
         assert kvfrontier.main(["train", study, "--out", str(folder / "bad"), "--set", setting]) == 2
