@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     except (KeyboardInterrupt, Interrupted) as e:
+        for s in before:
+            signal.signal(s, signal.SIG_IGN)  # one that was sent twice
         signum = getattr(e, "signum", signal.SIGINT)
         name = signal.Signals(signum).name
         print(f"kvfrontier: stopped by {name}; the same command goes on from here", file=sys.stderr)

@@ -51,6 +51,7 @@ from train.study import TrainConfig
 from train.tokens import TokenSet
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
+SECONDS_OF_ONE_SIGNAL = 2  # `timeout` and others send one to a process and to its group: it comes twice
 STEPS_BETWEEN_DECISIONS = 10  # of several devices, which then wait for each other
 LOG_POINTS = 100
 
@@ -332,9 +333,11 @@ class KeepGoing(L.Callback):
             self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _stop(self, signum: int, frame: Any) -> None:
-        if self.signum or not self.stepped:  # there is nothing new to keep; the first step may compile for a minute
+        again = self.signum and time.monotonic() - self.asked > SECONDS_OF_ONE_SIGNAL
+        if again or not self.stepped:  # there is nothing new to keep; the first step may compile for a minute
             raise Interrupted(signum)
-        self.signum = signum
+        if not self.signum:
+            self.signum, self.asked = signum, time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
         self.stepped = True

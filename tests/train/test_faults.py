@@ -56,7 +56,8 @@ def stopped(data, tmp_path, monkeypatch):  # noqa: F811
 
     def stop(self, trainer, *rest):
         if trainer.global_step == 11:
-            signal.raise_signal(signal.SIGTERM)
+            for _ in range(2):  # as to a process and to its group
+                signal.raise_signal(signal.SIGTERM)
         whole(self, trainer, *rest)
 
     with monkeypatch.context() as patch:
