@@ -235,8 +235,8 @@ def content_key(content: Any) -> str:
 
 
 def result_settings(config: TrainConfig) -> dict[str, Any]:
-    """Without how a rate is found, and without the devices, which share one and the same batch."""
-    apart = "tuning_tokens", "devices", "num_nodes", "strategy"
+    """Without how a rate is found, when checkpoints are written, and the devices, which share one batch."""
+    apart = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_seconds", "checkpoint_steps"
     return {key: value for key, value in vars(config).items() if key not in apart}
 
 

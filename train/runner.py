@@ -50,7 +50,6 @@ from train.status import PLAN, read_plan
 from train.study import TrainConfig
 from train.tokens import TokenSet
 
-SECONDS_BETWEEN_CHECKPOINTS = 60
 SECONDS_OF_ONE_SIGNAL = 2  # `timeout` and others send one to a process and to its group: it comes twice
 STEPS_BETWEEN_DECISIONS = 10  # of several devices, which then wait for each other
 LOG_POINTS = 100
@@ -218,7 +217,7 @@ def train_run(
         purge = tokens_done + 1 if tokens_done else None
         tensorboard = TensorBoardLogger(run.directory, name="", version="", default_hp_metric=False, purge_step=purge)
         loggers = [tensorboard, metrics]
-    keep_going = KeepGoing(run.directory, val_every)
+    keep_going = KeepGoing(run.directory, val_every, config.checkpoint_seconds, config.checkpoint_steps)
     trainer = make_trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -315,20 +314,20 @@ def save(trainer: L.Trainer, directory: Path) -> None:
 
 
 class KeepGoing(L.Callback):
-    """Writes a checkpoint every minute and when a signal asks to stop; a second signal stops at once.
+    """Writes a checkpoint every so many seconds or steps and when a signal asks to stop; a second signal stops at once.
 
     Not at a step that is validated: the validation comes after it and would be missing when the run goes on. Several
     devices do what the first one decides, every tenth step.
     """
 
-    def __init__(self, directory: Path, val_every: int):
-        self.directory, self.val_every = directory, val_every
+    def __init__(self, directory: Path, val_every: int, seconds: float, steps: int | None):
+        self.directory, self.val_every, self.seconds, self.steps = directory, val_every, seconds, steps
         self.signum: int | None = None
         self.stepped = False
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self.saved = time.monotonic()
+        self.saved, self.saved_step = time.monotonic(), trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -343,14 +342,16 @@ class KeepGoing(L.Callback):
         self.stepped = True
         if (batch_idx + 1) % self.val_every == 0:
             return
-        signum, due = self.signum, time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
+        due = time.monotonic() - self.saved > self.seconds
+        due |= bool(self.steps) and trainer.global_step - self.saved_step >= self.steps
+        signum = self.signum
         if trainer.world_size > 1:
             if (batch_idx + 1) % self.val_every % STEPS_BETWEEN_DECISIONS != 1:  # never a step that is validated
                 return
             signum, due = trainer.strategy.broadcast((signum, due))
         if signum or due:
             save(trainer, self.directory)
-            self.saved = time.monotonic()
+            self.saved, self.saved_step = time.monotonic(), trainer.global_step
         if signum:
             raise Interrupted(signum)
 

@@ -55,6 +55,8 @@ class TrainConfig:
     devices: int  # a run's, on each of num_nodes machines; with strategy they go to Lightning's Trainer
     num_nodes: int
     strategy: str
+    checkpoint_seconds: float  # between two checkpoints, at most
+    checkpoint_steps: int | None = None  # likewise
     tuning_tokens: int | None = None  # of a run that tries a learning rate; None: as many as the runs that are compared
 
 

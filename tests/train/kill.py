@@ -33,7 +33,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval.evaluate
 import eval.speed
-import train.runner
 from archs import VARIANTS
 from train.checkpoints import checkpoints
 from train.runner import KeepGoing
@@ -52,6 +51,7 @@ SETTINGS = {
 
 def write_study(folder: Path, name: str, steps: int, **changes) -> Path:
     train = {"tokens": BATCH * steps, "batch_tokens": BATCH, "val_tokens": 64, "val_points": 6, "precision": "fp32"}
+    train["checkpoint_seconds"] = 0.02  # some steps go by between two
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(SETTINGS | {"train": train} | changes))
     return path
@@ -175,7 +175,6 @@ if __name__ == "__main__":
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     parser.add_argument("--study", action="store_true", help="the whole study in place of each variant's run")
     args = parser.parse_args()
-    train.runner.SECONDS_BETWEEN_CHECKPOINTS = 0.02  # some steps go by between two
     eval.speed.SECONDS = 0.02
     torch.set_num_threads(1)  # no threads are left behind by a fork
     with tempfile.TemporaryDirectory() as temporary:

@@ -50,8 +50,7 @@ def test_runs_that_are_killed_end_as_ones_that_are_not(name):
 @pytest.fixture
 def stopped(data, tmp_path, monkeypatch):  # noqa: F811
     """A run with two checkpoints that was stopped on its way, and how to go on with it."""
-    plan, run = one_run(data, tmp_path / "stopped")
-    monkeypatch.setattr("train.runner.SECONDS_BETWEEN_CHECKPOINTS", 0)
+    plan, run = one_run(data, tmp_path / "stopped", checkpoint_steps=1)
     whole = KeepGoing.on_train_batch_end
 
     def stop(self, trainer, *rest):
@@ -184,8 +183,8 @@ def test_nothing_of_a_step_that_is_not_finite_is_applied(looks, data, tmp_path, 
 @pytest.mark.parametrize("when", ["at the last step", "just before a checkpoint"])
 def test_what_is_not_finite_is_never_a_checkpoint_or_a_record(when, data, tmp_path, monkeypatch):  # noqa: F811
     """On a GPU too, where it is looked for now and then alone."""
-    plan, run = one_run(data, tmp_path)
     broken = 23 if when == "at the last step" else 9
+    plan, run = one_run(data, tmp_path, **({"checkpoint_seconds": 1e-6} if broken == 9 else {}))
     original_step, original_clip = LanguageModel.training_step, LanguageModel.configure_gradient_clipping
 
     def training_step(self, batch, batch_idx):
@@ -199,7 +198,6 @@ def test_what_is_not_finite_is_never_a_checkpoint_or_a_record(when, data, tmp_pa
     monkeypatch.setattr(LanguageModel, "training_step", training_step)
     monkeypatch.setattr(LanguageModel, "configure_gradient_clipping", clip)
     monkeypatch.setattr("train.runner.LOG_POINTS", 4)  # looks every sixth step
-    monkeypatch.setattr("train.runner.SECONDS_BETWEEN_CHECKPOINTS", 0 if broken == 9 else 60)
     (failure,) = train_runs(plan)
     assert "gradient's norm nan" in failure
     assert read_record(run)["diverged"]
@@ -222,6 +220,25 @@ class Small:
             return whole(model, tokens)
 
         monkeypatch.setattr(Decoder, "forward", forward)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; there is none here")
+def test_a_gpus_memory_that_does_not_hold_a_batch(data, tmp_path, capsys):  # noqa: F811
+    """It is given a half of what the whole batch took at its peak."""
+    train = {"tokens": 2**19, "batch_tokens": 2**18, "val_tokens": 64, "val_points": 1}
+    plans = [one_run(data, tmp_path / name, **train)[0] for name in ("whole", "small")]
+    torch.cuda.reset_peak_memory_stats()
+    assert train_runs(plans[0]) == []
+    share = torch.cuda.max_memory_allocated() / 2 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        assert train_runs(plans[1]) == []
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory; each batch now goes through the model in" in capsys.readouterr().err
+    whole, small = (metrics(plan.runs()[0]) for plan in plans)
+    assert [row["tokens"] for row in whole] == [row["tokens"] for row in small]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -343,6 +343,13 @@ def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
         Plan(study(*settings, "train.tuning_tokens=10"), data, tmp_path)
 
 
+@pytest.mark.parametrize("setting", ["checkpoint_seconds=5", "checkpoint_steps=7", "devices=2", "strategy=ddp"])
+def test_how_a_run_is_trained_does_not_change_which_run_it_is(setting, data, tmp_path):
+    settings = "train.lr=1e-3", "variants=[{arch: mha}]"
+    one, other = (Plan(study(*settings, *more), data, tmp_path).runs()[0] for more in ((), (f"train.{setting}",)))
+    assert one.key == other.key
+
+
 def test_seeds_that_are_timed_are_seeds_of_the_study():
     with pytest.raises(InputError, match=r"eval.decode.seeds=7: must be among the study's seeds \[0\]"):
         study("eval.decode.seeds=[0, 7]")
