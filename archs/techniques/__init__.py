@@ -16,12 +16,14 @@ from archs.cache import FullCache, _tensors
 from archs.decoder import Decoder
 from archs.techniques.heavy import H2O, VATP
 from archs.techniques.norm import L2Norm
+from archs.techniques.quantised import Quantisation, QuantisedSlots
 from archs.techniques.slots import CompressedCache, Slots
 from archs.techniques.snapkv import SnapKV
 from archs.techniques.streaming import StreamingLLM
-from archs.techniques.technique import Technique
+from archs.techniques.technique import Full, Technique
 
 TECHNIQUES: dict[str, type[Technique]] = {
+    "full": Full,
     "streaming-llm": StreamingLLM,
     "h2o": H2O,
     "vatp": VATP,
@@ -41,9 +43,15 @@ def technique(name: str, **options) -> Technique:
 
 
 def compressed_cache(
-    model: Decoder, technique: Technique, batch_size: int, max_tokens: int, dtype: torch.dtype | None = None
+    model: Decoder,
+    technique: Technique,
+    batch_size: int,
+    max_tokens: int,
+    dtype: torch.dtype | None = None,
+    quantisation: Quantisation | None = None,
 ) -> CompressedCache:
     """An empty cache of `model` under a technique; `max_tokens` is what a sequence may grow to, and holds nothing back.
+    With `quantisation` what is kept is packed.
 
     What does not grow with the context (windows, recurrent states) stays as it is. ValueError where the technique has
     to see the attention of every prompt token and the model does not compute it.
@@ -58,7 +66,8 @@ def compressed_cache(
         parts = model.new_parts(batch_size, max_tokens, dtype or weight.dtype, "meta")
         for n, part in enumerate(parts):
             if isinstance(part, FullCache):
-                parts[n] = Slots(technique, n, part, (o.rotary_dim, o.rope_base), weight.device)
+                what = technique, n, part, (o.rotary_dim, o.rope_base), weight.device
+                parts[n] = QuantisedSlots(quantisation, *what) if quantisation else Slots(*what)
             else:
                 zeros = {id(t): torch.zeros_like(t, device=weight.device) for t in _tensors(part)}
                 parts[n] = copy.deepcopy(part, memo=zeros)

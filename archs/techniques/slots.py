@@ -53,7 +53,7 @@ class CompressedCache(Cache):
     @property
     def notes_nbytes(self) -> int:
         """Bytes of positions, owners and scores."""
-        return sum(slots.position_N.nbytes + slots.score_N.nbytes + slots.count_O.nbytes for slots in self.slots)
+        return sum(slots.notes_nbytes for slots in self.slots)
 
 
 class Slots:
@@ -82,6 +82,10 @@ class Slots:
         """Without a stream of their own they are the keys' first columns (a latent)."""
         return self.streams[-1] if len(self.streams) > 1 else self.keys_ND[:, :value_size]
 
+    @property
+    def notes_nbytes(self) -> int:
+        return self.position_N.nbytes + self.score_N.nbytes + self.count_O.nbytes
+
     # As a part of a cache
 
     def append(self, start: int, *new_BGTD: Tensor) -> tuple[list["Slots"], None]:
@@ -89,30 +93,26 @@ class Slots:
         T = new_BGTD[0].shape[2]
         if start and T > 1:
             raise ValueError("after its prompt a compressed cache takes one token at a time")
-        owners, old = len(self.count_O), len(self.position_N)
-        device = self.count_O.device
-        place_N = torch.arange(old, device=device) + self.owner_N * T
-        counts = self.count_O + T
-        ends_O = counts.cumsum(0)
-        new_places = (ends_O[:, None] - T + torch.arange(T, device=device)).flatten()
-
-        def grown(held: Tensor, new: Tensor) -> Tensor:
-            both = held.new_empty((old + owners * T, *held.shape[1:]))
-            both[place_N] = held
-            both[new_places] = new.to(held.dtype)
-            return both
-
-        self.streams = [grown(s, new.reshape(owners * T, -1)) for s, new in zip(self.streams, new_BGTD, strict=True)]
+        owners, device = len(self.count_O), self.count_O.device
+        self.store([new.reshape(owners * T, -1) for new in new_BGTD], T)
         positions_T = torch.arange(start, start + T, device=device)
-        self.position_N = grown(self.position_N, positions_T.repeat(owners))
-        self.score_N = grown(self.score_N, torch.zeros(owners * T, device=device))
-        self.count_O, self.length = counts, start + T
-        return [self] * len(self.streams), None
+        self.position_N = grown(self.position_N, self.count_O, positions_T.repeat(owners), T)
+        self.score_N = grown(self.score_N, self.count_O, torch.zeros(owners * T, device=device), T)
+        self.count_O, self.length = self.count_O + T, start + T
+        return [self] * len(new_BGTD), None
+
+    def store(self, new: list[Tensor], T: int) -> None:
+        """T new rows of each owner for each stream; called before the slots are counted."""
+        self.streams = [grown(s, self.count_O, n, T) for s, n in zip(self.streams, new, strict=True)]
+
+    def free(self, keep_N: Tensor) -> None:
+        """Lets go of the other slots' keys and values."""
+        self.streams = [stream[keep_N] for stream in self.streams]
 
     def keep(self, keep_N: Tensor) -> None:
         """Frees the other slots."""
         owner_N = self.owner_N
-        self.streams = [stream[keep_N] for stream in self.streams]
+        self.free(keep_N)
         self.position_N, self.score_N = self.position_N[keep_N], self.score_N[keep_N]
         self.count_O = torch.bincount(owner_N[keep_N], minlength=len(self.count_O))
 
@@ -128,7 +128,8 @@ class Slots:
         B, H, T, D = q_BHTD.shape
         scale, self.value_size = scale or D**-0.5, value_size
         if self.length == T:
-            k, *v = (stream.view(B, self.kv_heads, T, -1) for stream in self.streams)
+            held = [self.keys_ND] + ([self.values_NE()] if len(self.streams) > 1 else [])
+            k, *v = (stream.view(B, self.kv_heads, T, -1) for stream in held)
             if self.technique.observes:
                 self.technique.see_prompt(self, self._prompt_weights(q_BHTD, k, scale))
             return attend(q_BHTD, k, v[0] if v else None, scale, value_size=value_size)
@@ -163,3 +164,13 @@ class Slots:
             )
             future = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1 + first)
             yield first, score.masked_fill(future, -torch.inf).softmax(-1)
+
+
+def grown(held: Tensor, count_O: Tensor, new: Tensor, T: int) -> Tensor:
+    """Rows of owners, `count_O` each, with T new ones at the end of each owner's."""
+    both = held.new_empty((len(held) + len(new), *held.shape[1:]))
+    owner = torch.repeat_interleave(torch.arange(len(count_O), device=count_O.device), count_O)
+    both[torch.arange(len(held), device=held.device) + owner * T] = held
+    ends_O = (count_O + T).cumsum(0)
+    both[(ends_O[:, None] - T + torch.arange(T, device=held.device)).flatten()] = new.to(held.dtype)
+    return both

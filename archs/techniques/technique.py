@@ -54,6 +54,14 @@ class Technique:
         return q_ORD, slots.keys_ND
 
 
+@dataclass(frozen=True)
+class Full(Technique):
+    """Lets go of nothing."""
+
+    def keep(self, slots: "Slots", prompt: bool) -> None:
+        return None
+
+
 def top(slots: "Slots", priority_N: Tensor, count: int) -> Tensor:
     """Whether a slot is among the `count` of highest priority in its KV head."""
     by_priority = priority_N.argsort(descending=True, stable=True)

@@ -8,7 +8,8 @@ import torch
 
 from archs import VARIANTS, build
 from archs.cache import FullCache
-from archs.techniques import TECHNIQUES, Slots, compressed_cache, technique
+from archs.techniques import TECHNIQUES, Quantisation, Slots, compressed_cache, technique
+from archs.techniques.quantised import pack, quantise, unpack
 
 SHAPE = {"vocab_size": 61, "width": 48, "layers": 4, "heads": 4, "context": 64}
 CASES = [(arch, own) for arch, variant in VARIANTS.items() for own in variant.examples]
@@ -63,6 +64,7 @@ def test_a_smaller_budget_holds_what_it_says(arch, own, name, budget):
     for logits in (run(model, tokens, cache), run(model, tokens, whole)):
         assert logits.isfinite().all()
     share = math.ceil(budget * (PROMPT + LATER)) if budget < 1 else budget
+    share = PROMPT + LATER if name == "full" else share
     if name == "snapkv":  # decides once; what comes later is kept
         share = (math.ceil(budget * PROMPT) if budget < 1 else budget) + LATER
     expected = 0
@@ -171,6 +173,7 @@ def test_each_rule_keeps_what_its_formula_keeps(name, seed):
     q, k, v = torch.randn(1, 6, 52, 4) * 2, torch.randn(1, 2, 52, 4), torch.randn(1, 2, 52, 5)
     budget = 0.6
     rules = {
+        "full": lambda head, held, weights, seen: held,
         "streaming-llm": streaming(budget, 4),
         "h2o": h2o(budget, v),
         "vatp": h2o(budget, v, first=20, values=True),
@@ -197,7 +200,7 @@ def test_streaming_llms_positions_are_those_within_the_cache():
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("h2p", {}, "unknown technique 'h2p'; allowed are streaming-llm, h2o"),
+        ("h2p", {}, "unknown technique 'h2p'; allowed are full, streaming-llm, h2o"),
         ("h2o", {"budget": 0}, "budget=0: must be a share above 0.0 and up to 1.0, or 1 token or more"),
         ("h2o", {"budget": 1.5}, "budget=1.5: must be a share"),
         ("h2o", {"size": 3}, "h2o: unknown option 'size'; allowed are budget, recent"),
@@ -209,3 +212,65 @@ def test_streaming_llms_positions_are_those_within_the_cache():
 def test_bad_options_are_named(name, options, says):
     with pytest.raises(ValueError, match=says):
         technique(name, **options)
+
+
+# Quantised
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_packed_and_lie_within_half_a_step(bits):
+    x = torch.randn(6, 32, 13)
+    codes, scale, zero = quantise(x, 1, bits)
+    assert ((zero + scale * codes - x).abs() <= scale / 2 + 1e-6).all()
+    flat = codes.flatten(0, 1)
+    assert torch.equal(unpack(pack(flat, bits), bits, 13), flat)
+    assert pack(flat, bits).shape == (6 * 32, -(-13 * bits // 8))
+    constant, scale, zero = quantise(torch.full((1, 4, 2), 3.0), 1, bits)
+    assert torch.equal(zero + scale * constant, torch.full((1, 4, 2), 3.0))
+
+
+@pytest.mark.parametrize("name", ["full", "h2o"])
+@pytest.mark.parametrize(("arch", "own"), CASES)
+def test_quantised_caches_hold_packed_codes_and_scales_and_come_near(arch, own, name):
+    model, tokens = random_model(arch, own)
+    one = technique(name, budget=1.0 if name == "full" else 30)
+    if not works_on(name, model):
+        return
+    expected = run(model, tokens, compressed_cache(model, one, 2, PROMPT + LATER))
+    errors = {}
+    for bits in (8, 2) if name == "h2o" else (8, 4, 2):
+        cache = compressed_cache(model, one, 2, PROMPT + LATER, quantisation=Quantisation(bits, group=8, window=10))
+        logits = run(model, tokens, cache)
+        errors[bits] = ((logits - expected).norm() / expected.norm()).item()
+        held = 0
+        for part in cache.parts:
+            if not isinstance(part, Slots):
+                held += sum(stream.nbytes for stream in getattr(part, "streams", [])) or part.state.nbytes
+                continue
+            full_O = torch.bincount(part.owner_N[~part.packed_N], minlength=len(part.count_O))
+            assert (full_O >= torch.minimum(part.count_O, torch.tensor(10))).all() or name != "full"
+            assert (full_O < 18).all()
+            packed, groups = int(part.packed_N.sum()), int(part.group_Q.max()) + 1 if len(part.group_Q) else 0
+            widths = [stream.shape[1] for stream in part.streams]
+            held += sum(int(full_O.sum()) * 4 * width + packed * -(-width * bits // 8) for width in widths)
+            held += groups * 2 * 4 * widths[0] + sum(packed * 2 * 4 * -(-width // 8) for width in widths[1:])
+            assert groups * 8 >= packed > 0
+        assert cache.nbytes == held
+    assert errors[8] < errors.get(4, 1) < errors[2] if name == "full" else errors[8] < errors[2]
+    assert errors[8] < 0.02
+
+
+def test_a_window_longer_than_the_text_leaves_everything_as_it_is():
+    model, tokens = random_model("gqa", {"kv_heads": 2})
+    cache = compressed_cache(model, technique("full"), 2, PROMPT + LATER, quantisation=Quantisation(2, 32, 64))
+    expected = run(model, tokens, model.new_cache(2, PROMPT + LATER))
+    assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"bits": 3}, "bits=3: must be 8, 4 or 2"), ({"group": 0}, "group=0"), ({"window": -1}, "window=-1")],
+)
+def test_bad_quantisation_is_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        Quantisation(**options)
