@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from archs.decoder import Options
+from archs.techniques import combinations, from_settings
 from train.corpus import load_corpus
 from train.errors import InputError
 from train.mqar import RecallTask
@@ -73,6 +74,7 @@ class EvalConfig:
     decode: DecodeConfig
     dtype: Literal["auto", "bf16", "fp32"]
     level: float
+    techniques: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # on the trained model's cache
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,11 @@ def _check(study: Study) -> None:
                 raise InputError(f"{name}={value}: must be above 0")
     if study.eval.level >= 1:
         raise InputError(f"eval.level={study.eval.level}: must be below 1, such as 0.95")
+    for settings in (each for entry in study.eval.techniques for each in combinations(entry)):
+        try:
+            from_settings(settings, study.model["context"] // 2)
+        except ValueError as e:
+            raise InputError(f"eval.techniques: {e}") from None
     for name, values in (
         ("label", [variant_label(v) for v in study.variants]),
         ("seed", study.seeds),

@@ -9,6 +9,9 @@ To add one: a file with a subclass of `Technique`, and one line in `TECHNIQUES`.
 
 import copy
 import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -40,6 +43,23 @@ def technique(name: str, **options) -> Technique:
     if unknown := [key for key in options if key not in allowed]:
         raise ValueError(f"{name}: unknown option {unknown[0]!r}; allowed are {', '.join(allowed)}")
     return TECHNIQUES[name](**options)
+
+
+def combinations(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """An entry of a study's list, once for each combination of the values in its lists."""
+    lists = {key: value for key, value in entry.items() if isinstance(value, list)}
+    for values in itertools.product(*lists.values()):
+        yield entry | dict(zip(lists, values, strict=True))
+
+
+def from_settings(settings: dict[str, Any], prompt: int) -> tuple[Technique, Quantisation | None]:
+    """What `{technique: h2o, budget: 0.5, bits: 4}` stands for, with prompts of so many tokens. ValueError names what
+    is wrong."""
+    options = dict(settings)
+    packed = {f.name: options.pop(f.name) for f in dataclasses.fields(Quantisation) if f.name in options}
+    made = technique(options.pop("technique", None), **options)
+    made.fits(prompt)
+    return made, Quantisation(**packed) if packed else None
 
 
 def compressed_cache(

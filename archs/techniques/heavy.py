@@ -28,7 +28,7 @@ class H2O(Technique):
             raise ValueError(f"recent={self.recent!r}: must be a share of the budget, from 0 and below 1")
 
     def priority(self, slots: "Slots") -> Tensor:
-        capacity = self.capacity(slots)
+        capacity = self.capacity(slots.length)
         first = min(self.first, capacity)
         always = first_and_last(slots, first, min(int(self.recent * capacity), capacity - first))
         return torch.where(always, torch.inf, slots.score_N)

@@ -2,7 +2,7 @@
 
 Keys, whose outliers lie in few channels, are quantised by channel over groups of tokens; values by token over groups of
 channels; both asymmetrically, x = zero + scale q. The newest tokens of each KV head stay in full precision until there
-is a group more than `window` of them. MLA's latent, which is keys and values in one, is quantised as keys.
+is a group more than `residual` of them. MLA's latent, which is keys and values in one, is quantised as keys.
 
 Shapes: O owners (KV heads of sequences), N slots, Q quantised ones, g slots or channels of a group, D channels.
 """
@@ -17,16 +17,16 @@ from archs.techniques.slots import Slots, grown
 
 @dataclass(frozen=True)
 class Quantisation:
-    """`bits` of an element, in groups of `group`; the newest `window` tokens are left as they are."""
+    """`bits` of an element, in groups of `group`; the newest `residual` tokens are left as they are."""
 
     bits: int = 4
     group: int = 32
-    window: int = 128
+    residual: int = 128
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
             raise ValueError(f"bits={self.bits!r}: must be 8, 4 or 2")
-        for name, least in (("group", 1), ("window", 0)):
+        for name, least in (("group", 1), ("residual", 0)):
             if type(value := getattr(self, name)) is not int or value < least:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
 
@@ -92,7 +92,7 @@ class QuantisedSlots(Slots):
         q, owner_N = self.quantisation, self.owner_N
         full_N = ~self.packed_N
         full_O = torch.bincount(owner_N[full_N], minlength=len(self.count_O))
-        packs_O = (full_O - q.window).clamp(min=0) // q.group * q.group
+        packs_O = (full_O - q.residual).clamp(min=0) // q.group * q.group
         starts_O = full_O.cumsum(0) - full_O
         rank = torch.arange(len(self.streams[0]), device=owner_N.device) - starts_O[owner_N[full_N]]
         now = rank < packs_O[owner_N[full_N]]  # of the slots in full precision

@@ -30,14 +30,17 @@ class SnapKV(Technique):
         if not isinstance(self.budget, float) and self.window > self.budget:
             raise ValueError(f"window={self.window} is longer than budget={self.budget}: give a shorter window")
 
-    def keep(self, slots: "Slots", prompt: bool) -> Tensor | None:
-        if not prompt:
-            return None
-        capacity = self.capacity(slots)
+    def fits(self, prompt: int) -> None:
+        capacity = self.capacity(prompt)
         if self.window > capacity:
             raise ValueError(
                 f"window={self.window} is longer than the budget of {capacity} slots: give a shorter window"
             )
+
+    def keep(self, slots: "Slots", prompt: bool) -> Tensor | None:
+        if not prompt:
+            return None
+        self.fits(slots.length)
         return super().keep(slots, prompt)
 
     def priority(self, slots: "Slots") -> Tensor:

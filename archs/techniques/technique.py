@@ -31,13 +31,16 @@ class Technique:
     def check(self) -> None:
         """ValueError for options that do not go together."""
 
-    def capacity(self, slots: "Slots") -> int:
+    def fits(self, prompt: int) -> None:
+        """ValueError where the options do not go with a prompt of so many tokens."""
+
+    def capacity(self, tokens: int) -> int:
         """Slots of one KV head; a share is of the tokens seen so far."""
-        return max(1, math.ceil(self.budget * slots.length - 1e-9)) if isinstance(self.budget, float) else self.budget
+        return max(1, math.ceil(self.budget * tokens - 1e-9)) if isinstance(self.budget, float) else self.budget
 
     def keep(self, slots: "Slots", prompt: bool) -> Tensor | None:
         """Which slots (N,) are kept, after the prompt or after a token; None: all."""
-        return top(slots, self.priority(slots), self.capacity(slots))
+        return top(slots, self.priority(slots), self.capacity(slots.length))
 
     def priority(self, slots: "Slots") -> Tensor:
         """(N,): of each KV head's slots those with the highest are kept, of equals the earlier."""

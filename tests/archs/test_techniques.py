@@ -239,7 +239,7 @@ def test_quantised_caches_hold_packed_codes_and_scales_and_come_near(arch, own, 
     expected = run(model, tokens, compressed_cache(model, one, 2, PROMPT + LATER))
     errors = {}
     for bits in (8, 2) if name == "h2o" else (8, 4, 2):
-        cache = compressed_cache(model, one, 2, PROMPT + LATER, quantisation=Quantisation(bits, group=8, window=10))
+        cache = compressed_cache(model, one, 2, PROMPT + LATER, quantisation=Quantisation(bits, group=8, residual=10))
         logits = run(model, tokens, cache)
         errors[bits] = ((logits - expected).norm() / expected.norm()).item()
         held = 0
@@ -260,7 +260,7 @@ def test_quantised_caches_hold_packed_codes_and_scales_and_come_near(arch, own, 
     assert errors[8] < 0.02
 
 
-def test_a_window_longer_than_the_text_leaves_everything_as_it_is():
+def test_a_residual_longer_than_the_text_leaves_everything_as_it_is():
     model, tokens = random_model("gqa", {"kv_heads": 2})
     cache = compressed_cache(model, technique("full"), 2, PROMPT + LATER, quantisation=Quantisation(2, 32, 64))
     expected = run(model, tokens, model.new_cache(2, PROMPT + LATER))
@@ -269,7 +269,7 @@ def test_a_window_longer_than_the_text_leaves_everything_as_it_is():
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"bits": 3}, "bits=3: must be 8, 4 or 2"), ({"group": 0}, "group=0"), ({"window": -1}, "window=-1")],
+    [({"bits": 3}, "bits=3: must be 8, 4 or 2"), ({"group": 0}, "group=0"), ({"residual": -1}, "residual=-1")],
 )
 def test_bad_quantisation_is_named(options, says):
     with pytest.raises(ValueError, match=says):

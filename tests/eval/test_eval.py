@@ -4,20 +4,21 @@ import itertools
 import math
 import random
 import time
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from archs import VARIANTS, build
-from eval import loss, recall, speed
+from eval import loss, recall, speed, techniques
 from eval.compare import NotComparable, compare, gap_changes, t_cdf, t_interval, t_quantile
 from eval.evaluate import measures
 from eval.frontier import bytes_for_baseline, crossing
 from eval.memory import CONTEXTS, BytesDiffer, measure_memory
 from eval.speed import measure_decode, measure_recompute, measure_roof, timed
-from eval.subject import Subject
+from eval.subject import Predictions, Subject
 from train.corpus import Corpus
+from train.module import token_nats
 from train.mqar import RecallTask
 from train.study import parse_study
 from train.tokens import prepare
@@ -328,7 +329,7 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, known):
         super().__init__()
-        self.options = types.SimpleNamespace(context=32)
+        self.options = SimpleNamespace(context=32)
         self.embed = torch.nn.Embedding(1, 1)
         self.known = known
 
@@ -351,3 +352,38 @@ def test_accuracy_counts_queries_by_the_number_of_pairs():
 
 def test_a_measure_is_a_module_of_the_package():
     assert {"loss", "memory", "recall", "speed"} <= {m.__name__.removeprefix("eval.") for m in measures()}
+
+
+# Techniques on the cache
+
+
+def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_bytes_are():
+    texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
+    data = SimpleNamespace(token_bytes=torch.ones(300, dtype=torch.long).numpy())
+    model = build("gqa", vocab_size=257, width=32, layers=3, heads=4, context=32, kv_heads=2).eval()
+    tokens = torch.tensor([list(text.encode()[:33]) for text in texts[:6]])
+    nats = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).detach()
+    found = Predictions(tokens[:, :-1], tokens[:, 1:], nats, nats > 0, 6 * 32)
+    entries = [
+        {"technique": "full", "bits": 8, "group": 4, "residual": 4},
+        {"technique": "full"},
+        {"technique": "h2o", "budget": [0.5, 12]},
+        {"technique": "snapkv", "budget": 0.5, "window": 8},
+    ]
+    subject = SimpleNamespace(
+        model=model, data=data, predictions=found, config=SimpleNamespace(techniques=entries), show=lambda text: None
+    )
+    packed, full, half, twelve, snapkv = techniques.measure(subject)["techniques"]
+    expected = nats[:, 15:].mean().item()
+    assert full["val_nats"] == pytest.approx(expected, rel=1e-5)
+    assert full["val_bpb"] == pytest.approx(expected / math.log(2), rel=1e-5)
+    assert full["bytes_held"] == 32 * model.kv_bytes_per_token(torch.float32)
+    assert packed["val_nats"] == pytest.approx(expected, rel=1e-3)
+    assert packed["bytes_held"] < full["bytes_held"]
+    assert half["bytes_held"] == full["bytes_held"] / 2
+    assert twelve["bytes_held"] == full["bytes_held"] * 12 / 32
+    assert (half["budget"], twelve["budget"], half["prompt"]) == (0.5, 12, 16)
+    assert half["val_nats"] != full["val_nats"]
+    assert snapkv["bytes_held"] == full["bytes_held"] * (8 + 16) / 32  # of the prompt a half, and all that is decoded
+    subject.model = build("yoco", vocab_size=257, width=32, layers=4, heads=4, context=32, kv_heads=2, window=8).eval()
+    assert "computes the last one's alone" in techniques.measure(subject)["techniques"][-1]["skipped"]

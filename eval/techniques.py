@@ -1,0 +1,67 @@
+"""What a trained model loses, and what its cache holds, under the techniques that a study lists in `eval.techniques`.
+
+The first half of a held-out sequence is the prompt; the second half is decoded token by token, each step being given
+the true token, with the technique active. `full` without `bits` is what all others are measured against.
+"""
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from archs.techniques import Quantisation, Technique, combinations, compressed_cache, from_settings
+from train.batches import IGNORED
+from train.module import bits_per_byte, token_nats
+
+if TYPE_CHECKING:
+    from eval.subject import Subject
+
+
+def measure(subject: "Subject") -> dict:
+    """techniques: for each, with each combination of the values in its lists, loss and accuracy on the second halves
+    and the bytes that one sequence's cache holds at the end; or `skipped`, why it does not apply."""
+    measured = []
+    prompt = subject.model.options.context // 2
+    for options in (each for entry in subject.config.techniques for each in combinations(entry)):
+        try:
+            measured.append(options | under(subject, *from_settings(options, prompt), prompt))
+        except ValueError as e:
+            measured.append(options | {"skipped": str(e)})
+        subject.show(f"{options['technique']}: {measured[-1].get('val_bpb', 0):.4f} bits per byte")
+    return {"techniques": measured} if measured else {}
+
+
+@torch.inference_mode()
+def under(subject: "Subject", technique: Technique, quantisation: Quantisation | None, prompt: int) -> dict:
+    model, found = subject.model, subject.predictions
+    nats, right, nbytes, notes, seconds = 0.0, 0, 0, 0, 0.0
+    rows = max(1, 4096 // found.inputs_NT.shape[1])
+    for inputs, targets in zip(found.inputs_NT.split(rows), found.targets_NT.split(rows), strict=True):
+        inputs, wanted = inputs.to(model.embed.weight.device), targets[:, prompt - 1 :].to(model.embed.weight.device)
+        cache = compressed_cache(model, technique, len(inputs), inputs.shape[1], quantisation=quantisation)
+        logits = [model.prefill(inputs[:, :prompt], cache)]
+        start = time.perf_counter()
+        logits += [model.decode(token, cache) for token in inputs[:, prompt:].T]
+        if wanted.is_cuda:
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - start
+        logits_BTV = torch.stack(logits, 1)
+        nats += token_nats(logits_BTV, wanted).double().sum().item()
+        right += ((logits_BTV.argmax(-1) == wanted) & (wanted != IGNORED)).sum().item()
+        nbytes, notes = nbytes + cache.nbytes, notes + cache.notes_nbytes
+    wanted_NT = found.targets_NT[:, prompt - 1 :]
+    wanted_N = wanted_NT[wanted_NT != IGNORED]
+    per_token = subject.data.token_bytes
+    text_bytes = len(wanted_N) * per_token if isinstance(per_token, int) else int(per_token[wanted_N].sum())
+    sequences = len(found.inputs_NT)
+    return {
+        "prompt": prompt,
+        "tokens": found.inputs_NT.shape[1],
+        "val_nats": nats / max(1, len(wanted_N)),
+        "val_bpb": bits_per_byte(nats, text_bytes) if text_bytes else math.nan,
+        "accuracy": right / max(1, len(wanted_N)),
+        "bytes_held": nbytes / sequences,
+        "notes_bytes": notes / sequences,
+        "tokens_per_s": sequences * (found.inputs_NT.shape[1] - prompt) / seconds,
+    }
