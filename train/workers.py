@@ -148,8 +148,11 @@ class SideBySide:
         self.directory = plan.directory
         self.pool, self.free = ThreadPoolExecutor(count), queue.SimpleQueue()
         self.children: set[subprocess.Popen] = set()
+        env = threads()
+        if count * int(env["OMP_NUM_THREADS"]) > cores():
+            env["GOMP_SPINCOUNT"] = "0"  # a thread that waits awake keeps another from a core
         for number in range(count):
-            self.free.put(threads() | _gpus(plan, number, count))
+            self.free.put(env | _gpus(plan, number, count))
 
     def start(self, run: "Run") -> Future:
         return self.pool.submit(self._train, run.name)
@@ -168,6 +171,10 @@ class SideBySide:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus(plan: "Plan", number: int, count: int) -> dict[str, str]:
