@@ -73,10 +73,11 @@ def main() -> int:
             "runs": len(states),
         }
     )
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "pieces.json").write_text(json.dumps(pieces, indent=1) + "\n")
     gather(directory, args.out / f"{directory.name}.tar.gz")
     print("\n".join(states))
-    all_done = all(line.endswith("  done") for line in states)
+    all_done = bool(states) and all(line.endswith("  done") for line in states)
     print(
         f"{pieces[-1]['done']} of {len(states)} runs are done" + ("" if all_done else ": give the same command again")
     )
@@ -118,9 +119,14 @@ def device() -> str:
 
 
 def run_states(directory: Path) -> dict[str, str]:
+    """Of each run by name; {} where the time did not even do for the corpus."""
+    from train.errors import InputError
     from train.status import states
 
-    return states(directory)
+    try:
+        return states(directory)
+    except InputError:
+        return {}
 
 
 def fitting(records: list[dict], memory: float, context: int) -> dict[str, dict]:
