@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--workers",
                 type=_count,
                 metavar="N",
-                help="train N runs side by side, with a share of cores or GPUs each",
+                help="train N runs side by side, each with a GPU of its own where there are as many",
             )
             how.add_argument(
                 "--ray",
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         if stage == "train":
             how.add_argument("--run", dest="one", metavar="NAME", help="this run alone, as kvfrontier status names it")
     export = commands.add_parser(
-        "export", help="write a trained run as a directory that Hugging Face transformers loads (all but YOCO)"
+        "export", help="write a trained run as a directory that Hugging Face transformers loads, where it can"
     )
     export.add_argument("run", type=Path, metavar="RUN_DIR", help="such as runs/quick/runs/mha/seed-0")
     export.add_argument("out", type=Path, metavar="OUT")

@@ -10,7 +10,7 @@ Shapes: B batch, G KV heads, S cached tokens, T new tokens, D head size.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -116,8 +116,8 @@ class Cache:
 
     def rows(self, first: int, count: int) -> "Cache":
         """`count` of the sequences, from `first` on, in the same storages."""
-        part = copy.deepcopy(self.parts, memo={id(t): t[first : first + count] for t in _tensors(self.parts)})
-        cache = Cache(part, min(count, self.batch_size - first), self.max_tokens)
+        parts = with_tensors(self.parts, lambda t: t[first : first + count])
+        cache = Cache(parts, min(count, self.batch_size - first), self.max_tokens)
         cache.length = self.length
         return cache
 
@@ -131,6 +131,11 @@ class Cache:
                 f"the cache holds {self.length} of at most {self.max_tokens} tokens and {tokens} more do not fit; "
                 f"make it with max_tokens={self.length + tokens} or more"
             )
+
+
+def with_tensors(thing: Any, of: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a part, or of a list of them, with `of(tensor)` in place of each tensor."""
+    return copy.deepcopy(thing, memo={id(t): of(t) for t in _tensors(thing)})
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:

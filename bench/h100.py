@@ -12,7 +12,6 @@ results, figures, tables, report and the records of all runs that are done, but 
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -190,7 +189,7 @@ def gather(directory: Path, path: Path) -> None:
         for place in [directory / name for name in FOUND] + [run / name for run in done for name in RECORDS]:
             if place.exists():
                 archive.add(place, place.relative_to(directory))
-    shutil.move(beside, path)
+    beside.replace(path)
 
 
 if __name__ == "__main__":

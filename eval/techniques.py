@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from archs.techniques import Quantisation, Technique, combinations, compressed_cache, from_settings
+from archs.techniques import Quantisation, Technique, compressed_cache, from_settings
 from train.batches import IGNORED
 from train.module import bits_per_byte, token_nats
 
@@ -23,12 +23,13 @@ def measure(subject: "Subject") -> dict:
     and the bytes that one sequence's cache holds at the end; or `skipped`, why it does not apply."""
     measured = []
     prompt = subject.model.options.context // 2
-    for options in (each for entry in subject.config.techniques for each in combinations(entry)):
+    for options in subject.config.technique_settings():
         try:
-            measured.append(options | under(subject, *from_settings(options, prompt), prompt))
+            found = under(subject, *from_settings(options, prompt), prompt)
+            subject.show(f"{options['technique']}: {found['val_bpb']:.4f} bits per byte")
         except ValueError as e:
-            measured.append(options | {"skipped": str(e)})
-        subject.show(f"{options['technique']}: {measured[-1].get('val_bpb', 0):.4f} bits per byte")
+            found = {"skipped": str(e)}
+        measured.append(options | found)
     return {"techniques": measured} if measured else {}
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from texts import write_texts
 
 import kvfrontier
 from archs import VARIANTS
@@ -38,9 +39,7 @@ MATCHED = {"match": "none"}  # so small a model cannot be matched to half a perc
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
-    (folder / "texts").mkdir()
-    for n in range(30):
-        (folder / "texts" / f"{n}.txt").write_text(f"Document {n}. The quick brown fox jumps over a dog.\n" * 9)
+    write_texts(folder)
     os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
     return folder
 

@@ -7,7 +7,6 @@ changed study value retrains exactly the runs whose key it changes.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from train.errors import InputError
 from train.files import is_finished, read_json, read_record
 from train.matching import FREE, RULES, matched, on_meta
 from train.mqar import RecallTask
-from train.study import Study, TrainConfig, check_label, variant_label
+from train.study import Study, TrainConfig, check_label, combinations, variant_label
 from train.tokens import TokenSet
 from train.tuning import at_edge, best_rate, next_rate, tuning_seed
 
@@ -96,6 +95,10 @@ class Plan:
         """The tuning runs that are done or next, rates within variants."""
         return [self._tuning_run(variant, rate) for variant in self.variants for rate in self._rates(variant)]
 
+    def known_runs(self) -> list[Run]:
+        """All that can be named so far."""
+        return [*self.tuning_runs(), *self.runs()]
+
     def ready(self) -> list[Run]:
         """What can be trained now and is not: rates first, then a whole seed after the other, so that a study that is
         stopped has complete pairs. More may follow as records appear."""
@@ -110,7 +113,7 @@ class Plan:
 
     def failures(self) -> list[str]:
         """A line for each run that failed, and for each variant without a learning rate."""
-        failed = [line for run in [*self.tuning_runs(), *self.runs()] if (line := failure(run))]
+        failed = [line for run in self.known_runs() if (line := failure(run))]
         return failed + [
             f"{variant.label}: no learning rate gave a finite loss; give lower ones in train.lr"
             for variant in self.variants
@@ -345,13 +348,10 @@ def expand(study: Study) -> Iterator[tuple[str, str, str, dict]]:
     for variant in study.variants:
         name = variant_label(variant)
         own = {key: value for key, value in variant.items() if key not in ("label", "arch")}
-        lists = {key: value for key, value in own.items() if isinstance(value, list)}
-        if empty := [key for key, values in lists.items() if not values]:
-            raise InputError(f"variants: {name}: {empty[0]} is an empty list; give it one value or more")
-        for values in itertools.product(*lists.values()):
-            label = "-".join([name, *(str(value).lower() for value in values)])
-            kinds = [str(value).lower() for value in values if type(value) not in (int, float)]
-            yield "-".join([name, *kinds]), variant["arch"], label, own | dict(zip(lists, values, strict=True))
+        for chosen in combinations(own, f"variants: {name}"):
+            label = "-".join([name, *(str(value).lower() for value in chosen.values())])
+            kinds = [str(value).lower() for value in chosen.values() if type(value) not in (int, float)]
+            yield "-".join([name, *kinds]), variant["arch"], label, own | chosen
 
 
 def _check_budget(study: Study, data: TokenSet | RecallTask, budgets: dict[str, int]) -> None:

@@ -95,7 +95,7 @@ def train_one(plan: Plan, name: str, record_plan: Callable[[], object]) -> list[
     `record_plan` is called where there is no plan.json yet. InputError where there is no such run, or where its
     settings come out as others on this machine than in plan.json.
     """
-    runs = {run.name: run for run in [*plan.tuning_runs(), *plan.runs()]}
+    runs = {run.name: run for run in plan.known_runs()}
     if name not in runs:
         raise InputError(f"no run {name!r} can be trained in {plan.directory}: there are {', '.join(runs)}")
     run = runs[name]

@@ -21,7 +21,7 @@ def write_plan(study: str, study_file: Path, plan: "Plan") -> None:
     from train.plan import stale_because, step_counts
 
     runs = []
-    for run in [*plan.tuning_runs(), *plan.runs()]:
+    for run in plan.known_runs():
         entry = {
             "name": run.name,
             "directory": run.directory.relative_to(plan.directory).as_posix(),

@@ -8,9 +8,10 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from archs.decoder import Options
-from archs.techniques import combinations, from_settings
+from archs.techniques import from_settings
 from train.corpus import load_corpus
 from train.errors import InputError
 from train.mqar import RecallTask
@@ -75,6 +76,11 @@ class EvalConfig:
     dtype: Literal["auto", "bf16", "fp32"]
     level: float
     techniques: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # on the trained model's cache
+
+    def technique_settings(self) -> list[dict[str, Any]]:
+        """Each technique's, without lists."""
+        entries = [(entry, f"eval.techniques: {entry.get('technique')}") for entry in self.techniques]
+        return [entry | chosen for entry, where in entries for chosen in combinations(entry, where)]
 
 
 @dataclass(frozen=True)
@@ -234,7 +240,7 @@ def _check(study: Study) -> None:
                 raise InputError(f"{name}={value}: must be above 0")
     if study.eval.level >= 1:
         raise InputError(f"eval.level={study.eval.level}: must be below 1, such as 0.95")
-    for settings in (each for entry in study.eval.techniques for each in combinations(entry)):
+    for settings in study.eval.technique_settings():
         try:
             from_settings(settings, study.model["context"] // 2)
         except ValueError as e:
@@ -250,6 +256,15 @@ def _check(study: Study) -> None:
             raise InputError(f"{name}: at least one is needed")
         if twice := [v for v in values if values.count(v) > 1]:
             raise InputError(f"{name} {twice[0]!r} stands twice in the study")
+
+
+def combinations(entry: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """The values of an entry's lists, {key: value}, in every combination; {} where it has no lists."""
+    lists = {key: value for key, value in entry.items() if isinstance(value, list)}
+    if empty := [key for key, values in lists.items() if not values]:
+        raise InputError(f"{where}: {empty[0]} is an empty list; give it one value or more")
+    for values in itertools.product(*lists.values()):
+        yield dict(zip(lists, values, strict=True))
 
 
 def variant_label(variant: dict) -> str:

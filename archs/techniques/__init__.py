@@ -7,15 +7,12 @@
 To add one: a file with a subclass of `Technique`, and one line in `TECHNIQUES`.
 """
 
-import copy
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from archs.cache import FullCache, _tensors
+from archs.cache import FullCache, with_tensors
 from archs.decoder import Decoder
 from archs.techniques.heavy import H2O, VATP
 from archs.techniques.norm import L2Norm
@@ -43,13 +40,6 @@ def technique(name: str, **options) -> Technique:
     if unknown := [key for key in options if key not in allowed]:
         raise ValueError(f"{name}: unknown option {unknown[0]!r}; allowed are {', '.join(allowed)}")
     return TECHNIQUES[name](**options)
-
-
-def combinations(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An entry of a study's list, once for each combination of the values in its lists."""
-    lists = {key: value for key, value in entry.items() if isinstance(value, list)}
-    for values in itertools.product(*lists.values()):
-        yield entry | dict(zip(lists, values, strict=True))
 
 
 def from_settings(settings: dict[str, Any], prompt: int) -> tuple[Technique, Quantisation | None]:
@@ -89,6 +79,5 @@ def compressed_cache(
                 what = technique, n, part, (o.rotary_dim, o.rope_base), weight.device
                 parts[n] = QuantisedSlots(quantisation, *what) if quantisation else Slots(*what)
             else:
-                zeros = {id(t): torch.zeros_like(t, device=weight.device) for t in _tensors(part)}
-                parts[n] = copy.deepcopy(part, memo=zeros)
+                parts[n] = with_tensors(part, lambda t: torch.zeros_like(t, device=weight.device))
     return CompressedCache(technique, parts, batch_size, max_tokens)

@@ -32,9 +32,9 @@ class CompressedCache(Cache):
         self.whole_prompt = technique.observes
 
     def reset(self) -> None:
-        super().reset()
         for slots in self.slots:
             slots.keep(torch.zeros_like(slots.position_N, dtype=torch.bool))
+        super().reset()
 
     def advance(self, tokens: int) -> None:
         for slots in self.slots:

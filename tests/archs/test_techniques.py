@@ -48,8 +48,10 @@ def test_with_a_full_budget_nothing_changes(arch, own, name):
             continue
         cache, whole = compressed_cache(model, one, 2, PROMPT + LATER), model.new_cache(2, PROMPT + LATER)
         expected = run(model, tokens, whole)
-        assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
-        assert cache.nbytes == whole.nbytes
+        for _ in range(2):
+            assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert cache.nbytes == whole.nbytes
+            cache.reset()
 
 
 @pytest.mark.parametrize("budget", [0.5, 17])

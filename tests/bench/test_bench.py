@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from texts import write_texts
 
 BENCH = Path(__file__).parents[2] / "bench"
 SMALL = ["--batch", "2", "--context", "24", "--device", "cpu"]
@@ -45,9 +46,7 @@ def test_the_gpu_script_runs_scripts_that_exist(monkeypatch):
 def test_the_study_goes_on_from_the_archive_of_an_earlier_piece(tmp_path, monkeypatch, capsys):
     import kvfrontier
 
-    (tmp_path / "texts").mkdir()
-    for n in range(30):
-        (tmp_path / "texts" / f"{n}.txt").write_text(f"Document {n}. The quick brown fox jumps over a dog.\n" * 9)
+    write_texts(tmp_path)
     study = {
         "corpus": {"files": ["texts/*.txt"]},
         "tokenizer": {"name": "bytes"},

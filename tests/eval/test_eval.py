@@ -371,7 +371,11 @@ def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_byt
         {"technique": "snapkv", "budget": 0.5, "window": 8},
     ]
     subject = SimpleNamespace(
-        model=model, data=data, predictions=found, config=SimpleNamespace(techniques=entries), show=lambda text: None
+        model=model,
+        data=data,
+        predictions=found,
+        config=parse_study({"eval": {"techniques": entries}}).eval,
+        show=print,
     )
     packed, full, half, twelve, snapkv = techniques.measure(subject)["techniques"]
     expected = nats[:, 15:].mean().item()

@@ -6,6 +6,7 @@ import pytest
 import tiktoken
 import torch
 import yaml
+from texts import write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvfrontier
@@ -28,9 +29,7 @@ TEXT = "def f(x_1):\n    return [1234567, 'caf\xe9 \u4e2d', \"  \"]  # the quick
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    (folder / "texts").mkdir()
-    for n in range(30):
-        (folder / "texts" / f"{n}.txt").write_text(f"Document {n}. The quick brown fox jumps over {n * 7} dogs.\n" * 9)
+    write_texts(folder)
     settings = {
         "corpus": {"files": ["texts/*.txt"]},
         "tokenizer": {"name": "bpe", "vocab_size": 300},

@@ -208,18 +208,16 @@ def test_what_is_not_finite_is_never_a_checkpoint_or_a_record(when, data, tmp_pa
 # Memory
 
 
-class Small:
-    """A machine whose memory holds the activations of so many sequences."""
+def limit_memory(monkeypatch, sequences):
+    """To the activations of so many sequences."""
+    whole = Decoder.forward
 
-    def __init__(self, monkeypatch, sequences):
-        whole = Decoder.forward
+    def forward(model, tokens):
+        if len(tokens) > sequences:
+            raise RuntimeError("CUDA error: out of memory\nGPU 0 ...")
+        return whole(model, tokens)
 
-        def forward(model, tokens):
-            if len(tokens) > sequences:
-                raise RuntimeError("CUDA error: out of memory\nGPU 0 ...")
-            return whole(model, tokens)
-
-        monkeypatch.setattr(Decoder, "forward", forward)
+    monkeypatch.setattr(Decoder, "forward", forward)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; there is none here")
@@ -248,7 +246,7 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data,
     settings["model"] = settings["model"] | {"dropout": dropout}
     whole, plan = (Plan(parse_study(settings), data, tmp_path / name) for name in ("whole", "small"))
     train_runs(whole)
-    Small(monkeypatch, 2)
+    limit_memory(monkeypatch, 2)
     assert train_runs(plan) == []
     assert "out of memory; each batch now goes through the model in 4 pieces" in capsys.readouterr().err
     (run,), (expected,) = plan.runs(), whole.runs()

@@ -85,6 +85,7 @@ WRONG = [
     ({"eval": {"techniques": [{"technique": "h2o", "budget": 0}]}}, "eval.techniques: budget=0"),
     ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 1.1]}]}}, "eval.techniques: budget=1.1"),
     ({"eval": {"techniques": [{"technique": "snapkv", "budget": 0.25}]}}, "window=32 is longer than the budget of 16"),
+    ({"eval": {"techniques": [{"technique": "h2o", "budget": []}]}}, "eval.techniques: h2o: budget is an empty list"),
     ({"eval": {"techniques": [{"technique": "full", "bits": 5}]}}, "eval.techniques: bits=5: must be 8, 4 or 2"),
     ({"variants": [{"arch": "mha", "label": r"\input{x}"}]}, "names a folder"),
     ({"variants": [{"arch": "mha", "label": "a/../../x"}]}, "names a folder"),

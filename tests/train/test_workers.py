@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from same import differ
+from texts import write_texts
 
 import kvfrontier
 from train.status import states
@@ -49,9 +50,7 @@ def ended(process, status=0):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
-    (folder / "texts").mkdir()
-    for n in range(30):
-        (folder / "texts" / f"{n}.txt").write_text(f"Document {n}. The quick brown fox jumps over a dog.\n" * 9)
+    write_texts(folder)
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
     os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
     return folder
