@@ -21,8 +21,12 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 
 def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device) -> Rope:
-    """Cosine and sine (T, dim/2) in fp32 for positions from `start` (RoFormer, arXiv 2104.09864, section 3)."""
-    angle = (start + torch.arange(tokens, dtype=torch.float32, device=device))[:, None] * frequencies(dim, base, device)
+    """Cosine and sine (T, dim/2) in fp32 for positions from `start` (RoFormer, arXiv 2104.09864, section 3).
+
+    (B, 1, T, dim/2) where that is (B, 1, 1), a position for each sequence.
+    """
+    position = start + torch.arange(tokens, dtype=torch.float32, device=device)
+    angle = position[..., None] * frequencies(dim, base, device)
     return angle.cos(), angle.sin()
 
 
@@ -33,7 +37,7 @@ def frequencies(dim: int, base: float, device) -> Tensor:
 
 def last(rope: Rope) -> Rope:
     """Of the last position."""
-    return rope[0][-1:], rope[1][-1:]
+    return rope[0][..., -1:, :], rope[1][..., -1:, :]
 
 
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
@@ -86,25 +90,26 @@ def attend(
     """Causal attention of the last T of S positions; query head h uses KV head h // (H/G). Returns (B, H, T, E).
 
     Without values, the keys' first `value_size` columns are them. With `seen`, a number on the device, one token sees
-    the first `seen` of S slots, in a kernel of ours, as one token does on a CPU; else the kernel is torch's. A cache
-    under a technique, which stands for keys and values, attends itself.
+    the first `seen` of S slots, in a kernel of ours, as one token does on a CPU; else the kernel is torch's, also where
+    `seen` says for each sequence which slots its one token sees: booleans (B, 1, 1, S). A cache under a technique,
+    or in blocks, which stands for keys and values, attends itself.
     """
     if not isinstance(k_BGSD, Tensor):
         return k_BGSD.attend(q_BHTD, scale, value_size)
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
     q = q_BHTD.to(k_BGSD.dtype)
-    if seen is not None:
+    if seen is not None and seen.dtype != torch.bool:
         from archs.split_kv import split_kv_attention
 
         out = split_kv_attention(q[:, :, 0], k_BGSD, v_BGSE, seen, scale or D**-0.5, value_size)
         return out[:, :, None].to(q_BHTD.dtype)
     v = k_BGSD[..., :value_size] if v_BGSE is None else v_BGSE
-    if takes_attention(q, k_BGSD, v):
+    if seen is None and takes_attention(q, k_BGSD, v):
         return split_kv(q, k_BGSD, v, scale or D**-0.5).to(q_BHTD.dtype)
     v = k_BGSD if v_BGSE is None else v_BGSE  # the columns too many are cut off: equal sizes keep the fast kernels
     if T == 1:
-        out = sdpa(q.reshape(B, G, H // G, D), k_BGSD, v, scale=scale).reshape(B, H, 1, -1)
+        out = sdpa(q.reshape(B, G, H // G, D), k_BGSD, v, attn_mask=seen, scale=scale).reshape(B, H, 1, -1)
     else:
         mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         out = sdpa(q, k_BGSD, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=H != G)

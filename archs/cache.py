@@ -104,6 +104,9 @@ class Cache:
         storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in _tensors(self.parts))}
         return sum(storages.values())
 
+    def announce(self, tokens_BT: Tensor) -> None:
+        """The ids of the tokens whose keys and values come next."""
+
     def advance(self, tokens: int) -> None:
         """So many more are in all parts."""
         self.length += tokens

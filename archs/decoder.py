@@ -150,7 +150,8 @@ class Decoder(nn.Module):
 
     An attention layer is called as `layer(x_BTW, rope)` for training. To append T tokens to its part of the cache it is
     called as `layer(x_BTW, rope, part, start, only_last)`: from position `start` on (a tensor: one token, at a place
-    that only the device knows), returning the last position alone with `only_last`. A projection named `out` ends it.
+    that only the device knows, or at one for each sequence (B, 1, 1)), returning the last position alone with
+    `only_last`. A projection named `out` ends it.
     """
 
     Options: ClassVar[type] = Options
@@ -192,6 +193,7 @@ class Decoder(nn.Module):
         """
         B, T = tokens_BT.shape
         cache.check_room(B, T)
+        cache.announce(tokens_BT)
         rows = max(1, AT_ONCE.get(tokens_BT.device.type, 2**17) // T)
         if rows >= B or not cache.static:
             logits_BV = self.append(tokens_BT, cache, cache.length)

@@ -63,7 +63,8 @@ class LatentAttention(nn.Module):
         q_nope_BHTN, q_rope_BHTP = q_BHTX.split((o.nope_dim, o.rope_dim), dim=-1)
         q_rope_BHTP = rotate(q_rope_BHTP, q_rope)
         latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.kv_rank, o.rope_dim), dim=-1)
-        kept_B1SX = torch.cat((self.kv_norm(latent_BTR), rotate(k_rope_BTP, rope).to(latent_BTR.dtype)), -1)[:, None]
+        latent_B1TR, k_rope_B1TP = self.kv_norm(latent_BTR)[:, None], rotate(k_rope_BTP[:, None], rope)
+        kept_B1SX = torch.cat((latent_B1TR, k_rope_B1TP.to(latent_BTR.dtype)), -1)
         queries, seen = (q_nope_BHTN, q_rope_BHTP), None
         if cache:
             (kept_B1SX,), seen = cache.append(start, kept_B1SX)

@@ -63,12 +63,14 @@ def qualities(loss: dict, path: str = "") -> Iterator[tuple[str, float]]:
 def _comparison(
     values: dict[str, dict[int, float]], metric: str, label: str, baseline: str, level: float
 ) -> dict | None:
-    seeds = sorted(values.get(label, {}).keys() & values.get(baseline, {}).keys())
-    if not seeds:
-        return None
-    differences = [values[label][seed] - values[baseline][seed] for seed in seeds]
-    what = {"label": label, "baseline": baseline, "metric": metric, "seeds": seeds}
-    return what | mean_and_interval(differences, level)
+    found = paired(values.get(label, {}), values.get(baseline, {}), level)
+    return {"label": label, "baseline": baseline, "metric": metric} | found if found else None
+
+
+def paired(own: dict[int, float], base: dict[int, float], level: float) -> dict:
+    """The part of a COMPARISON that follows from the values of each seed, over those that both have; {} without any."""
+    seeds = sorted(own.keys() & base.keys())
+    return {"seeds": seeds} | mean_and_interval([own[seed] - base[seed] for seed in seeds], level) if seeds else {}
 
 
 def gap_changes(records: Sequence[dict], level: float = 0.95) -> list[dict]:

@@ -16,9 +16,10 @@ from filelock import Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from archs import Decoder, build
+from archs.techniques.dmc import DMC, merging
 from eval.speed import measure_roof
 from eval.subject import Subject
-from train.checkpoints import newest_whole
+from train.checkpoints import trained_weights
 from train.files import describe_machine, is_evaluated, lock, read_json, read_record, write_json
 from train.plan import Plan, Run, find_device, resolve_dtype
 from train.progress import StudyProgress, console
@@ -50,7 +51,7 @@ def evaluate_runs(plan: Plan) -> list[str]:
 
 def _evaluate_runs(plan: Plan) -> list[str]:
     device, dtype = find_device(), DTYPES[resolve_dtype(plan.study.eval.dtype)]
-    pending = [run for run in plan.runs() if "train" in read_record(run) and not is_evaluated(run)]
+    pending = [run for run in plan.runs() if is_trained(plan, run) and not is_evaluated(run)]
     once = [module for module in measures() if not getattr(module, "REPEATED", False)]
     repeated = [module for module in measures() if getattr(module, "REPEATED", False)]
     measured: dict[Path, dict] = {run.directory: _first_round(run) for run in pending}
@@ -69,7 +70,8 @@ def _evaluate_runs(plan: Plan) -> list[str]:
                 show = functools.partial(progress.show, f"{number}/{len(pending)} {run.name}", work=0)
                 try:
                     model = load_model(run).to(device)
-                    subject = Subject(model, plan.data, plan.study.eval, dtype, roof, show, known, run.seed)
+                    retrofit = functools.partial(load_retrofit, plan, run)
+                    subject = Subject(model, plan.data, plan.study.eval, dtype, roof, show, known, run.seed, retrofit)
                     for module in [] if turn else once:
                         merge(known, module.measure(subject))
                         progress.done += 1
@@ -93,6 +95,12 @@ def _evaluate_runs(plan: Plan) -> list[str]:
     return failures
 
 
+def is_trained(plan: Plan, run: Run) -> bool:
+    """With all that goes on from it, as far as that can be trained."""
+    further = map(read_record, plan.retrofits(run))
+    return "train" in read_record(run) and all("train" in record or "failed" in record for record in further)
+
+
 def _first_round(run: Run) -> dict:
     """What an interrupted evaluation with the same settings has measured; {} where there was none."""
     found = read_json(run.directory / FIRST_ROUND)
@@ -113,13 +121,22 @@ def merge(record: dict, measured: dict) -> None:
 
 def load_model(run: Run) -> Decoder:
     """The trained model on the CPU, in evaluation mode."""
-    found = newest_whole(run.directory, console.print)
-    if not found or found[1]["seen"]["tokens_seen"] != read_record(run)["train_tokens"]:
-        raise RuntimeError(f"its last checkpoint is missing or damaged; delete {run.directory} to train it again")
-    weights = found[1]["state_dict"]
     model = build(run.variant.arch, **run.variant.options)
+    weights = trained_weights(run)
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     return model.eval()
+
+
+def load_retrofit(plan: Plan, run: Run, dmc: DMC) -> Decoder:
+    """The model that was trained on from a run to merge its cache. ValueError where there is none."""
+    for retrofit in plan.retrofits(run):
+        if retrofit.dmc == dmc:
+            record = read_record(retrofit)
+            if "train" not in record:
+                raise ValueError(f"its training failed: {record.get('failed')}")
+            model = load_model(retrofit)
+            return merging(model) if dmc.merges else model
+    raise ValueError(f"DMC merges keys and values of KV heads, which {run.variant.arch} does not keep")
 
 
 def _log_hyperparameters(run: Run, record: dict) -> None:

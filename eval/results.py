@@ -9,6 +9,7 @@ from typing import Any
 
 from archs import VARIANTS
 from eval.compare import compare, gap_changes
+from eval.equal_bytes import equal_bytes, technique_differences
 from eval.frontier import bytes_for_baseline
 from train.files import is_evaluated, read_json, read_record, write_atomic, write_json
 from train.plan import Plan, Run, matching_tables
@@ -37,6 +38,8 @@ def write_results(name: str, plan: Plan) -> int:
         "comparisons": comparisons,
         "bytes_for_baseline": bytes_for_baseline(records, level),
         "gap_changes": gap_changes(records, level),
+        "techniques": technique_differences(records, level),
+        "equal_bytes": equal_bytes(records, level),
         "details": details,
     }
     path = plan.directory / "results.json"

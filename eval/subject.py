@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from archs import Decoder
+from archs.techniques.dmc import DMC
 from train.batches import IGNORED
 from train.module import token_nats
 from train.mqar import RecallTask
@@ -51,6 +52,7 @@ class Subject:
     show: Callable[[str], None]
     measured: dict = field(default_factory=dict)
     seed: int = 0
+    retrofit: Callable[[DMC], Decoder] | None = None  # the model that was trained on to merge its cache
 
     @cached_property
     @torch.inference_mode()

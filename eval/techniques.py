@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from archs import Decoder
 from archs.techniques import Quantisation, Technique, compressed_cache, from_settings
+from archs.techniques.dmc import DMC
 from train.batches import IGNORED
 from train.module import bits_per_byte, token_nats
+
+TOKENS_AT_ONCE = 32_768  # of all sequences that are decoded together
 
 if TYPE_CHECKING:
     from eval.subject import Subject
@@ -25,7 +29,10 @@ def measure(subject: "Subject") -> dict:
     prompt = subject.model.options.context // 2
     for options in subject.config.technique_settings():
         try:
-            found = under(subject, *from_settings(options, prompt), prompt)
+            technique, quantisation = from_settings(options, prompt)
+            model = subject.retrofit(technique) if isinstance(technique, DMC) else subject.model
+            model = model.to(subject.model.embed.weight.device)
+            found = under(subject, model, technique, quantisation, prompt)
             subject.show(f"{options['technique']}: {found['val_bpb']:.4f} bits per byte")
         except ValueError as e:
             found = {"skipped": str(e)}
@@ -34,13 +41,21 @@ def measure(subject: "Subject") -> dict:
 
 
 @torch.inference_mode()
-def under(subject: "Subject", technique: Technique, quantisation: Quantisation | None, prompt: int) -> dict:
-    model, found = subject.model, subject.predictions
+def under(
+    subject: "Subject", model: Decoder, technique: Technique, quantisation: Quantisation | None, prompt: int
+) -> dict:
+    kinds = torch.from_numpy(subject.data.token_kinds).to(model.embed.weight.device)
     nats, right, nbytes, notes, seconds = 0.0, 0, 0, 0, 0.0
-    rows = max(1, 4096 // found.inputs_NT.shape[1])
-    for inputs, targets in zip(found.inputs_NT.split(rows), found.targets_NT.split(rows), strict=True):
+    context = model.options.context
+    given = subject.predictions.inputs_NT, subject.predictions.targets_NT
+    sequences = min(len(given[0]), -(-subject.config.technique_tokens // context))
+    spread = torch.linspace(0, len(given[0]) - 1, sequences).long()
+    inputs_NT, targets_NT = (x_NT[spread] for x_NT in given)
+    rows = max(1, TOKENS_AT_ONCE // context)
+    for inputs, targets in zip(inputs_NT.split(rows), targets_NT.split(rows), strict=True):
         inputs, wanted = inputs.to(model.embed.weight.device), targets[:, prompt - 1 :].to(model.embed.weight.device)
-        cache = compressed_cache(model, technique, len(inputs), inputs.shape[1], quantisation=quantisation)
+        size = len(inputs), context, subject.dtype
+        cache = compressed_cache(model, technique, *size, quantisation=quantisation, kind_V=kinds)
         logits = [model.prefill(inputs[:, :prompt], cache)]
         start = time.perf_counter()
         logits += [model.decode(token, cache) for token in inputs[:, prompt:].T]
@@ -51,18 +66,17 @@ def under(subject: "Subject", technique: Technique, quantisation: Quantisation |
         nats += token_nats(logits_BTV, wanted).double().sum().item()
         right += ((logits_BTV.argmax(-1) == wanted) & (wanted != IGNORED)).sum().item()
         nbytes, notes = nbytes + cache.nbytes, notes + cache.notes_nbytes
-    wanted_NT = found.targets_NT[:, prompt - 1 :]
+    wanted_NT = targets_NT[:, prompt - 1 :]
     wanted_N = wanted_NT[wanted_NT != IGNORED]
     per_token = subject.data.token_bytes
     text_bytes = len(wanted_N) * per_token if isinstance(per_token, int) else int(per_token[wanted_N].sum())
-    sequences = len(found.inputs_NT)
     return {
         "prompt": prompt,
-        "tokens": found.inputs_NT.shape[1],
+        "tokens": context,
         "val_nats": nats / max(1, len(wanted_N)),
         "val_bpb": bits_per_byte(nats, text_bytes) if text_bytes else math.nan,
         "accuracy": right / max(1, len(wanted_N)),
         "bytes_held": nbytes / sequences,
         "notes_bytes": notes / sequences,
-        "tokens_per_s": sequences * (found.inputs_NT.shape[1] - prompt) / seconds,
+        "tokens_per_s": sequences * (context - prompt) / seconds,
     }

@@ -61,8 +61,16 @@ def draw(directory: Path) -> list[Path]:
     found, matching = [results, *([comparisons] if comparisons else []), *own], tables.matching_tables(study)
     text = tables.to_markdown(*found)
     write("tables/results.md", text)
-    write("tables/matching.md", tables.to_markdown(*matching))
     write("tables/results.tex", tables.to_latex(*found))
+    for name, figure in FIGURES.items():
+        long = figure.long_tables(study)
+        for kind, rendered in (("md", tables.to_markdown), ("tex", tables.to_latex)):
+            if long:
+                write(f"tables/{name}.{kind}", rendered(*long))
+            else:
+                (directory / "tables" / f"{name}.{kind}").unlink(missing_ok=True)
+        found += long
+    write("tables/matching.md", tables.to_markdown(*matching))
     images = {name: directory / "figures" / f"{name}_wide.png" for name in FIGURES if name not in left_out}
     written.append(_tensorboard(directory / "study", images, text))
     page = report.page(study, drawn, left_out, [*found, *matching])

@@ -33,6 +33,7 @@ class Drawing:
     caption: Callable[[Study, Rows], str]
     findings: Callable[[Study], Findings] = lambda study: []  # what this quantity tells, drawn or not
     table: Callable[[Study], Table | None] = lambda study: None
+    long_tables: Callable[[Study], list[Table]] = lambda study: []  # in a file of their own, folded up in the report
 
 
 def named(variant: Variant) -> dict:
@@ -159,12 +160,9 @@ def interval_caption(study: Study, rows: Rows, low: str = "difference_low", bars
         return "No intervals: nothing is compared."
     if not counts:
         return "No intervals: with one seed nothing can be concluded from these differences."
-    levels = sorted({100 * each.level for each in study.differences.values() if each.low is not None})
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    return (
-        f"{bars}: {' / '.join(f'{level:g}' for level in levels)} % intervals (Student, paired by seed, {n}), each by "
-        "itself: of many, some mislead."
-    )
+    levels = " / ".join(f"{level:g}" for level in study.levels)
+    return f"{bars}: {levels} % intervals (Student, paired by seed, {n}), each by itself: of many, some mislead."
 
 
 def difference_findings(study: Study, metric: str, about: str, quality: str, unit: str) -> Findings:

@@ -133,6 +133,12 @@ class Variant:
         return found
 
 
+def spread_evenly(items: list, most: int) -> list:
+    """At most `most` of the items, the first and the last among them."""
+    last = min(len(items), most) - 1
+    return [items[round(index * (len(items) - 1) / last)] for index in range(last + 1)] if last > 0 else items[:1]
+
+
 def without_size(label: str, size: str) -> str:
     return label.removesuffix(f"-{size}") if size else label
 
@@ -171,10 +177,8 @@ class Study:
 
     @property
     def shown_sizes(self) -> dict[str, list[Variant]]:
-        """At most four sizes, spread evenly: what figures with a panel a size have room for."""
-        items = list(self.sizes.items())
-        last = min(len(items), 4) - 1
-        return dict(items[round(index * (len(items) - 1) / last)] for index in range(last + 1)) if last else self.sizes
+        """At most four sizes: what figures with a panel a size have room for."""
+        return dict(spread_evenly(list(self.sizes.items()), 4))
 
     @property
     def largest(self) -> list[Variant]:
@@ -193,6 +197,12 @@ class Study:
         """(label, metric) -> its difference to the baseline; a metric is a path in the record's `loss`."""
         details = [Difference.of(entry) for entry in self.raw.get("details") or []]
         return {(each.label, each.metric): each for each in [*details, *self.comparisons]}
+
+    @cached_property
+    def levels(self) -> list[float]:
+        """Of the intervals, in per cent."""
+        others = [Difference.of(entry) for key in ("techniques", "equal_bytes") for entry in self.raw.get(key) or []]
+        return sorted({100 * each.level for each in [*self.differences.values(), *others] if each.low is not None})
 
     @cached_property
     def gaps(self) -> str:
@@ -227,7 +237,7 @@ def load(directory: Path) -> Study:
     runs = raw.get("runs") if isinstance(raw, dict) else None
     if not isinstance(runs, list):
         raise ResultsError(f'{path}: no list "runs" in it; {again}')
-    for key in ("comparisons", "details", "bytes_for_baseline", "missing"):
+    for key in ("comparisons", "details", "bytes_for_baseline", "missing", "techniques", "equal_bytes"):
         if not _objects(raw.get(key)):
             raise ResultsError(f'{path}: "{key}" is not a list of objects; {again}')
     matching = raw.get("matching") or {}
@@ -238,6 +248,11 @@ def load(directory: Path) -> Study:
     for index, run in enumerate(runs):
         if problem := _problem(run):
             raise ResultsError(f"{path}: runs[{index}] {problem}; {again}")
+    labels = {tidy(run["label"]) for run in runs}
+    for key in ("techniques", "equal_bytes"):
+        for index, entry in enumerate(raw.get(key) or []):
+            if problem := _technique_problem(entry, labels, key == "equal_bytes"):
+                raise ResultsError(f"{path}: {key}[{index}] {problem}; {again}")
     study_wide = {"corpus_fingerprint": dig(raw, "corpus.fingerprint"), "match": raw.get("match"), "tokenizer": None}
     for key, value in study_wide.items():
         values = {json.dumps(each, sort_keys=True): None for each in (*(run.get(key) for run in runs), value) if each}
@@ -297,6 +312,23 @@ def _problem(run) -> str | None:
             return f'has a "loss.{key}" whose keys are not counts'
     if not (_objects(run.get("decode")) and _objects(run.get("curve"))):
         return 'has a "decode" or "curve" that is not a list of objects'
+    return None
+
+
+def _technique_problem(entry: dict, labels: set[str], at_equal_bytes: bool) -> str | None:
+    for key in ("label", "baseline") if at_equal_bytes else ("label",):
+        if tidy(entry.get(key)) not in labels:
+            return f'has a "{key}" that is none of the runs\''
+    settings = entry.get("settings")
+    if not (isinstance(settings, dict) and isinstance(settings.get("technique"), str) and settings["technique"]):
+        return 'has no "settings" that name a "technique"'
+    if "skipped" in entry and not at_equal_bytes:
+        return None
+    if entry.get("metric") not in ("val_bpb", "accuracy"):
+        return 'has a "metric" that is neither val_bpb nor accuracy'
+    for key in ("bytes_held", *(["baseline_bytes", "mean", "mean_diff"] if at_equal_bytes else [])):
+        if number(entry.get(key)) is None:
+            return f'has no number "{key}"'
     return None
 
 

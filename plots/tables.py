@@ -9,6 +9,7 @@ from plots.style import bytes_text
 MISSING = "–"  # noqa: RUF001  an en dash, what papers print for "not measured"
 NOT_BOUND = "†"
 TUNED = "‡"
+NOT_FINITE = "§"
 LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -21,6 +22,7 @@ LATEX = {
     MISSING: "--",
     NOT_BOUND: r"$^{\dagger}$",
     TUNED: r"$^{\ddagger}$",
+    NOT_FINITE: r"\textsuperscript{\S}",
 } | {sign: "\\" + sign for sign in "$&#_%"}
 MARKDOWN = {sign: "\\" + sign for sign in "\\`*_[]"} | {sign: f"&#{ord(sign)};" for sign in "<>&|~$"}
 
@@ -32,6 +34,7 @@ class Table:
     align: str  # one letter a column, l or r
     notes: list[str]
     title: str = ""
+    folded: bool = False  # in the report, until it is opened
 
 
 def latex(text: str) -> str:
@@ -200,7 +203,7 @@ def to_markdown(*tables: Table) -> str:
 def to_latex(*tables: Table) -> str:
     lines = [r"% \usepackage{booktabs} in the preamble, then \input this file inside a table or table* environment."]
     for index, table in enumerate(tables):
-        marks = {NOT_BOUND: "dagger:", TUNED: "ddagger:"}
+        marks = {NOT_BOUND: "dagger:", TUNED: "ddagger:", NOT_FINITE: "section sign:"}
         notes = ["".join(marks.get(sign, sign) for sign in note) for note in [table.title, *table.notes] if note]
         lines += ["", r"\bigskip", ""] if index else []
         lines += [

@@ -10,12 +10,16 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from train.files import write_atomic
+from train.files import read_record, write_atomic
+from train.progress import console
+
+if TYPE_CHECKING:
+    from train.plan import Run
 
 KEPT = 2
 
@@ -45,6 +49,14 @@ def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, d
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
             say(f"{path} is damaged and not used: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     return None
+
+
+def trained_weights(run: "Run") -> dict[str, torch.Tensor]:
+    """Those of its LanguageModel at the end of its training. RuntimeError where they are missing."""
+    found = newest_whole(run.directory, console.print)
+    if not found or found[1]["seen"]["tokens_seen"] != read_record(run).get("train_tokens"):
+        raise RuntimeError(f"its last checkpoint is missing or damaged; delete {run.directory} to train it again")
+    return found[1]["state_dict"]
 
 
 def _digest(content: BinaryIO) -> str:

@@ -35,6 +35,7 @@ class RecallTask:
             )
         self.pairs, self.n_vocab = sorted(pairs), vocab_size
         self.token_bytes = ((vocab_size - 1).bit_length() + 7) // 8
+        self.token_kinds = np.zeros(vocab_size, dtype=np.uint8)  # no token is special
 
     @property
     def facts(self) -> dict:

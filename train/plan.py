@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 
+from archs import VARIANTS
+from archs.grouped import Grouped
+from archs.techniques import from_settings
+from archs.techniques.dmc import DMC
 from train.errors import InputError
 from train.files import is_finished, read_json, read_record
 from train.matching import FREE, RULES, matched, on_meta
@@ -64,7 +68,14 @@ class Run:
     eval_key: str  # of that and of what is measured
     directory: Path
     name: str
-    tunes: bool  # a learning rate; such a run is not evaluated
+    tunes: bool = False  # a learning rate
+    of: "Run | None" = None  # what it goes on from, so that its cache merges
+    dmc: DMC | None = None  # as this says
+
+    @property
+    def compared(self) -> bool:
+        """Whether it is one of those that the study is about, and is evaluated."""
+        return not (self.tunes or self.dmc)
 
     def settings(self) -> dict:
         """What a record says of the run before anything is measured."""
@@ -83,7 +94,12 @@ class Plan:
         self.study, self.data, self.directory = study, data, directory
         self.variants = resolve_variants(study, data.n_vocab)
         tuned = {"train.tuning_tokens": study.train.tuning_tokens or study.train.batch_tokens}
-        _check_budget(study, data, tuned | {"train.tokens": min(variant.tokens for variant in self.variants)})
+        techniques = [from_settings(s, study.model["context"] // 2)[0] for s in study.eval.technique_settings()]
+        self.retrofitted = list(dict.fromkeys(t for t in techniques if isinstance(t, DMC)))
+        shortest = {"train.tokens": min(variant.tokens for variant in self.variants)}
+        if self.retrofitted:
+            shortest["eval.techniques: dmc: train_tokens"] = min(dmc.train_tokens for dmc in self.retrofitted)
+        _check_budget(study, data, tuned | shortest)
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
 
     def runs(self) -> list[Run]:
@@ -95,21 +111,35 @@ class Plan:
         """The tuning runs that are done or next, rates within variants."""
         return [self._tuning_run(variant, rate) for variant in self.variants for rate in self._rates(variant)]
 
+    def retrofits(self, run: Run) -> list[Run]:
+        """What goes on from a run to be evaluated with it, for each DMC technique of the study."""
+        if not issubclass(VARIANTS[run.variant.arch], Grouped):
+            return []
+        return [self._retrofit(run, dmc) for dmc in self.retrofitted]
+
     def known_runs(self) -> list[Run]:
         """All that can be named so far."""
-        return [*self.tuning_runs(), *self.runs()]
+        runs = self.runs()
+        return [*self.tuning_runs(), *runs, *(retrofit for run in runs for retrofit in self.retrofits(run))]
 
     def ready(self) -> list[Run]:
         """What can be trained now and is not: rates first, then a whole seed after the other, so that a study that is
         stopped has complete pairs. More may follow as records appear."""
-        runs = [self.run(variant, seed) for seed in self.study.seeds for variant in self.variants]
-        return [run for run in [*self.tuning_runs(), *runs] if run is not None and not is_finished(run)]
+        seeds = [self.run(variant, seed) for seed in self.study.seeds for variant in self.variants]
+        runs = [run for run in seeds if run is not None]
+        retrofits = [retrofit for run in runs if is_finished(run) for retrofit in self.retrofits(run)]
+        return [run for run in [*self.tuning_runs(), *runs, *retrofits] if not is_finished(run)]
 
     def left(self) -> list[Variant]:
         """The variant of each run that is still to train, as far as can be said before the rates are known."""
         rates = [self._short(v) for v in self.variants for rate in self.rates or () if rate not in self._losses(v)]
         runs = [(v, self.run(v, seed)) for v in self.variants for seed in self.study.seeds]
-        return rates + [v for v, run in runs if run is None or not is_finished(run)]
+        further = [retrofit for _, run in runs if run is not None for retrofit in self.retrofits(run)]
+        return [
+            *rates,
+            *(v for v, run in runs if run is None or not is_finished(run)),
+            *(retrofit.variant for retrofit in further if not is_finished(retrofit)),
+        ]
 
     def failures(self) -> list[str]:
         """A line for each run that failed, and for each variant without a learning rate."""
@@ -180,6 +210,20 @@ class Plan:
     def _tuned(self, variant: Variant) -> float | None:
         return None if self._next_rate(variant) is not None else best_rate(self._losses(variant))
 
+    def _retrofit(self, run: Run, dmc: DMC) -> Run:
+        shape = f"dmc-{dmc.budget:g}-tokens-{dmc.train_tokens}-lr-{dmc.lr:g}"
+        return dataclasses.replace(
+            run,
+            variant=dataclasses.replace(run.variant, tokens=dmc.train_tokens),
+            lr=dmc.lr,
+            tuning=None,
+            key=content_key([run.key, dataclasses.asdict(dmc)]),
+            directory=self.directory / "retrofits" / run.variant.label / f"seed-{run.seed}" / shape,
+            name=f"{run.name} {shape}",
+            of=run,
+            dmc=dmc,
+        )
+
     # Keys
 
     def _run(
@@ -246,7 +290,8 @@ def result_settings(config: TrainConfig) -> dict[str, Any]:
 def settings(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> dict:
     """config.json: what decides the run's result, and names it."""
     train = result_settings(config) | {"lr": run.lr, "tokens": run.variant.tokens}
-    return run.settings() | {"train": train, "corpus": data.facts}
+    retrofit = {"retrofit": dataclasses.asdict(run.dmc) | {"of": run.of.key}} if run.dmc else {}
+    return run.settings() | {"train": train, "corpus": data.facts} | retrofit
 
 
 def stale_because(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> str:

@@ -29,7 +29,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from train.checkpoints import DurableCheckpoints, checkpoint_path, checkpoints, newest_whole
+from train.checkpoints import DurableCheckpoints, checkpoint_path, checkpoints, newest_whole, trained_weights
 from train.data import TextData
 from train.errors import InputError, Interrupted
 from train.files import (
@@ -46,6 +46,7 @@ from train.module import LanguageModel
 from train.mqar import RecallTask
 from train.plan import Plan, Run, failure, find_device, settings, stale_because, step_counts
 from train.progress import StudyProgress
+from train.retrofit import Retrofit
 from train.status import PLAN, read_plan
 from train.study import TrainConfig
 from train.tokens import TokenSet
@@ -199,17 +200,7 @@ def train_run(
     found = prepare_directory(run, config, data, progress.say) if writes else find_checkpoint(run)
     checkpoint, tokens_done = (found[0], found[1]["seen"]["tokens_seen"]) if found else (None, 0)
     steps, val_every = step_counts(run.variant.tokens, config)
-    module = LanguageModel(
-        run.variant.arch,
-        run.variant.options,
-        tokens=steps * config.batch_tokens,
-        lr=run.lr,
-        warmup_tokens=config.warmup_tokens,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        seed=run.seed,
-        pieces=pieces,
-    )
+    module = make_module(run, config, steps * config.batch_tokens, pieces)
     context = run.variant.options["context"]
     loggers = []
     if writes:
@@ -266,6 +257,22 @@ def train_run(
     )
     if keep_going.signum:  # it came at the last step
         raise Interrupted(keep_going.signum)
+
+
+def make_module(run: Run, config: TrainConfig, tokens: int, pieces: int) -> LanguageModel:
+    """With first weights, or those of the run that it goes on from. RuntimeError where these are missing."""
+    recipe = {"tokens": tokens, "lr": run.lr, "warmup_tokens": config.warmup_tokens, "seed": run.seed, "pieces": pieces}
+    recipe |= {"weight_decay": config.weight_decay, "clip": config.clip}
+    arch, options = run.variant.arch, run.variant.options
+    if not run.dmc:
+        return LanguageModel(arch, options, **recipe)
+    recipe["warmup_tokens"] = tokens // 20
+    merges = run.dmc.merges
+    module = (
+        Retrofit(arch, options, budget=run.dmc.budget, **recipe) if merges else LanguageModel(arch, options, **recipe)
+    )
+    module.load_state_dict(trained_weights(run.of))
+    return module
 
 
 def make_trainer(**arguments: Any) -> L.Trainer:

@@ -26,7 +26,7 @@ def write_plan(study: str, study_file: Path, plan: "Plan") -> None:
             "name": run.name,
             "directory": run.directory.relative_to(plan.directory).as_posix(),
             "key": run.key,
-            "eval_key": None if run.tunes else run.eval_key,
+            "eval_key": run.eval_key if run.compared else None,
             "steps": step_counts(run.variant.tokens, plan.study.train)[0],
         }
         because = stale_because(run, plan.study.train, plan.data)
@@ -64,7 +64,7 @@ def _state(directory: Path, run: dict, batch_tokens: int) -> str:
     if record.get("key") == run["key"]:
         if "failed" in record:
             return f"failed: {record['failed']}"
-        done = run["eval_key"] in (None, record.get("eval_key"))  # what tunes a rate is not evaluated
+        done = run["eval_key"] in (None, record.get("eval_key"))  # of runs that are not compared
         return "done" if done else "trained, not evaluated"
     if read_json(folder / "config.json").get("key") != run["key"]:
         return f"stale: {run['stale']}" if "stale" in run else "missing"

@@ -75,6 +75,7 @@ class EvalConfig:
     decode: DecodeConfig
     dtype: Literal["auto", "bf16", "fp32"]
     level: float
+    technique_tokens: int  # of held-out text for each technique
     techniques: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # on the trained model's cache
 
     def technique_settings(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import string
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,18 @@ def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     for token in encoding.token_byte_values():
         sizes[encoding.encode_single_token(token)] = len(token)
     return sizes
+
+
+def token_kinds(encoding: tiktoken.Encoding) -> np.ndarray:
+    """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation, blanks around it or not, 0 for all others."""
+    kinds = np.zeros(encoding.n_vocab, dtype=np.uint8)
+    for token in encoding.token_byte_values():
+        said = token.strip()
+        kinds[encoding.encode_single_token(token)] = 2 * (
+            said != b"" and all(chr(c) in string.punctuation for c in said)
+        )
+    kinds[list(encoding._special_tokens.values())] = 1
+    return kinds
 
 
 def pieces(text: str) -> list[str]:

@@ -22,7 +22,7 @@ import tiktoken
 
 from train.corpus import Corpus
 from train.errors import InputError
-from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes
+from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes, token_kinds
 
 if TYPE_CHECKING:
     from train.batches import TrainingBatches, ValidationBatches
@@ -50,6 +50,11 @@ class TokenSet:
     def token_bytes(self) -> np.ndarray:
         """int64 (n_vocab,): bytes of text that each token stands for, the end of text 0."""
         return token_bytes(self.tokenizer)
+
+    @cached_property
+    def token_kinds(self) -> np.ndarray:
+        """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation, 0 for others."""
+        return token_kinds(self.tokenizer)
 
     def check(self, context: int) -> None:
         """InputError where a split has not even one sequence of `context` tokens."""

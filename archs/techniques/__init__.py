@@ -14,6 +14,8 @@ import torch
 
 from archs.cache import FullCache, with_tensors
 from archs.decoder import Decoder
+from archs.techniques.dmc import DMC, MergedSlots, MergingAttention
+from archs.techniques.fastgen import FastGen
 from archs.techniques.heavy import H2O, VATP
 from archs.techniques.norm import L2Norm
 from archs.techniques.quantised import Quantisation, QuantisedSlots
@@ -29,6 +31,8 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "vatp": VATP,
     "snapkv": SnapKV,
     "l2-norm": L2Norm,
+    "fastgen": FastGen,
+    "dmc": DMC,
 }
 
 
@@ -59,9 +63,11 @@ def compressed_cache(
     max_tokens: int,
     dtype: torch.dtype | None = None,
     quantisation: Quantisation | None = None,
+    kind_V: torch.Tensor | None = None,
 ) -> CompressedCache:
     """An empty cache of `model` under a technique; `max_tokens` is what a sequence may grow to, and holds nothing back.
-    With `quantisation` what is kept is packed.
+    With `quantisation` what is kept is packed. `kind_V`: which tokens of the vocabulary are special (1) or punctuation
+    (2), uint8, for FastGen.
 
     What does not grow with the context (windows, recurrent states) stays as it is. ValueError where the technique has
     to see the attention of every prompt token and the model does not compute it.
@@ -71,13 +77,19 @@ def compressed_cache(
             f"{type(technique).__name__} looks at the attention of every prompt token, and {type(model).__name__} "
             "computes the last one's alone (early exit); techniques that look at none work there"
         )
+    merges = isinstance(model.blocks[0].attention, MergingAttention)
+    if merges != (isinstance(technique, DMC) and technique.merges):
+        raise ValueError("DMC works on models that were trained to merge, which no other technique does")
+    if merges and quantisation:
+        raise ValueError("a cache that merges can't be quantised: what is merged into changes with each token")
     weight, o = model.embed.weight, model.options
     with torch.inference_mode(False):
         parts = model.new_parts(batch_size, max_tokens, dtype or weight.dtype, "meta")
         for n, part in enumerate(parts):
             if isinstance(part, FullCache):
                 what = technique, n, part, (o.rotary_dim, o.rope_base), weight.device
-                parts[n] = QuantisedSlots(quantisation, *what) if quantisation else Slots(*what)
+                kind = MergedSlots if merges else Slots
+                parts[n] = QuantisedSlots(quantisation, *what) if quantisation else kind(*what)
             else:
                 parts[n] = with_tensors(part, lambda t: torch.zeros_like(t, device=weight.device))
-    return CompressedCache(technique, parts, batch_size, max_tokens)
+    return CompressedCache(technique, parts, batch_size, max_tokens, kind_V)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from archs.techniques.slots import Slots, grown
+from archs.techniques.slots import Slots, counted, flat, grown
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class QuantisedSlots(Slots):
         return both
 
     def store(self, new: list[Tensor], T: int) -> None:
-        full_O = torch.bincount(self.owner_N[~self.packed_N], minlength=len(self.count_O))
+        full_O = counted(~self.packed_N, self.count_O)
         self.streams = [grown(s, full_O, n, T) for s, n in zip(self.streams, new, strict=True)]
         self.packed_N = grown(self.packed_N, self.count_O, torch.zeros(len(new[0]), dtype=torch.bool), T)
 
@@ -89,27 +89,23 @@ class QuantisedSlots(Slots):
     def evict(self, prompt: bool) -> None:
         """What the technique lets go of, and then packs what has become old: whole groups of each owner's oldest."""
         super().evict(prompt)
-        q, owner_N = self.quantisation, self.owner_N
-        full_N = ~self.packed_N
-        full_O = torch.bincount(owner_N[full_N], minlength=len(self.count_O))
+        q, full_N = self.quantisation, ~self.packed_N
+        full_O = counted(full_N, self.count_O)
         packs_O = (full_O - q.residual).clamp(min=0) // q.group * q.group
-        starts_O = full_O.cumsum(0) - full_O
-        rank = torch.arange(len(self.streams[0]), device=owner_N.device) - starts_O[owner_N[full_N]]
-        now = rank < packs_O[owner_N[full_N]]  # of the slots in full precision
-        if not now.any():
+        if not packs_O.any():
             return
+        oldest = torch.arange(int(full_O.max()), device=full_O.device) < packs_O[:, None]
+        now = flat(oldest, full_O)  # of the slots in full precision
         rows = [stream[now] for stream in self.streams]
         key_codes, *key_scales = quantise(rows[0].view(-1, q.group, rows[0].shape[1]), 1, q.bits)
         new = [pack(key_codes.flatten(0, 1), q.bits)]
         new_scales = []
         for values in rows[1:]:
-            padded = torch.nn.functional.pad(values, (0, -values.shape[1] % q.group), mode="replicate")
-            codes, *scales = quantise(padded.view(len(values), -1, q.group), 2, q.bits)
+            whole = torch.nn.functional.pad(values, (0, -values.shape[1] % q.group), mode="replicate")
+            codes, *scales = quantise(whole.view(len(values), -1, q.group), 2, q.bits)
             new.append(pack(codes.flatten(1)[:, : values.shape[1]], q.bits))
             new_scales += [scale[:, :, 0] for scale in scales]
-        groups = torch.arange(len(key_codes), device=owner_N.device).repeat_interleave(q.group) + len(
-            self.key_scales[0]
-        )
+        groups = torch.arange(len(key_codes), device=full_O.device).repeat_interleave(q.group) + len(self.key_scales[0])
         before = self.packed_N.clone()
         self.packed_N[full_N.nonzero()[now, 0]] = True
         was = before[self.packed_N]  # of the packed slots, in their order

@@ -27,14 +27,22 @@ class CompressedCache(Cache):
 
     static = False
 
-    def __init__(self, technique: "Technique", parts: list, batch_size: int, max_tokens: int):
+    def __init__(
+        self, technique: "Technique", parts: list, batch_size: int, max_tokens: int, kind_V: Tensor | None = None
+    ):
         super().__init__(parts, batch_size, max_tokens)
         self.whole_prompt = technique.observes
+        self.kind_V = kind_V
 
     def reset(self) -> None:
         for slots in self.slots:
             slots.keep(torch.zeros_like(slots.position_N, dtype=torch.bool))
         super().reset()
+
+    def announce(self, tokens_BT: Tensor) -> None:
+        if self.kind_V is not None:
+            for slots in self.slots:
+                slots.coming_BT = self.kind_V[tokens_BT]
 
     def advance(self, tokens: int) -> None:
         for slots in self.slots:
@@ -52,7 +60,7 @@ class CompressedCache(Cache):
 
     @property
     def notes_nbytes(self) -> int:
-        """Bytes of positions, owners and scores."""
+        """Bytes of positions, kinds of tokens, counts and scores."""
         return sum(slots.notes_nbytes for slots in self.slots)
 
 
@@ -68,6 +76,9 @@ class Slots:
         self.count_O = torch.zeros(owners, dtype=torch.long, device=device)
         self.position_N = torch.zeros(0, dtype=torch.int32, device=device)
         self.score_N = torch.zeros(0, dtype=torch.float32, device=device)
+        self.kind_N = torch.zeros(0, dtype=torch.uint8, device=device)
+        self.coming_BT: Tensor | None = None  # kinds of the tokens that are appended next; None: all 0
+        self.policy_O = torch.zeros_like(self.count_O)
         self.length = 0  # tokens seen
 
     @property
@@ -84,7 +95,8 @@ class Slots:
 
     @property
     def notes_nbytes(self) -> int:
-        return self.position_N.nbytes + self.score_N.nbytes + self.count_O.nbytes
+        notes = self.position_N, self.score_N, self.kind_N, self.count_O, self.policy_O, self.coming_BT
+        return sum(note.nbytes for note in notes if note is not None)
 
     # As a part of a cache
 
@@ -98,6 +110,9 @@ class Slots:
         positions_T = torch.arange(start, start + T, device=device)
         self.position_N = grown(self.position_N, self.count_O, positions_T.repeat(owners), T)
         self.score_N = grown(self.score_N, self.count_O, torch.zeros(owners * T, device=device), T)
+        kind_BT = torch.zeros_like(positions_T, dtype=torch.uint8) if self.coming_BT is None else self.coming_BT
+        kind_OT = kind_BT.expand(owners // self.kv_heads, T).repeat_interleave(self.kv_heads, 0)
+        self.kind_N = grown(self.kind_N, self.count_O, kind_OT.flatten(), T)
         self.count_O, self.length = self.count_O + T, start + T
         return [self] * len(new_BGTD), None
 
@@ -111,10 +126,11 @@ class Slots:
 
     def keep(self, keep_N: Tensor) -> None:
         """Frees the other slots."""
-        owner_N = self.owner_N
         self.free(keep_N)
-        self.position_N, self.score_N = self.position_N[keep_N], self.score_N[keep_N]
-        self.count_O = torch.bincount(owner_N[keep_N], minlength=len(self.count_O))
+        self.position_N, self.score_N, self.kind_N = (
+            note[keep_N] for note in (self.position_N, self.score_N, self.kind_N)
+        )
+        self.count_O = counted(keep_N, self.count_O)
 
     def evict(self, prompt: bool) -> None:
         keep_N = self.technique.keep(self, prompt)
@@ -131,21 +147,20 @@ class Slots:
             held = [self.keys_ND] + ([self.values_NE()] if len(self.streams) > 1 else [])
             k, *v = (stream.view(B, self.kv_heads, T, -1) for stream in held)
             if self.technique.observes:
-                self.technique.see_prompt(self, self._prompt_weights(q_BHTD, k, scale))
+                self.technique.see_prompt(self, PromptWeights(q_BHTD, k, scale))
             return attend(q_BHTD, k, v[0] if v else None, scale, value_size=value_size)
         q_ORD = q_BHTD[:, :, -1].reshape(B * self.kv_heads, H // self.kv_heads, D).to(self.keys_ND.dtype)
-        q_ORD, keys_ND = self.technique.place(self, q_ORD)
-        owner_N, values_NE = self.owner_N, self.values_NE(value_size)
-        score_NR = torch.einsum("nrd,nd->nr", q_ORD[owner_N], keys_ND).float() * scale
-        of_owner = owner_N[:, None].expand_as(score_NR)
-        top_OR = score_NR.new_full(q_ORD.shape[:2], -torch.inf).scatter_reduce(0, of_owner, score_NR, "amax")
-        weight_NR = (score_NR - top_OR[owner_N]).exp()
-        weight_NR = weight_NR / torch.zeros_like(top_OR).index_add(0, owner_N, weight_NR)[owner_N]
+        q_ORD, keys_ND = self.place(q_ORD)
+        k_OSD, v_OSE = (padded(rows, self.count_O) for rows in (keys_ND, self.values_NE(value_size)))
+        score_ORS = (q_ORD @ k_OSD.mT).float() * scale
+        weight_ORS = score_ORS.masked_fill(~filled(self.count_O)[:, None], -torch.inf).softmax(-1)
         if self.technique.observes:
-            self.technique.see(self, weight_NR)
-        out_ORE = values_NE.new_zeros((*top_OR.shape, values_NE.shape[-1]), dtype=torch.float32)
-        out_ORE.index_add_(0, owner_N, weight_NR[:, :, None] * values_NE[:, None].float())
-        return out_ORE.reshape(B, H, 1, -1).to(q_BHTD.dtype)
+            self.technique.see(self, flat(weight_ORS.mT, self.count_O))
+        return (weight_ORS @ v_OSE.float()).reshape(B, H, 1, -1).to(q_BHTD.dtype)
+
+    def place(self, q_ORD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they meet."""
+        return self.technique.place(self, q_ORD)
 
     def turned(self, x: Tensor, steps: Tensor) -> Tensor:
         """Keys or queries (..., D), moved on by so many positions (...)."""
@@ -154,23 +169,58 @@ class Slots:
         angle = steps[..., None] * frequencies(size, base, x.device)
         return torch.cat((still, rotate(turning, (angle.cos(), angle.sin()))), dim=-1)
 
-    def _prompt_weights(self, q_BHTD: Tensor, k_BGSD: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
-        """(position of the first query, weights (B, G, R, queries, S)), some queries at a time."""
-        B, H, T, _ = q_BHTD.shape
-        q = q_BHTD.to(k_BGSD.dtype).view(B, self.kv_heads, H // self.kv_heads, T, -1)
-        for first in range(0, T, QUERIES_AT_ONCE):
-            score = (
-                torch.einsum("bgrtd,bgsd->bgrts", q[:, :, :, first : first + QUERIES_AT_ONCE], k_BGSD).float() * scale
-            )
+
+class PromptWeights:
+    """What queries (B, H, T, D) of a prompt give its keys (B, G, T, D): again and again, some queries at a time,
+    (position of the first, weights (B, G, R, queries, S))."""
+
+    def __init__(self, q_BHTD: Tensor, k_BGSD: Tensor, scale: float):
+        B, H, T, D = q_BHTD.shape
+        G = k_BGSD.shape[1]
+        self.q_BGRTD, self.k_BGSD, self.scale = q_BHTD.to(k_BGSD.dtype).view(B, G, H // G, T, D), k_BGSD, scale
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, self.k_BGSD.shape[2], QUERIES_AT_ONCE):
+            q_BGRTD = self.q_BGRTD[:, :, :, first : first + QUERIES_AT_ONCE]
+            score = torch.einsum("bgrtd,bgsd->bgrts", q_BGRTD, self.k_BGSD).float() * self.scale
             future = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1 + first)
             yield first, score.masked_fill(future, -torch.inf).softmax(-1)
 
 
+def padded(rows: Tensor, count_O: Tensor) -> Tensor:
+    """Rows (N, ...) of owners, `count_O` each, as (O, S, ...), filled up with other rows; a view where all have as
+    many."""
+    S = int(count_O.max())
+    if len(rows) == len(count_O) * S:
+        return rows.unflatten(0, (len(count_O), S))
+    starts_O = count_O.cumsum(0) - count_O
+    places_OS = starts_O[:, None] + torch.arange(S, device=rows.device)
+    return rows[places_OS.clamp(max=len(rows) - 1)]
+
+
+def flat(padded_OS: Tensor, count_O: Tensor) -> Tensor:
+    """What `padded` was given."""
+    rows, filled_OS = padded_OS.flatten(0, 1), filled(count_O)
+    return rows if int(count_O.sum()) == len(rows) else rows[filled_OS.flatten().nonzero()[:, 0]]
+
+
+def filled(count_O: Tensor) -> Tensor:
+    """Bool (O, S): what is not padding."""
+    return torch.arange(int(count_O.max()), device=count_O.device) < count_O[:, None]
+
+
+def counted(mask_N: Tensor, count_O: Tensor) -> Tensor:
+    """How many of each owner's rows the mask has, (O,)."""
+    return (padded(mask_N, count_O) & filled(count_O)).sum(1)
+
+
 def grown(held: Tensor, count_O: Tensor, new: Tensor, T: int) -> Tensor:
     """Rows of owners, `count_O` each, with T new ones at the end of each owner's."""
-    both = held.new_empty((len(held) + len(new), *held.shape[1:]))
-    owner = torch.repeat_interleave(torch.arange(len(count_O), device=count_O.device), count_O)
-    both[torch.arange(len(held), device=held.device) + owner * T] = held
-    ends_O = (count_O + T).cumsum(0)
-    both[(ends_O[:, None] - T + torch.arange(T, device=held.device)).flatten()] = new.to(held.dtype)
+    new_OT = new.to(held.dtype).unflatten(0, (len(count_O), T))
+    if len(held) == len(count_O) * int(count_O.max()):
+        return torch.cat((padded(held, count_O), new_OT), 1).flatten(0, 1)
+    both, ends_O = held.new_empty(len(held) + len(new), *held.shape[1:]), (count_O + T).cumsum(0)
+    places = (ends_O[:, None] - T + torch.arange(T, device=held.device)).flatten()
+    old = torch.ones(len(both), dtype=torch.bool, device=held.device).index_fill(0, places, False)
+    both[old.nonzero()[:, 0]], both[places] = held, new_OT.flatten(0, 1)
     return both

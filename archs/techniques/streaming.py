@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from archs.techniques.slots import flat
 from archs.techniques.technique import Technique
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class StreamingLLM(Technique):
         return torch.where(slots.position_N < self.sinks, slots.length, slots.position_N)
 
     def place(self, slots: "Slots", q_ORD: Tensor) -> tuple[Tensor, Tensor]:
-        starts_O = slots.count_O.cumsum(0) - slots.count_O
-        within_N = torch.arange(len(slots.position_N), device=starts_O.device) - starts_O[slots.owner_N]
+        most = torch.arange(int(slots.count_O.max()), device=q_ORD.device)
+        within_N = flat(most.expand(len(slots.count_O), -1), slots.count_O)
         moved_O = slots.count_O - slots.length  # of the query, which is the last token
         return slots.turned(q_ORD, moved_O[:, None]), slots.turned(slots.keys_ND, within_N - slots.position_N)

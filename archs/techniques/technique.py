@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from archs.techniques.slots import filled, flat, padded
+
 if TYPE_CHECKING:
     from archs.techniques.slots import Slots
 
@@ -36,7 +38,7 @@ class Technique:
 
     def capacity(self, tokens: int) -> int:
         """Slots of one KV head; a share is of the tokens seen so far."""
-        return max(1, math.ceil(self.budget * tokens - 1e-9)) if isinstance(self.budget, float) else self.budget
+        return share(self.budget, tokens) if isinstance(self.budget, float) else self.budget
 
     def keep(self, slots: "Slots", prompt: bool) -> Tensor | None:
         """Which slots (N,) are kept, after the prompt or after a token; None: all."""
@@ -65,15 +67,19 @@ class Full(Technique):
         return None
 
 
+def share(of: float, tokens: int) -> int:
+    """Rounded up, and 1 at least."""
+    return max(1, math.ceil(of * tokens - 1e-9))
+
+
 def top(slots: "Slots", priority_N: Tensor, count: int) -> Tensor:
     """Whether a slot is among the `count` of highest priority in its KV head."""
-    by_priority = priority_N.argsort(descending=True, stable=True)
-    by_owner = slots.owner_N[by_priority].argsort(stable=True)
-    order = by_priority[by_owner]  # an owner's slots together, in falling priority
-    starts = slots.count_O.cumsum(0) - slots.count_O
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - starts.repeat_interleave(slots.count_O)
-    return rank < count
+    if not len(priority_N) or int(slots.count_O.max()) <= count:
+        return torch.ones_like(priority_N, dtype=torch.bool)
+    priority_OS = padded(priority_N.float(), slots.count_O)
+    priority_OS = priority_OS.masked_fill(~filled(slots.count_O), -torch.inf)
+    chosen_OC = priority_OS.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return flat(torch.zeros_like(priority_OS, dtype=torch.bool).scatter(1, chosen_OC, True), slots.count_O)
 
 
 def first_and_last(slots: "Slots", first: int, last: int) -> Tensor:

@@ -140,9 +140,12 @@ def draw_panel(ax, rows: Rows, study: Study):
     return points, lines
 
 
-def label_points(fig: Figure, ax, points: Rows, lines: list, names: dict[str, str], must: bool = True) -> bool:
-    """Write the points' names beside them, inside the axes, touching no other name, marker or bar and, where that is
-    possible, no line. What finds no room is left out, or, where each `must` be named, makes this stop and say False."""
+def label_points(
+    fig: Figure, ax, points: Rows, lines: list, names: dict[str, str], must: bool = True, reaches=(6, 9, 13)
+) -> bool:
+    """Write the points' names beside them, at most `reaches` points away, inside the axes, touching no other name,
+    marker or bar and, where that is possible, no line. What finds no room is left out, or, where each `must` be named,
+    makes this stop and say False."""
     point = fig.dpi / 72  # pixels
     inside = ax.get_window_extent().padded(-point)
     taken = []
@@ -162,7 +165,7 @@ def label_points(fig: Figure, ax, points: Rows, lines: list, names: dict[str, st
         )
         text.set_in_layout(False)
         choices = []
-        for away, (dx, dy) in product((6, 9, 13), SIDES):
+        for away, (dx, dy) in product(reaches, SIDES):
             reach = away * (0.75 if dx and dy else 1.0)
             spot = {"position": (dx * reach, dy * reach), "ha": ("center", "left", "right")[dx]}
             spot["va"] = ("center_baseline", "bottom", "top")[dy]

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from archs import VARIANTS, build
+from archs.attention import rotate, split_heads
 from archs.cache import FullCache
-from archs.techniques import TECHNIQUES, Quantisation, Slots, compressed_cache, technique
+from archs.techniques import TECHNIQUES, Quantisation, Slots, compressed_cache, dmc, technique
+from archs.techniques.dmc import DMC, merging
+from archs.techniques.fastgen import PUNCTUATION, SPECIAL
 from archs.techniques.quantised import pack, quantise, unpack
 
 SHAPE = {"vocab_size": 61, "width": 48, "layers": 4, "heads": 4, "context": 64}
@@ -40,7 +43,7 @@ def works_on(name, model):
 @pytest.mark.parametrize(("arch", "own"), CASES)
 def test_with_a_full_budget_nothing_changes(arch, own, name):
     model, tokens = random_model(arch, own)
-    for budget in (1.0, PROMPT + LATER):
+    for budget in (1.0,) if name == "dmc" else (1.0, PROMPT + LATER):
         one = technique(name, budget=budget, **OWN.get(name, {}))
         if not works_on(name, model):
             with pytest.raises(ValueError, match="computes the last one's alone"):
@@ -55,7 +58,7 @@ def test_with_a_full_budget_nothing_changes(arch, own, name):
 
 
 @pytest.mark.parametrize("budget", [0.5, 17])
-@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("name", [name for name in TECHNIQUES if name not in ("fastgen", "dmc")])
 @pytest.mark.parametrize(("arch", "own"), CASES)
 def test_a_smaller_budget_holds_what_it_says(arch, own, name, budget):
     model, tokens = random_model(arch, own)
@@ -81,6 +84,29 @@ def test_a_smaller_budget_holds_what_it_says(arch, own, name, budget):
     assert cache.nbytes == expected
 
 
+@pytest.mark.parametrize("budget", [0.7, 0.4, 17])
+@pytest.mark.parametrize(("arch", "own"), CASES)
+def test_fastgens_heads_together_hold_no_more_of_the_prompt_than_the_budget(arch, own, budget):
+    model, tokens = random_model(arch, own)
+    one = technique("fastgen", budget=budget, frequent=0.1, local=0.2)
+    if not works_on("fastgen", model):
+        return
+    kinds = torch.zeros(61, dtype=torch.uint8)
+    kinds[:4], kinds[4:8] = SPECIAL, PUNCTUATION
+    cache = compressed_cache(model, one, 2, PROMPT + LATER, kind_V=kinds)
+    model.prefill(tokens[:, :PROMPT], cache)
+    capacity = math.ceil(budget * PROMPT) if budget < 1 else budget
+    for slots in cache.slots:
+        held_B = slots.count_O.view(2, -1).sum(1)
+        assert (held_B <= capacity * slots.kv_heads).all()
+        for owner, held in enumerate(slots.position_N.split(slots.count_O.tolist())):
+            kind = kinds[tokens[owner // slots.kv_heads, :PROMPT]]
+            assert {0, *(kind == SPECIAL).nonzero()[:, 0].tolist()} <= set(held.tolist())
+    assert cache.nbytes == sum(s.numel() * s.element_size() for slots in cache.slots for s in slots.streams)
+    logits = torch.stack([model.decode(token, cache) for token in tokens[:, PROMPT:].T])
+    assert logits.isfinite().all()
+
+
 def test_what_was_let_go_is_not_read():
     slots = one_layer(technique("h2o", budget=2, recent=0.0), heads=1, sizes=(4, 4))
     slots.append(0, torch.zeros(1, 1, 3, 4), torch.ones(1, 1, 3, 4))
@@ -101,10 +127,11 @@ def one_layer(one, heads=2, sizes=(4, 5)):
     return Slots(one, 2, whole, (sizes[0], 10_000.0), "cpu")
 
 
-def kept_by(one, q, k, v):
+def kept_by(one, q, k, v, kinds=None):
     """Positions that each KV head holds after each step: the prompt, then a token at a time."""
     slots, history = one_layer(one), []
     for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + LATER))]:
+        slots.coming_BT = None if kinds is None else kinds[None, start:end]
         slots.append(start, k[:, :, start:end], v[:, :, start:end])
         slots.attend(q[:, :, start:end], None, None)
         slots.evict(prompt=not start)
@@ -168,8 +195,58 @@ def l2(budget, k):
     return lambda head, held, weights, seen: best(held, -k[0, head].norm(dim=-1), math.ceil(budget * seen))
 
 
+def fastgen(kinds, threshold, frequent=0.3, local=0.3):
+    total, policy = torch.zeros(2, PROMPT + LATER), {}
+
+    def keep(head, held, weights, seen):
+        total[head] += weights.sum((0, 1))
+        near = math.ceil(local * seen)
+        special = {s for s in held if s == 0 or kinds[s] == SPECIAL}
+        punctuation = special | {s for s in held if kinds[s] == PUNCTUATION}
+        most = punctuation | best(held, total[head], math.ceil(frequent * seen))
+        policies = [special, punctuation, most, most | {s for s in held if s >= seen - near}, held]
+        if seen == PROMPT:
+            for number in range(5):
+                of_query = [
+                    most | set(range(t - near + 1, t + 1)) if number == 3 else policies[number] for t in range(seen)
+                ]
+                shares = [weights[:, t, [s for s in kept if s <= t]].sum(1).mean() for t, kept in enumerate(of_query)]
+                policy.setdefault(head, number) if sum(shares) / seen >= threshold or number == 4 else None
+        return policies[policy[head]]
+
+    return keep
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.8, 1.0])
+def test_fastgen_keeps_what_its_policies_say(threshold, seed):
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(1, 6, 52, 4) * 2, torch.randn(1, 2, 52, 4), torch.randn(1, 2, 52, 5)
+    kinds = torch.randint(10, (52,)).to(torch.uint8)  # a fifth special or punctuation
+    one = technique("fastgen", threshold=threshold)
+    assert kept_by(one, q, k, v, kinds) == steps_by(fastgen(kinds, threshold), q, k, v)
+
+
+def test_fastgens_budget_is_the_highest_threshold_that_it_affords():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 6, 40, 4) * 2, torch.randn(1, 2, 40, 4), torch.randn(1, 2, 40, 5)
+
+    def held(**options):
+        slots = one_layer(technique("fastgen", **options))
+        slots.append(0, k, v)
+        slots.attend(q, None, None)
+        slots.evict(prompt=True)
+        return int(slots.count_O.sum())
+
+    by_threshold = [held(threshold=n / 100) for n in range(1, 101)]
+    assert len(set(by_threshold)) > 3
+    for budget in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
+        affordable = [slots for slots in by_threshold if slots <= math.ceil(budget * 40) * 2]
+        assert held(budget=budget) == max(affordable, default=min(by_threshold))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", [name for name in TECHNIQUES if name not in ("fastgen", "dmc")])
 def test_each_rule_keeps_what_its_formula_keeps(name, seed):
     torch.manual_seed(seed)
     q, k, v = torch.randn(1, 6, 52, 4) * 2, torch.randn(1, 2, 52, 4), torch.randn(1, 2, 52, 5)
@@ -209,6 +286,10 @@ def test_streaming_llms_positions_are_those_within_the_cache():
         ("h2o", {"recent": 1.0}, "recent=1.0: must be a share of the budget"),
         ("snapkv", {"budget": 16}, "window=32 is longer than budget=16: give a shorter window"),
         ("snapkv", {"kernel": 4}, "the kernel odd"),
+        ("fastgen", {"threshold": 1.5}, "threshold=1.5: must be a share"),
+        ("fastgen", {"threshold": 0.9, "budget": 0.5}, "threshold=0.9 and budget=0.5: give one of them"),
+        ("dmc", {"budget": 10}, "budget=10: must be a share, as 0.5 for a compression ratio of 2"),
+        ("dmc", {"train_tokens": 0.5}, "train_tokens=0.5: must be a whole number"),
     ],
 )
 def test_bad_options_are_named(name, options, says):
@@ -276,3 +357,88 @@ def test_a_residual_longer_than_the_text_leaves_everything_as_it_is():
 def test_bad_quantisation_is_named(options, says):
     with pytest.raises(ValueError, match=says):
         Quantisation(**options)
+
+
+# DMC
+
+
+def merging_model(arch, own, monkeypatch):
+    monkeypatch.setattr(dmc, "BIAS", 0.0)  # half of the random decisions are to merge
+    model, tokens = random_model(arch, own)
+    return merging(model), tokens
+
+
+GROUPED = [(arch, own) for arch, own in CASES if arch in ("mha", "mqa", "gqa")]
+
+
+@pytest.mark.parametrize(("arch", "own"), GROUPED)
+def test_dmcs_cache_gives_what_the_whole_text_at_once_gives(arch, own, monkeypatch):
+    model, tokens = merging_model(arch, own, monkeypatch)
+    cache = compressed_cache(model, DMC(0.5), 2, PROMPT + LATER)
+    whole = model(tokens)
+    expected = whole[:, PROMPT - 1 :].transpose(0, 1)
+    for _ in range(2):
+        assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        counts = torch.stack([slots.count_O for slots in cache.slots])
+        assert 0.3 < counts.sum() / counts.numel() / (PROMPT + LATER) < 0.7
+        assert cache.nbytes == counts.sum() * 2 * model.options.head_dim * 4
+        cache.reset()
+
+
+@pytest.mark.parametrize(("arch", "own"), GROUPED)
+def test_dmc_merges_as_its_formula_says(arch, own, monkeypatch):
+    """Token by token: a running mean by weight, or a new slot (equations 1 and 2)."""
+    model, tokens = merging_model(arch, own, monkeypatch)
+    layer, x = model.blocks[0].attention, model.blocks[0].attention_norm(model.embed(tokens[:1]))
+    rope = model.rope(x, 0)
+    H, G, D = layer.heads, layer.kv_heads, model.options.head_dim
+    qk, v = (part[0] for part in split_heads(layer.qkv(x), H + G, G))
+    outs = []
+    for head in range(H):
+        group, first = head // (H // G), head // (H // G) * (H // G)
+        slots, out = [], []
+        for t in range(tokens.shape[1]):
+            key, value, weight = qk[H + group, t].clone(), v[group, t], qk[first, t, 0].sigmoid()
+            merges, key[0] = key[0] > 0, 0.0
+            if merges and slots:
+                old, k, u, _ = slots.pop()
+                key, value = ((a * old + b * weight) / (old + weight) for a, b in ((k, key), (u, value)))
+                weight = old + weight
+            slots.append((weight, key, value, t))
+            at = lambda x, t: rotate(x[None, None, None], (rope[0][t : t + 1], rope[1][t : t + 1]))[0, 0, 0]  # noqa: E731
+            scores = torch.stack([at(qk[head, t], t) @ at(k, place) for _, k, _, place in slots]) / D**0.5
+            out.append(scores.softmax(0) @ torch.stack([u for _, _, u, _ in slots]))
+        outs.append(torch.stack(out))
+    expected = layer.out(torch.cat(outs, dim=1))
+    torch.testing.assert_close(layer(x, rope)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dmcs_relaxed_decisions_go_over_into_the_hard_ones(monkeypatch):
+    """Cold and without noise they are the same; the gradient reaches the element that decides."""
+    model, tokens = merging_model("gqa", {"kv_heads": 2}, monkeypatch)
+    hard = model(tokens)
+    monkeypatch.setattr(dmc, "TEMPERATURE", 1e-4)
+    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+    model.train()
+    assert (model(tokens) - hard).abs().max() <= 1e-4 * hard.abs().max()
+    monkeypatch.setattr(dmc, "TEMPERATURE", 1.0)
+    model(tokens)
+    model.blocks[0].attention.merged.backward()
+    decides = model.blocks[0].attention.qkv.weight.grad[4 * 12 :: 12][:2]  # the first row of each key head
+    assert decides.abs().sum(1).min() > 0
+
+
+def test_what_dmc_does_not_go_with_is_named(monkeypatch):
+    model, _ = merging_model("mha", {}, monkeypatch)
+    for one, quantisation, says in (
+        (technique("h2o"), None, "models that were trained to merge, which no other technique does"),
+        (DMC(0.5), Quantisation(), "a cache that merges can't be quantised"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            compressed_cache(model, one, 2, 64, quantisation=quantisation)
+    with pytest.raises(ValueError, match="models that were trained to merge"):
+        compressed_cache(random_model("mha", {})[0], DMC(0.5), 2, 64)
+    with pytest.raises(ValueError, match=r"needs the cache that compressed_cache\(model, DMC"):
+        model.prefill(torch.zeros(1, 4, dtype=torch.long), model.new_cache(1, 8))
+    with pytest.raises(ValueError, match="MLA has none"):
+        merging(random_model("mla", VARIANTS["mla"].examples[0])[0])

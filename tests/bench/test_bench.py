@@ -18,6 +18,7 @@ RUNS = {  # arguments, rows that are printed
     "training": ([*MODEL, "--repeats", "2", "--no-compile"], 4 + 1),
     "roof": (MODEL, 4),
     "attention": ([*LAYER, "--repeats", "2"], 4),
+    "paging": ([*MODEL, "--repeats", "2", "--tokenizer", "bytes"], 4 * 2 * 4),
 }
 
 
@@ -27,6 +28,7 @@ def test_each_script_measures_every_variant(name, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, "--json", str(tmp_path / "numbers.jsonl")])
     monkeypatch.syspath_prepend(str(BENCH))
     monkeypatch.setattr("eval.speed.ROOF_BYTES", {"cpu": 2**20})
+    monkeypatch.setenv("KVFRONTIER_CACHE", str(tmp_path))
     runpy.run_path(str(BENCH / f"{name}.py"), run_name="__main__")
     numbers = [json.loads(line) for line in (tmp_path / "numbers.jsonl").read_text().splitlines()]
     assert len(numbers) == rows

@@ -359,7 +359,8 @@ def test_a_measure_is_a_module_of_the_package():
 
 def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_bytes_are():
     texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
-    data = SimpleNamespace(token_bytes=torch.ones(300, dtype=torch.long).numpy())
+    ones = torch.ones(300, dtype=torch.long).numpy()
+    data = SimpleNamespace(token_bytes=ones, token_kinds=(0 * ones).astype("uint8"))
     model = build("gqa", vocab_size=257, width=32, layers=3, heads=4, context=32, kv_heads=2).eval()
     tokens = torch.tensor([list(text.encode()[:33]) for text in texts[:6]])
     nats = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).detach()
@@ -375,6 +376,7 @@ def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_byt
         data=data,
         predictions=found,
         config=parse_study({"eval": {"techniques": entries}}).eval,
+        dtype=torch.float32,
         show=print,
     )
     packed, full, half, twelve, snapkv = techniques.measure(subject)["techniques"]

@@ -15,8 +15,9 @@ import matplotlib
 import pytest
 
 import plots
+from eval.equal_bytes import equal_bytes, technique_differences
 from plots import drawing, figures, report, style, tables
-from plots.figures import decode, frontier, recall
+from plots.figures import decode, frontier, recall, techniques
 from plots.results import load
 
 FIVE = json.loads((Path(__file__).parent / "five.json").read_text())
@@ -138,7 +139,47 @@ def differences(runs: list[dict], path: str) -> list[dict]:
     return found
 
 
+def under_techniques(
+    seeds: int = 3, task: str = "text", copies: int = 1, names=("h2o", "streaming-llm", "dmc")
+) -> dict:
+    """Five architectures (each `copies` times) with techniques on their caches; YOCO skips one, and one loss is NaN."""
+    draw, runs = random.Random(0), []
+    shares = {"mha": (1.0, 0.0), "mqa": (0.25, 0.03), "gqa": (0.5, 0.012), "mla": (0.31, -0.01), "yoco": (0.28, 0.02)}
+    entries = [{"technique": "full"}, *({"technique": "full", "bits": bits, "residual": 16} for bits in (8, 2))]
+    entries += [{"technique": name, "budget": budget} for name in names for budget in (0.25, 0.5)]
+    for base, copied, seed in ((a, b, c) for a in FIVE["runs"] for b in range(copies) for c in range(seeds)):
+        run = copy.deepcopy(base) | {"seed": seed, "size": "", "family": base["label"], "baseline": "mha"}
+        run["label"] += f"-{copied}" * bool(copied)
+        share, worse = shares[base["arch"]]
+        share, own = share * (1 - 0.02 * copied), 0.02 * seed + worse + draw.gauss(0, 0.003)
+        run["techniques"] = []
+        for settings in entries:
+            if settings["technique"] == names[0] and base["arch"] == "yoco":
+                run["techniques"].append(settings | {"skipped": "it sees no attention"})
+                continue
+            kept = settings.get("budget", (2 + settings.get("bits", 30)) / 32)
+            lost = own + 0.02 * (1 / kept - 1) + draw.gauss(0, 0.0005)
+            if (base["arch"], seed, settings["technique"], kept) == ("mha", 1, names[-1], 0.25):
+                lost = math.nan
+            elif (settings["technique"], kept) == (names[1], 0.25):
+                lost += 0.5
+            found = {"prompt": 64, "tokens": 128, "val_nats": 4.0, "val_bpb": 2.1 + lost, "accuracy": 0.3}
+            if task == "recall":
+                found |= {"val_bpb": math.nan, "accuracy": max(0.0, 0.9 - 4 * lost)}
+            found |= {"bytes_held": 2**19 * share * kept, "notes_bytes": 512.0, "tokens_per_s": 900.0 + seed}
+            run["techniques"].append(settings | found)
+        if task == "recall":
+            run["loss"] |= {"accuracy": 0.9 - 4 * own, "accuracy_at": {"4": 0.9 - 4 * own}}
+        runs.append(run)
+    found = {"techniques": technique_differences(runs), "equal_bytes": equal_bytes(runs)}
+    return json.loads(json.dumps(FIVE | {"runs": runs} | found))
+
+
 STUDIES = {
+    "techniques": under_techniques(),
+    "techniques, recall": under_techniques(task="recall"),
+    "techniques, one seed": under_techniques(seeds=1),
+    "techniques, many": under_techniques(2, copies=2, names=[f"name-{n}" for n in range(12)]),
     "families": families(),
     "sizes": families(("64x2", "128x4"), labels=("mha-16", "gqa-2", "mla-32", "mqa")),
     "recall": families(task="recall", labels=("mha-16", "mha-8", "gqa-2", "mla-32", "yoco-2", "mqa")),
@@ -328,6 +369,7 @@ NUMBERS = {  # figure: (study, columns of its CSV that are drawn, the axis that 
     "sizes": ("sizes", ["val_bpb", "difference", "difference_low", "difference_high"], "y"),
     "positions": ("families", ["val_nats", "difference", "difference_low", "difference_high"], "y"),
     "recall_hits": ("families", ["hits", "hits_low", "hits_high", "rest", "rest_low", "rest_high"], "x"),
+    "techniques": ("techniques", ["quality", "quality_low", "quality_high"], "y"),
     "recall": ("recall", ["accuracy", "accuracy_min", "accuracy_max"], "y"),
 }
 
@@ -390,6 +432,79 @@ def test_recall_shows_where_variants_differ_most(studies):
         frontier.frontier_rows(studies["recall"])
 
 
+def test_a_techniques_line_falls_in_bytes_from_its_models_full_cache(studies):
+    study = studies["techniques"]
+    data = techniques.technique_rows(study)
+    full = {row["label"]: (row["bytes_held"], row["quality"]) for row in data if not row["line"]}
+    assert set(full) == {run["label"] for run in FIVE["runs"]}
+    with matplotlib.rc_context(style.RC):
+        fig = techniques.draw_techniques(data, study, 6.9)
+    assert [ax.get_title() for ax in fig.axes] == list(full)
+    for ax in fig.axes:
+        assert (ax.get_xlim(), ax.get_ylim()) == (fig.axes[0].get_xlim(), fig.axes[0].get_ylim())
+        lines = [line for line in ax.lines if line.get_linewidth() == 0.8]
+        assert len(lines) == (3 if ax.get_title() == "yoco" else 4)
+        for line in lines:
+            assert (line.get_xdata()[0], line.get_ydata()[0]) == full[ax.get_title()]
+            assert list(line.get_xdata()) == sorted(line.get_xdata(), reverse=True)
+            assert len(line.get_xdata()) == 3
+        points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if len(line.get_xdata()) == 1}
+        assert set(full.values()) <= points
+        black = [line for line in ax.lines if line.get_color() == "#111111"]
+        assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in black] == [full[ax.get_title()]]
+    names = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert names == ["quantised", "h2o", "streaming-llm", "dmc", *full]
+
+
+def test_what_ruins_a_model_does_not_press_the_rest_together_and_is_said(studies):
+    study = studies["techniques"]
+    data = techniques.technique_rows(study)
+    caption = techniques.technique_caption(study, data)
+    top = techniques.limits(data)[1]
+    above = [row for row in data if row["quality"] > top]
+    assert 0 < len(above) <= len([row for row in data if row["line"]]) / 4
+    assert f"{len(above)} of {len(data)} points lie above the panels" in caption
+    assert all(row["line"] for row in above)
+    assert "dmc went on training" in caption
+    assert "n = 2 to 3" in caption
+    accuracy = techniques.technique_rows(studies["techniques, recall"])
+    assert all(techniques.limits(accuracy)[0] < row["quality"] < techniques.limits(accuracy)[1] for row in accuracy)
+
+
+def test_of_many_variants_and_lines_some_are_drawn_and_that_is_said(studies):
+    study = studies["techniques, many"]
+    data = techniques.technique_rows(study)
+    assert len({row["label"] for row in data if row["line"]}) == techniques.PANELS
+    assert len({row["label"] for row in data}) == 10
+    caption = techniques.technique_caption(study, data)
+    assert "6 of 10 models, 10 of 13 lines." in caption
+
+
+def test_lines_of_one_technique_are_told_apart_by_what_differs():
+    entries = [
+        {"settings": {"technique": "h2o", "budget": budget, "recent": recent} | bits}
+        for budget in (0.5, 64)
+        for recent in (4, 8)
+        for bits in ({}, {"bits": 4, "group": 32})
+    ]
+    entries += [{"settings": {"technique": "full", "bits": bits}} for bits in (2, 8)]
+    entries += [{"settings": {"technique": "full"}}, {"settings": {"technique": "snapkv", "budget": 0.5, "window": 8}}]
+    assert sorted(set(techniques.line_names(entries).values())) == [
+        "h2o, recent 4", "h2o, recent 4, 4 bit, group 32", "h2o, recent 8", "h2o, recent 8, 4 bit, group 32",
+        "quantised", "snapkv",
+    ]  # fmt: skip
+
+
+def test_without_techniques_there_is_no_figure_and_no_table(five):
+    study = load(five)
+    with pytest.raises(drawing.NotInResults, match="no techniques on the cache"):
+        techniques.technique_rows(study)
+    assert techniques.winner_table(study) is None
+    assert techniques.technique_tables(study) == []
+    assert techniques.technique_findings(study) == []
+    assert not (five / "tables" / "techniques.md").exists()
+
+
 def texts(fig) -> list:
     """Bounding boxes of all visible text, in pixels."""
     fig.draw_without_rendering()
@@ -420,6 +535,10 @@ LAYOUTS = [  # (study, width, figures): what crowds each figure most; the narrow
     ("sizes", 3.35, ["frontier", "sizes", "cache_bytes", "decode"]),
     ("sizes", 6.9, ["frontier", "sizes"]),
     ("recall", 3.35, ["recall"]),
+    ("techniques", 3.35, ["techniques"]),
+    ("techniques", 6.9, ["techniques"]),
+    ("techniques, recall", 3.35, ["techniques"]),
+    ("techniques, many", 3.35, ["techniques"]),
 ]
 
 
@@ -546,6 +665,80 @@ def test_the_matching_rule_in_use_comes_first(studies):
     assert [row[4] for row in first.rows if row[0].startswith("mha")] == ["+0.00 %", "+0.00 %"]  # each of its size
     assert {row[0]: row[6] for row in none.rows}["mla-32-128x4"] == "2.000"
     assert heads.notes[1:] == ["mla-64: cannot be done"]
+
+
+def test_what_is_best_at_equal_bytes_is_tabled_with_what_it_was_chosen_from(studies):
+    study = studies["techniques"]
+    table = techniques.winner_table(study)
+    assert [row[0] for row in table.rows] == [run["label"] for run in FIVE["runs"]]
+    by_label = {
+        entry["label"]: entry for entry in study.raw["techniques"] if entry["settings"] == {"technique": "full"}
+    }
+    for baseline, row in zip(by_label, table.rows, strict=True):
+        first, *rest = [entry for entry in study.raw["equal_bytes"] if entry["baseline"] == baseline]
+        assert row[-1] == str(sum(entry["chosen_from"] for entry in (first, *rest)))
+        assert row[2] == f"{by_label[baseline]['mean']:.4f}"
+        if first["best"]:
+            assert row[3] == first["label"]
+            interval = f"{first['ci_low']:+.4f} to {first['ci_high']:+.4f}"
+            assert row[8:12] == [f"{first['mean_diff']:+.4f}", interval, "3", first["verdict"]]
+        else:
+            assert row[3:7] == [baseline, "full", tables.MISSING, row[1]]
+            assert row[8:12] == [tables.MISSING] * 4
+    assert {row[4] for row in table.rows} > {"full"}
+    assert any("chosen by its mean" in note for note in table.notes)
+
+
+def test_long_tables_hold_every_technique_and_why_others_are_missing(studies):
+    study = studies["techniques"]
+    each, of_first, every = techniques.technique_tables(study)
+    assert [(row[0], row[2]) for row in each.rows if row[0] == row[2]] == [(run["label"],) * 2 for run in FIVE["runs"]]
+    assert of_first.title.endswith("on mha")
+    assert {row[2] for row in of_first.rows} == {"mha"}
+    assert len(every.rows) == 5 * 9 - 2
+    assert every.notes[-1] == "Not measured: yoco under h2o: it sees no attention."
+    marked = [row for row in every.rows if row[6].endswith(tables.NOT_FINITE)]
+    assert [(row[0], row[1], row[2], row[9]) for row in marked] == [("mha", "dmc", "budget 25 %", "2")]
+    assert [row[4] for row in every.rows[:3]] == ["100 %", "31.2 %", "12.5 %"]
+
+
+def test_findings_on_techniques_say_what_was_chosen_and_one_seed_concludes_nothing(studies):
+    found = said(studies["techniques"])
+    (mla,) = (sentence for sentence in found if sentence.startswith("At the 158.7 KiB of mla's full cache"))
+    assert "none of" in mla
+    assert "; of mha's caches the best is mha" in mla
+    assert mla.count("% interval") == 2
+    assert any("was chosen by its mean from so many" in sentence for sentence in found)
+    (h2o,) = (sentence for sentence in found if sentence.startswith("h2o: against the same model's full cache"))
+    counts = [int(count) for count in re.findall(r"(?:higher in|lower in|separable in) (\d+)", h2o)]
+    assert (len(counts), sum(counts)) == (3, 8)
+    one = [sentence for _, sentence in techniques.technique_findings(studies["techniques, one seed"])]
+    assert len(one) == 2
+    assert all(sentence.startswith("One seed: nothing can be concluded") for sentence in one)
+    assert not re.search("lower|higher|separable", " ".join(one))
+    study = studies["techniques, one seed"]
+    assert "No intervals: with one seed" in techniques.technique_caption(study, techniques.technique_rows(study))
+    assert {row[8] for row in techniques.technique_tables(study)[2].rows} == {tables.MISSING}
+
+
+def test_technique_names_from_a_file_are_escaped_and_drawn(tmp_path, monkeypatch):
+    for module in (plots, report):
+        monkeypatch.setattr(module, "FIGURES", {"techniques": techniques.FIGURE})
+    study = under_techniques(1, names=HOSTILE)
+    for entry in (*study["techniques"], *study["equal_bytes"]):
+        entry["settings"]["x|y <b>"] = {r"\input{z}": ["$", "<script>"]}
+    plots.draw(put(tmp_path, study))
+    page, tex = (tmp_path / "report.html").read_text(), (tmp_path / "tables" / "techniques.tex").read_text()
+    assert page.count("<script") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<b>" not in page.replace("<b>Figure", "")
+    assert not any(r"\input" in line for line in tex.splitlines() if not line.startswith("%"))
+    for text in (tmp_path / "tables" / "techniques.md", tmp_path / "tables" / "results.md"):
+        assert "<" not in text.read_text()
+    long = (tmp_path / "tables" / "techniques.md").read_text().splitlines()
+    assert {line.count("|") for line in long if line.startswith("|")} == {13}
+    plots.draw(put(tmp_path, FIVE))  # what results no longer hold does not stay behind
+    assert not list(tmp_path.glob("*/techniques*"))
 
 
 # -- report ---------------------------------------------------------------------------------------------------------
@@ -694,6 +887,12 @@ def broken(change) -> str:
     return json.dumps(study)
 
 
+def with_entry(key: str = "techniques", **changed) -> str:
+    entry = {"label": "mqa", "baseline": "mha", "settings": {"technique": "h2o"}, "metric": "val_bpb", "mean": 2.0}
+    entry |= {"mean_diff": 0.0, "bytes_held": 1.0, "baseline_bytes": 2.0}
+    return broken(lambda study: study.update({key: [entry | changed]}))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -721,6 +920,17 @@ def broken(change) -> str:
         (broken(lambda study: study["runs"][0]["loss"].update(nats_at={"x": 1})), r'runs\[0\] has a "loss.nats_at"'),
         (broken(lambda study: study.update(details=[3])), '"details" is not a list of objects'),
         (broken(lambda study: study.update(matching={"ffn": 3})), '"matching" does not map'),
+        (broken(lambda study: study.update(techniques={})), '"techniques" is not a list of objects'),
+        (
+            broken(lambda study: study.update(techniques=[{"label": "no"}])),
+            r'techniques\[0\] has a "label" that is none',
+        ),
+        (with_entry(settings="h2o"), r'techniques\[0\] has no "settings" that name'),
+        (with_entry(settings={"technique": 3}), r'techniques\[0\] has no "settings" that name'),
+        (with_entry(metric=[]), r'techniques\[0\] has a "metric" that is neither'),
+        (with_entry(bytes_held="many"), r'techniques\[0\] has no number "bytes_held"'),
+        (with_entry("equal_bytes", baseline="no"), r'equal_bytes\[0\] has a "baseline" that is none'),
+        (with_entry("equal_bytes", mean_diff=None), r'equal_bytes\[0\] has no number "mean_diff"'),
     ],
 )
 def test_a_bad_results_file_is_one_clear_line(tmp_path, content, says):

@@ -1,0 +1,194 @@
+"""A paged cache: sequences of different lengths in one batch decode as each alone, and blocks go round among them."""
+
+import math
+
+import pytest
+import torch
+
+from archs import VARIANTS, build
+from archs.paged import COPIED, PagedCache
+
+SHAPE = {"vocab_size": 61, "width": 48, "layers": 4, "heads": 4, "context": 64}
+CASES = [(arch, own) for arch, variant in VARIANTS.items() for own in variant.examples]
+BLOCK, LATER = 4, 6
+PROMPTS = 3, 17, 8, 1
+
+
+def random_model(arch="gqa", own=None):
+    torch.manual_seed(0)
+    model = build(arch, **SHAPE, **(CASES[2][1] if own is None else own)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def alone(model, tokens_T, prompt):
+    """Logits (1 + later, V) after the prompt and after each later token, in a cache of its own."""
+    cache = model.new_cache(1, len(tokens_T))
+    logits = [model.prefill(tokens_T[None, :prompt], cache)]
+    return torch.cat(logits + [model.decode(token[None], cache) for token in tokens_T[prompt:]])
+
+
+def together(model, cache, sequences, texts, prompts=PROMPTS):
+    """The same for each of the sequences (B, 1 + later, V), prefilled one by one and decoded as one batch."""
+    pairs = list(zip(sequences, texts, prompts, strict=True))
+    logits = [torch.cat([model.prefill(text[None, :prompt], cache.batch([s])) for s, text, prompt in pairs])]
+    for step in range(LATER):
+        tokens = torch.stack([text[prompt + step] for _, text, prompt in pairs])
+        logits.append(model.decode(tokens, cache.batch(sequences)))
+    return torch.stack(logits, dim=1)
+
+
+def texts_of(prompts=PROMPTS):
+    return [torch.randint(61, (prompt + LATER,)) for prompt in prompts]
+
+
+def poison(cache):
+    """NaN wherever no sequence's tokens are."""
+    held = {block for sequence in cache.sequences for block in sequence.blocks}
+    unheld = [block for block in range(cache.block_count) if block not in held]
+    rows = [sequence.row for sequence in cache.sequences]
+    for part in cache.parts:
+        for stream in getattr(part, "streams", None) or [part.state]:
+            pool = len(stream) == cache.block_count
+            stream[unheld if pool else [row for row in range(len(stream)) if row not in rows]] = math.nan
+
+
+def assert_near(logits, expected):
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("arch", "own"), CASES)
+def test_sequences_of_different_lengths_decode_as_each_alone(arch, own):
+    model, texts = random_model(arch, own), texts_of()
+    cache = PagedCache(model, sequences=5, blocks=25, block_size=BLOCK)
+    for _ in range(2):
+        poison(cache)
+        sequences = [cache.admit() for _ in PROMPTS]
+        logits = together(model, cache, sequences, texts)
+        for row, text, prompt in zip(logits, texts, PROMPTS, strict=True):
+            assert_near(row, alone(model, text, prompt))
+        for sequence in sequences:
+            cache.free(sequence)
+    assert sorted(cache.free_blocks) == list(range(25))
+
+
+@pytest.mark.parametrize(("arch", "own"), CASES)
+def test_freed_blocks_serve_others_and_what_was_in_them_is_never_read(arch, own):
+    """One stays while others come and go, in a pool that is too small for all of them."""
+    model, (long, *texts) = random_model(arch, own), texts_of((12, 9, 20, 3))
+    cache = PagedCache(model, sequences=2, blocks=12, block_size=BLOCK)
+    stays, seen = cache.admit(), []
+    logits, used = [model.prefill(long[None, :12], cache.batch([stays]))], set()
+    for text, token in zip(texts, long[12:], strict=False):
+        comes = cache.admit()
+        poison(cache)
+        seen.append(model.prefill(text[None, :-1], cache.batch([comes])))
+        both = model.decode(torch.stack((text[-1], token)), cache.batch([comes, stays]))
+        logits.append(both[1:])
+        assert_near(torch.cat((seen[-1], both[:1])), alone(model, text, len(text) - 1))
+        assert not used or used & set(comes.blocks)
+        used |= set(comes.blocks)
+        cache.free(comes)
+    assert_near(torch.cat(logits), alone(model, long[:15], 12))
+
+
+@pytest.mark.parametrize(("arch", "own"), CASES)
+def test_bytes_are_those_of_whole_blocks_and_no_block_is_in_two_tables(arch, own):
+    model = random_model(arch, own)
+    cache = PagedCache(model, sequences=4, blocks=30, block_size=BLOCK)
+    token, constant = model.kv_bytes_per_token(torch.float32), model.kv_constant_bytes(torch.float32)
+    assert cache.nbytes == 30 * BLOCK * token + 4 * constant
+    sequences = [cache.admit() for _ in PROMPTS]
+    together(model, cache, sequences, texts_of())
+    lengths = [sequence.length for sequence in sequences]
+    assert lengths == [prompt + LATER for prompt in PROMPTS]
+    held = sum(math.ceil(length / BLOCK) for length in lengths)
+    assert cache.used_nbytes == held * BLOCK * token
+    assert cache.wasted_nbytes == (held * BLOCK - sum(lengths)) * token < len(lengths) * BLOCK * token
+    assert cache.free_nbytes == (30 - held) * BLOCK * token
+    blocks = [block for sequence in sequences for block in sequence.blocks]
+    assert sorted(blocks + cache.free_blocks) == list(range(30))
+    assert all(len(sequence.blocks) == math.ceil(sequence.length / BLOCK) for sequence in sequences)
+
+
+@pytest.mark.parametrize(("block_size", "copied"), [(1, 2**22), (16, 1), (16, 2**13), (64, 2**14)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_the_size_of_blocks_nor_how_many_are_copied_together_changes_anything(
+    block_size, dtype, copied, monkeypatch
+):
+    monkeypatch.setitem(COPIED, "cpu", copied)
+    model, texts = random_model().to(dtype), texts_of()
+    cache = PagedCache(model, sequences=4, blocks=64, block_size=block_size)
+    logits = together(model, cache, [cache.admit() for _ in PROMPTS], texts)
+    expected = torch.stack([alone(model, *pair) for pair in zip(texts, PROMPTS, strict=True)])
+    near = 1e-5 if dtype == torch.float32 else 0.03
+    assert (logits - expected).abs().max() <= near * expected.abs().max()
+
+
+@pytest.mark.parametrize(("arch", "own"), CASES)
+def test_equal_lengths_are_prefilled_together_and_piece_by_piece(arch, own):
+    model, tokens_BT = random_model(arch, own), torch.randint(61, (3, 26))
+    cache, whole = PagedCache(model, 3, 21, BLOCK), model.new_cache(3, 26)
+    batch = cache.batch([cache.admit() for _ in range(3)])
+    for piece in tokens_BT.split((11, 9, 1, 1, 4), dim=1):
+        assert_near(model.prefill(piece, batch), model.prefill(piece, whole))
+    assert batch.length == 26
+    batch.reset()
+    assert batch.length == cache.used_nbytes == 0
+
+
+def test_a_full_pool_says_so_and_nothing_changes():
+    model = random_model()
+    cache = PagedCache(model, sequences=2, blocks=5, block_size=BLOCK)
+    a, b = cache.admit(), cache.admit()
+    model.prefill(torch.randint(61, (1, 8)), cache.batch([a]))
+    model.prefill(torch.randint(61, (1, 7)), cache.batch([b]))
+    both = cache.batch([a, b])
+    model.decode(torch.tensor([1, 2]), both)
+
+    def state():
+        storages = [stream.clone() for part in cache.parts for stream in part.streams]
+        return [(s.length, list(s.blocks)) for s in (a, b)], list(cache.free_blocks), storages
+
+    before = state()
+    says = (
+        r"^1 blocks of 4 tokens are wanted \(1 more tokens for each of 1 sequences\) and 0 of 5 are free; free a "
+        r"sequence, or make the cache with blocks=6$"
+    )
+    with pytest.raises(ValueError, match=says):
+        model.decode(torch.tensor([1]), cache.batch([b]))
+    with pytest.raises(ValueError, match=r"^1 blocks of 4 tokens are wanted \(5 more"):
+        model.prefill(torch.randint(61, (1, 5)), cache.batch([a]))
+    after = state()
+    assert before[:2] == after[:2]
+    assert all(torch.equal(*pair) for pair in zip(before[2], after[2], strict=True))
+    with pytest.raises(ValueError, match="all 2 sequences are there; free one, or make the cache with sequences=3"):
+        cache.admit()
+    cache.free(b)
+    model.prefill(torch.randint(61, (1, 5)), cache.batch([a]))
+    assert a.length == 14
+
+
+def test_wrong_batches_are_named():
+    model = random_model()
+    cache = PagedCache(model, sequences=3, blocks=9, block_size=BLOCK)
+    a, b = cache.admit(), cache.admit()
+    model.prefill(torch.randint(61, (1, 3)), cache.batch([a]))
+    with pytest.raises(ValueError, match="different lengths take one token at a time; prefill them one by one"):
+        model.prefill(torch.randint(61, (2, 2)), cache.batch([a, b]))
+    with pytest.raises(ValueError, match="tokens for 3 sequences, but the cache was made for 2"):
+        model.decode(torch.tensor([1, 2, 3]), cache.batch([a, b]))
+    with pytest.raises(ValueError, match="a sequence is twice in the batch"):
+        cache.batch([a, a])
+    with pytest.raises(ValueError, match="a batch of no sequences"):
+        cache.batch([])
+    batch = cache.batch([a, b])
+    cache.free(b)
+    for wrong in (lambda: cache.free(b), lambda: cache.batch([b]), lambda: model.decode(torch.tensor([1, 2]), batch)):
+        with pytest.raises(ValueError, match="a sequence is not in this cache; it was freed, or is another cache's"):
+            wrong()
+    with pytest.raises(ValueError, match="block_size=0: must be at least 1"):
+        PagedCache(model, 1, 1, 0)

@@ -1,0 +1,99 @@
+"""Training further on so that the cache merges (DMC): to its ratio, through the commands of a study."""
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from texts import write_texts
+
+import kvfrontier
+from archs import build
+from archs.techniques import dmc
+from train.checkpoints import newest_whole
+from train.plan import Plan
+from train.retrofit import Retrofit
+from train.status import states
+from train.study import load_data, parse_study
+
+DMCS = {"technique": "dmc", "budget": [1.0, 0.5], "train_tokens": 80_000, "lr": 0.005}
+STUDY = {
+    "corpus": {"files": ["texts/*.txt"]},
+    "tokenizer": {"name": "bytes"},
+    "model": {"width": 32, "layers": 2, "heads": 4, "context": 32},
+    "match": "none",
+    "variants": [{"arch": "mha"}, {"arch": "mla", "kv_rank": 8, "rope_dim": 4}],
+    "train": {
+        "tokens": 20_480,
+        "batch_tokens": 512,
+        "lr": 0.005,
+        "warmup_tokens": 1024,
+        "val_tokens": 512,
+        "val_points": 2,
+    },
+    "eval": {
+        "loss_tokens": 2048,
+        "decode": {"batch": [1], "context": [32]},
+        "techniques": [{"technique": "full"}, DMCS],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("retrofit")
+    write_texts(folder)
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
+    assert kvfrontier.main(["run", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def measured(out, label):
+    return json.loads((out / "runs" / label / "seed-0" / "record.json").read_text())["techniques"]
+
+
+def test_an_mha_reaches_a_ratio_of_2(out):
+    full, same, half = measured(out, "mha")
+    assert same["bytes_held"] == full["bytes_held"]
+    assert 1.8 <= full["bytes_held"] / half["bytes_held"] <= 2.2
+    assert same["val_nats"] < full["val_nats"]  # it was trained further
+    assert "which mla does not keep" in measured(out, "mla")[1]["skipped"]
+
+
+def test_retrofits_are_runs_like_others(out, capsys):
+    names = [f"mha seed 0 dmc-{budget}-tokens-80000-lr-0.005" for budget in ("1", "0.5")]
+    assert [name for name in states(out) if "dmc" in name] == names
+    assert set(states(out).values()) == {"done"}
+    record = out / "retrofits" / "mha" / "seed-0" / "dmc-0.5-tokens-80000-lr-0.005" / "record.json"
+    written = record.stat().st_mtime_ns, (out / "results.json").stat().st_mtime_ns
+    assert kvfrontier.main(["run", str(out)]) == 0
+    assert (record.stat().st_mtime_ns, (out / "results.json").stat().st_mtime_ns) == written
+    assert "all 2 runs are trained" in capsys.readouterr().err
+
+
+def test_another_base_run_is_another_retrofit(out):
+    def keys(*overrides):
+        study = parse_study(STUDY, overrides)
+        plan = Plan(study, load_data(study, out.parent / "study.yaml"), out)
+        return [run.key for run in plan.retrofits(plan.runs()[0])]
+
+    assert keys("eval.loss_tokens=4096") == keys()
+    assert not set(keys("train.lr=0.004")) & set(keys())
+
+
+def test_it_starts_as_the_model_that_was_trained(out, monkeypatch):
+    """Before the decisions' element fades, and where nothing merges yet."""
+    run = out / "runs" / "mha" / "seed-0"
+    weights, config = newest_whole(run, print)[1]["state_dict"], json.loads((run / "config.json").read_text())
+    module = Retrofit("mha", config["options"], budget=0.5, tokens=1000)
+    module.load_state_dict(weights)
+    plain = build("mha", **config["options"]).eval()
+    plain.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+    monkeypatch.setattr(dmc, "BIAS", -1e4)
+    for block in module.model.blocks:
+        block.attention.attended_D[0] = 1.0
+    tokens = torch.randint(config["options"]["vocab_size"], (4, 32))
+    for model in (module.model.eval(), module.model.train()):
+        torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
