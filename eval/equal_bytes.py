@@ -2,7 +2,8 @@
 bytes of each architecture's full cache.
 
 Bytes are what one sequence's cache held at the end; quality is bits per byte of the second halves, or for the recall
-task the share of queries answered right. Every difference is paired by seed.
+task the share of queries answered right. Every difference is paired by seed. What was trained further (DMC) is compared
+with what was trained as much further and merges nothing: tokens buy quality, too.
 """
 
 import json
@@ -30,8 +31,15 @@ class Point:
     skipped: str = ""
 
     @property
+    def further(self) -> str:
+        """The training that it had after the others."""
+        names = ("train_tokens", "lr") if self.settings["technique"] == "dmc" else ()
+        return json.dumps({name: self.settings.get(name) for name in names})
+
+    @property
     def is_full(self) -> bool:
-        return self.settings["technique"] == "full" and not self.settings.get("bits")
+        of_dmc = self.settings["technique"] == "dmc" and self.settings.get("budget", 1.0) == 1.0
+        return of_dmc or (self.settings["technique"] == "full" and not self.settings.get("bits"))
 
     @property
     def kind(self) -> str:
@@ -66,7 +74,8 @@ class Point:
 
 def technique_differences(records: Sequence[dict], level: float = 0.95) -> list[dict]:
     """For each variant and technique the means over seeds, and with `mean_diff` a COMPARISON with the same variant's
-    full cache, its `baseline`; where a technique was not measured {label, size, settings, kind, skipped}."""
+    full cache, its `baseline`, after as much training; where a technique was not measured {label, size, settings, kind,
+    skipped}."""
     metric, points = _metric(records), _points(records)
     full = _full_caches(points)
     found = []
@@ -75,7 +84,7 @@ def technique_differences(records: Sequence[dict], level: float = 0.95) -> list[
             facts = {"label": point.label, "size": point.size, "settings": point.settings, "kind": point.kind}
             found.append(facts | {"skipped": point.skipped})
             continue
-        own, base = point.qualities(metric), full.get(point.label)
+        own, base = point.qualities(metric), full.get((point.label, point.further))
         compared = {} if base is None or base is point else paired(own, base.qualities(metric), level)
         what = {"baseline": point.label, "seeds": sorted(own)}
         found.append(point.facts(metric) | what | compared)
@@ -83,8 +92,9 @@ def technique_differences(records: Sequence[dict], level: float = 0.95) -> list[
 
 
 def equal_bytes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
-    """For each variant as `baseline`, for each variant and kind of technique the setting with the best mean among those
-    that hold at most the bytes of the baseline's full cache: a COMPARISON with that; the best first.
+    """For each variant as `baseline`, for each variant and kind of technique the setting that is best against it among
+    those that hold at most the bytes of the baseline's full cache: a COMPARISON with that, after as much training; the
+    best first.
 
     `chosen_from` says of how many it is the best; `best` marks the best of all for a baseline, where its mean is better
     than the baseline's. Only variants of one size meet. What is not finite at some seed is no candidate, nor is what
@@ -94,11 +104,14 @@ def equal_bytes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
     better = -1 if metric == METRIC else 1  # the sign of a difference for the better
     rank = lambda entry: (-better * entry["mean_diff"], entry["bytes_held"])  # noqa: E731
     found = []
-    for label, base in _full_caches(points).items():
-        wanted = base.qualities(metric)
+    full = _full_caches(points)
+    for label in dict.fromkeys(label for label, _ in full):
         groups: dict[tuple[str, str], list[dict]] = {}
         for point in points:
-            own = point.qualities(metric)
+            base = full.get((label, point.further))
+            if base is None:
+                continue
+            own, wanted = point.qualities(metric), base.qualities(metric)
             other = point.size == base.size and not (point.is_full and point.label == label)
             whole = point.entries and len(own) == len(point.entries)
             enough = len(own.keys() & wanted.keys()) >= max(1, min(2, len(wanted)))
@@ -129,10 +142,10 @@ def _points(records: Sequence[dict]) -> list[Point]:
     return list(points.values())
 
 
-def _full_caches(points: Iterable[Point]) -> dict[str, Point]:
-    """Of each label that has one, the study's first."""
-    found: dict[str, Point] = {}
+def _full_caches(points: Iterable[Point]) -> dict[tuple[str, str], Point]:
+    """By label and further training; of several the study's first."""
+    found: dict[tuple[str, str], Point] = {}
     for point in points:
         if point.is_full and point.entries:
-            found.setdefault(point.label, point)
+            found.setdefault((point.label, point.further), point)
     return found

@@ -7,6 +7,7 @@ first token counts as special: it stands where others have a token for the begin
 Shapes: P policies, O owners (KV heads of sequences) = B G, T prompt tokens, N slots.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -52,8 +53,8 @@ class FastGen(Technique):
         punctuation = slots.kind_N == PUNCTUATION
         frequent = top(slots, slots.score_N, share(self.frequent, slots.length))
         local = first_and_last(slots, 0, share(self.local, slots.length))
-        adds = torch.stack((special, punctuation, frequent, local, torch.ones_like(special)))
-        return adds.cumsum(0) > 0
+        adds = special, punctuation, frequent, local, torch.ones_like(special)
+        return torch.stack(list(itertools.accumulate(adds, torch.bitwise_or)))
 
     def see_prompt(self, slots: "Slots", weights: Iterable[tuple[int, Tensor]]) -> None:
         slots.score_N += sum(weight.sum((2, 3)) for _, weight in weights).flatten()

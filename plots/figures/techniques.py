@@ -285,7 +285,10 @@ def trained_on(entries: list[dict]) -> str:
     """What is unlike the others about a technique that changes the weights."""
     if not any(entry["settings"]["technique"] == "dmc" for entry in entries):
         return ""
-    return " dmc went on training its models: they have seen more tokens than the others."
+    return (
+        " dmc's models were trained further: they are compared with the same models trained as much further under a "
+        "full cache (dmc, budget 100 %), which differ from those of the start by what more tokens buy."
+    )
 
 
 # Findings

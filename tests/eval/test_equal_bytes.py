@@ -178,3 +178,26 @@ def test_what_is_measured_is_told_from_the_settings(tmp_path):
     entries = techniques.measure(Subject(model, text, config, None, 10.0, lambda _: None, {}))["techniques"]
     run = SimpleNamespace(label="a", seed=0, size="", loss={"val_bpb": 1.0}, techniques=entries)
     assert [entry["settings"] for entry in technique_differences([vars(run)])] == asked
+
+
+def test_what_was_trained_further_is_compared_with_what_was_trained_as_much():
+    """Here further training buys 0.5 and merging costs 0.1: no win for merging."""
+    further = {"technique": "dmc", "train_tokens": 100, "lr": 0.1}
+    runs = []
+    for label, held in (("a", 1000), ("b", 500), ("c", 500)):
+        for seed in range(3):
+            measured = {None: (1.0, held), 1.0: (0.5, held), 0.5: (0.6 + 0.001 * seed, held / 2)}
+            entries = []
+            for budget, (loss, nbytes) in measured.items():
+                settings = further | {"budget": budget} if budget else {"technique": "full"}
+                if label != "c" or budget != 1.0:
+                    entries.append(settings | {"val_bpb": loss + 0.01 * seed, "bytes_held": nbytes})
+            runs.append({"label": label, "seed": seed, "size": "", "loss": {"val_bpb": 1.0}, "techniques": entries})
+    of_a, same, merged = (entry for entry in technique_differences(runs) if entry["label"] == "a")
+    assert "mean_diff" not in of_a
+    assert "mean_diff" not in same
+    assert merged["mean_diff"] == pytest.approx(0.101)
+    against = {(e["baseline"], e["label"], e["kind"]): e for e in equal_bytes(runs)}
+    assert against["b", "a", "dmc"]["mean_diff"] == pytest.approx(0.101)  # with b under dmc, not with b
+    assert not any(kind == "dmc" and baseline == "c" for baseline, _, kind in against)  # c has none to compare with
+    assert not any(entry["best"] for entry in against.values() if entry["kind"] == "dmc")

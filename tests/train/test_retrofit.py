@@ -31,6 +31,7 @@ STUDY = {
         "warmup_tokens": 1024,
         "val_tokens": 512,
         "val_points": 2,
+        "checkpoint_steps": 50,
     },
     "eval": {
         "loss_tokens": 2048,
@@ -71,6 +72,20 @@ def test_retrofits_are_runs_like_others(out, capsys):
     assert kvfrontier.main(["run", str(out)]) == 0
     assert (record.stat().st_mtime_ns, (out / "results.json").stat().st_mtime_ns) == written
     assert "all 2 runs are trained" in capsys.readouterr().err
+
+
+def test_an_interrupted_retrofit_goes_on_to_the_same_weights(out):
+    run = out / "retrofits" / "mha" / "seed-0" / "dmc-0.5-tokens-80000-lr-0.005"
+    path, whole = newest_whole(run, print)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    losses = [line for line in lines if "val/loss" in line]
+    path.unlink()  # as if it had been killed after the checkpoint before
+    (run / "record.json").unlink()
+    assert newest_whole(run, print)[1]["seen"]["tokens_seen"] < whole["seen"]["tokens_seen"]
+    assert kvfrontier.main(["train", str(out)]) == 0
+    again = newest_whole(run, print)[1]["state_dict"]
+    assert all(torch.equal(weight, again[name]) for name, weight in whole["state_dict"].items())
+    assert [line for line in (run / "metrics.jsonl").read_text().splitlines() if "val/loss" in line] == losses
 
 
 def test_another_base_run_is_another_retrofit(out):
