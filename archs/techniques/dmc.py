@@ -37,9 +37,9 @@ class DMC(Technique):
     def check(self) -> None:
         if not isinstance(self.budget, float):
             raise ValueError(f"budget={self.budget!r}: must be a share, as 0.5 for a compression ratio of 2")
-        if type(self.train_tokens) is not int or self.train_tokens < 1:
-            raise ValueError(f"train_tokens={self.train_tokens!r}: must be a whole number above 0")
-        if not isinstance(self.lr, float) or not 0 < self.lr < 1:
+        if self.train_tokens < 1:
+            raise ValueError(f"train_tokens={self.train_tokens}: must be above 0")
+        if not 0 < self.lr < 1:
             raise ValueError(f"lr={self.lr!r}: must be a rate above 0 and below 1")
 
     @property

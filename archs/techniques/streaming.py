@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 class StreamingLLM(Technique):
     sinks: int = 4
 
+    def check(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks}: must be at least 0")
+        if not isinstance(self.budget, float):
+            self.fits(self.budget)
+
+    def fits(self, prompt: int) -> None:
+        capacity = self.capacity(prompt)
+        if self.sinks >= capacity:
+            raise ValueError(f"sinks={self.sinks} leave no window in the budget of {capacity} slots: give fewer")
+
     def priority(self, slots: "Slots") -> Tensor:
         return torch.where(slots.position_N < self.sinks, slots.length, slots.position_N)
 

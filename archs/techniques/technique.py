@@ -1,5 +1,6 @@
 """What a technique is: which slots it keeps, and what of attention it looks at to decide that."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ class Technique:
     observes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        share = isinstance(self.budget, float)
-        if isinstance(self.budget, bool) or not (0 < self.budget <= 1 if share else self.budget >= 1):
+        for f in dataclasses.fields(self):
+            value, whole = getattr(self, f.name), f.type is int
+            if not (f.default is value is None or type(value) in ((int,) if whole else (int, float))):
+                raise ValueError(f"{f.name}={value!r}: must be a {'whole ' * whole}number")
+        if not (0 < self.budget <= 1 if isinstance(self.budget, float) else self.budget >= 1):
             raise ValueError(f"budget={self.budget!r}: must be a share above 0.0 and up to 1.0, or 1 token or more")
         self.check()
 

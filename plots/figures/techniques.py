@@ -35,6 +35,7 @@ COLOURS = ("#0b4a9e", "#bf3a1b", "#33b38f", "#edb120", "#a45bb0", "#79c3ec", "#7
 MARKERS = ("<", "x", "*", ">", "d", "+", "p", "h")
 QUALITY = {"val_bpb": "validation bits per byte", "accuracy": "queries answered right"}
 UNIT = {"val_bpb": "bits per byte", "accuracy": "of the queries"}
+FURTHER = "dmc"  # acts on models that were trained further for it
 CONTROLS = ("budget", "threshold")  # what a technique's line runs over; quantisation's runs over bits
 
 
@@ -175,7 +176,8 @@ def draw_techniques(rows: Rows, study: Study, width: float) -> Figure:
         lines = []
         for line, group in grouped([row for row in rows if row["label"] == label and row["line"]], "line").items():
             group = sorted(group, key=lambda row: -row["bytes_held"])
-            curve = [[row[key] for row in [*own, *group]] for key in ("bytes_held", "quality")]
+            start = [] if group[0]["technique"] == FURTHER else own  # that is another model
+            curve = [[row[key] for row in [*start, *group]] for key in ("bytes_held", "quality")]
             look = looks[line]
             ax.plot(*curve, color=look["color"], linestyle=look["linestyle"], linewidth=0.8, zorder=2)
             lines.append(list(zip(*curve, strict=True)))
@@ -200,7 +202,11 @@ def draw_techniques(rows: Rows, study: Study, width: float) -> Figure:
     label_outer(axes, "cache of one sequence", short if is_narrow(width) else QUALITY[quality])
     for ax in axes:
         ax.tick_params(labelbottom=bool(ax.get_xlabel()))
-    entries = [(Line2D([], [], **look, markersize=4), style.wrapped(line)) for line, look in looks.items()]
+    trained = {row["line"] for row in rows if row["technique"] == FURTHER}
+    entries = [
+        (Line2D([], [], **look, markersize=4), style.wrapped(f"{line}, trained further" if line in trained else line))
+        for line, look in looks.items()
+    ]
     of_family = {row["label" if len(full) <= LINES else "family"]: row for row in reversed(full)}
     entries += [
         (Line2D([], [], linestyle="none", **full_marks(study, row)), style.wrapped(without_size(name, row["size"])))
@@ -283,11 +289,11 @@ def technique_caption(study: Study, rows: Rows) -> str:
 
 def trained_on(entries: list[dict]) -> str:
     """What is unlike the others about a technique that changes the weights."""
-    if not any(entry["settings"]["technique"] == "dmc" for entry in entries):
+    if not any(entry["settings"]["technique"] == FURTHER for entry in entries):
         return ""
     return (
         " dmc's models were trained further: they are compared with the same models trained as much further under a "
-        "full cache (dmc, budget 100 %), which differ from those of the start by what more tokens buy."
+        "full cache (dmc, budget 100 %), which differ from the others' by what more tokens buy."
     )
 
 

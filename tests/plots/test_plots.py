@@ -147,6 +147,7 @@ def under_techniques(
     shares = {"mha": (1.0, 0.0), "mqa": (0.25, 0.03), "gqa": (0.5, 0.012), "mla": (0.31, -0.01), "yoco": (0.28, 0.02)}
     entries = [{"technique": "full"}, *({"technique": "full", "bits": bits, "residual": 16} for bits in (8, 2))]
     entries += [{"technique": name, "budget": budget} for name in names for budget in (0.25, 0.5)]
+    entries += [{"technique": "dmc", "budget": 1.0}] * ("dmc" in names)
     for base, copied, seed in ((a, b, c) for a in FIVE["runs"] for b in range(copies) for c in range(seeds)):
         run = copy.deepcopy(base) | {"seed": seed, "size": "", "family": base["label"], "baseline": "mha"}
         run["label"] += f"-{copied}" * bool(copied)
@@ -445,15 +446,17 @@ def test_a_techniques_line_falls_in_bytes_from_its_models_full_cache(studies):
         lines = [line for line in ax.lines if line.get_linewidth() == 0.8]
         assert len(lines) == (3 if ax.get_title() == "yoco" else 4)
         for line in lines:
-            assert (line.get_xdata()[0], line.get_ydata()[0]) == full[ax.get_title()]
             assert list(line.get_xdata()) == sorted(line.get_xdata(), reverse=True)
             assert len(line.get_xdata()) == 3
+            assert line.get_xdata()[0] == full[ax.get_title()][0]
+        starts = [line.get_ydata()[0] == full[ax.get_title()][1] for line in lines]
+        assert starts == [True] * (len(lines) - 1) + [False]  # dmc's is another model, as it was trained further
         points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if len(line.get_xdata()) == 1}
         assert set(full.values()) <= points
         black = [line for line in ax.lines if line.get_color() == "#111111"]
         assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in black] == [full[ax.get_title()]]
     names = [text.get_text() for text in fig.legends[0].get_texts()]
-    assert names == ["quantised", "h2o", "streaming-llm", "dmc", *full]
+    assert names == ["quantised", "h2o", "streaming-llm", "dmc, trained further", *full]
 
 
 def test_what_ruins_a_model_does_not_press_the_rest_together_and_is_said(studies):
@@ -465,7 +468,7 @@ def test_what_ruins_a_model_does_not_press_the_rest_together_and_is_said(studies
     assert 0 < len(above) <= len([row for row in data if row["line"]]) / 4
     assert f"{len(above)} of {len(data)} points lie above the panels" in caption
     assert all(row["line"] for row in above)
-    assert "dmc went on training" in caption
+    assert "dmc's models were trained further" in caption
     assert "n = 2 to 3" in caption
     accuracy = techniques.technique_rows(studies["techniques, recall"])
     assert all(techniques.limits(accuracy)[0] < row["quality"] < techniques.limits(accuracy)[1] for row in accuracy)
@@ -695,7 +698,7 @@ def test_long_tables_hold_every_technique_and_why_others_are_missing(studies):
     assert [(row[0], row[2]) for row in each.rows if row[0] == row[2]] == [(run["label"],) * 2 for run in FIVE["runs"]]
     assert of_first.title.endswith("on mha")
     assert {row[2] for row in of_first.rows} == {"mha"}
-    assert len(every.rows) == 5 * 9 - 2
+    assert len(every.rows) == 5 * 10 - 2
     assert every.notes[-1] == "Not measured: yoco under h2o: it sees no attention."
     marked = [row for row in every.rows if row[6].endswith(tables.NOT_FINITE)]
     assert [(row[0], row[1], row[2], row[9]) for row in marked] == [("mha", "dmc", "budget 25 %", "2")]
