@@ -91,6 +91,13 @@ def _checked(f: dataclasses.Field, value: Any) -> Any:
     return f.type(value)
 
 
+def check_sizes(batch_size: int, max_tokens: int) -> None:
+    """ValueError for those of no cache."""
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+
+
 def kv_heads_divide(options: Any) -> None:
     options.check(
         options.heads % options.kv_heads == 0,
@@ -230,9 +237,7 @@ class Decoder(nn.Module):
         device: torch.device | str | None = None,
     ) -> Cache:
         """An empty cache for up to `max_tokens` a sequence; dtype and device default to the model's."""
-        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        check_sizes(batch_size, max_tokens)
         weight = self.embed.weight
         with torch.inference_mode(False):  # a cache made in inference mode could not be written outside of it
             parts = self.new_parts(batch_size, max_tokens, dtype or weight.dtype, device or weight.device)
@@ -306,6 +311,7 @@ class Decoder(nn.Module):
             "hidden_act": "silu",
             "rms_norm_eps": NORM_EPS,
             "rope_parameters": {"rope_type": "default", "rope_theta": o.rope_base},
+            "rope_theta": o.rope_base,  # where versions before 5 look
             "attention_bias": False,
             "tie_word_embeddings": o.tie_embeddings,
             "dtype": str(self.embed.weight.dtype).removeprefix("torch."),

@@ -38,8 +38,10 @@ class Point:
 
     @property
     def is_full(self) -> bool:
-        of_dmc = self.settings["technique"] == "dmc" and self.settings.get("budget", 1.0) == 1.0
-        return of_dmc or (self.settings["technique"] == "full" and not self.settings.get("bits"))
+        whole = self.settings["technique"] == "full" or (
+            self.settings["technique"] == "dmc" and self.settings.get("budget", 1.0) == 1.0
+        )
+        return whole and not self.settings.get("bits")
 
     @property
     def kind(self) -> str:

@@ -55,7 +55,8 @@ def _evaluate_runs(plan: Plan) -> list[str]:
     once = [module for module in measures() if not getattr(module, "REPEATED", False)]
     repeated = [module for module in measures() if getattr(module, "REPEATED", False)]
     measured: dict[Path, dict] = {run.directory: _first_round(run) for run in pending}
-    failures = []
+    waiting = [run for run in plan.runs() if "train" in read_record(run) and not is_trained(plan, run)]
+    failures = [f"{run.name} is not evaluated: what DMC trains further is not trained yet" for run in waiting]
     with StudyProgress("evaluating", len(pending) * (len(once) + ROUNDS * len(repeated))) as progress:
         roof = 0.0
         for turn in range(ROUNDS):

@@ -26,16 +26,18 @@ def measure(subject: "Subject") -> dict:
     """techniques: for each, with each combination of the values in its lists, loss and accuracy on the second halves
     and the bytes that one sequence's cache holds at the end; or `skipped`, why it does not apply."""
     measured = []
-    prompt = subject.model.options.context // 2
+    prompt = max(1, subject.model.options.context // 2)
     for options in subject.config.technique_settings():
         try:
             technique, quantisation = from_settings(options, prompt)
             model = subject.retrofit(technique) if isinstance(technique, DMC) else subject.model
-            model = model.to(subject.model.embed.weight.device)
-            found = under(subject, model, technique, quantisation, prompt)
-            subject.show(f"{options['technique']}: {found['val_bpb']:.4f} bits per byte")
+            compressed_cache(model, technique, 1, 1, quantisation=quantisation)
         except ValueError as e:
-            found = {"skipped": str(e)}
+            measured.append(options | {"skipped": str(e)})
+            continue
+        model = model.to(subject.model.embed.weight.device)
+        found = under(subject, model, technique, quantisation, prompt)
+        subject.show(f"{options['technique']}: {found['val_bpb']:.4f} bits per byte")
         measured.append(options | found)
     return {"techniques": measured} if measured else {}
 

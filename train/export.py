@@ -26,7 +26,12 @@ def export(run: Path, out: Path) -> None:
         raise InputError(f"{run} is no run's directory, like runs/quick/runs/mha/seed-0: no config.json")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already: give an empty or a new directory")
-    model = build(config["arch"], **config["options"])
+    if config.get("retrofit", {}).get("budget", 1.0) < 1:
+        raise InputError(f"{run} cannot be exported: transformers has no class whose cache merges (DMC)")
+    try:
+        model = build(config["arch"], **config["options"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{run / 'config.json'} is not as a run writes it: {e!r}") from None
     try:
         hf_config = model.hf_config()
     except ValueError as e:
@@ -39,6 +44,13 @@ def export(run: Path, out: Path) -> None:
         console.print(f"{run} is not trained to its end: its last checkpoint is exported", soft_wrap=True)
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in found[1]["state_dict"].items()})
     encoding = _encoding(run, config)
+    try:
+        _write(out, model, hf_config, encoding, config)
+    except OSError as e:
+        raise InputError(f"cannot write to {out}: {e.strerror or e}; choose another place") from None
+
+
+def _write(out: Path, model: Decoder, hf_config: dict, encoding: tiktoken.Encoding | None, config: dict) -> None:
     write_atomic(out / "model.safetensors", save(model.hf_weights(), metadata={"format": "pt"}))
     if encoding:
         write_atomic(out / "tokenizer.json", as_hf(encoding).to_str().encode())
@@ -50,7 +62,8 @@ def export(run: Path, out: Path) -> None:
 
 def _encoding(run: Path, config: dict) -> tiktoken.Encoding | None:
     """The tokenizer that the run was trained with, from its study; None for generated ids, which stand for no text."""
-    plan = read_plan(run.resolve().parents[2])
+    above = [read_plan(folder) for folder in run.resolve().parents[2:4]]  # runs/..., retrofits/...
+    plan = next((found for found in above if "settings" in found), {})
     if "settings" not in plan:
         raise InputError(f"{run} does not lie in a study's directory, as runs/<label>/seed-<n> with its plan.json")
     data = load_data(parse_study(plan["settings"]), Path(plan["study_file"]))

@@ -94,8 +94,8 @@ class Plan:
         self.study, self.data, self.directory = study, data, directory
         self.variants = resolve_variants(study, data.n_vocab)
         tuned = {"train.tuning_tokens": study.train.tuning_tokens or study.train.batch_tokens}
-        techniques = [from_settings(s, study.model["context"] // 2)[0] for s in study.eval.technique_settings()]
-        self.retrofitted = list(dict.fromkeys(t for t in techniques if isinstance(t, DMC)))
+        wanted = [s for s in study.eval.technique_settings() if s["technique"] == "dmc"]
+        self.retrofitted = [from_settings(settings, 1)[0] for settings in wanted]
         shortest = {"train.tokens": min(variant.tokens for variant in self.variants)}
         if self.retrofitted:
             shortest["eval.techniques: dmc: train_tokens"] = min(dmc.train_tokens for dmc in self.retrofitted)
@@ -211,7 +211,7 @@ class Plan:
         return None if self._next_rate(variant) is not None else best_rate(self._losses(variant))
 
     def _retrofit(self, run: Run, dmc: DMC) -> Run:
-        shape = f"dmc-{dmc.budget:g}-tokens-{dmc.train_tokens}-lr-{dmc.lr:g}"
+        shape = f"dmc-{dmc.budget:g}-tokens-{dmc.train_tokens}-lr-{dmc.lr!r}"
         return dataclasses.replace(
             run,
             variant=dataclasses.replace(run.variant, tokens=dmc.train_tokens),
@@ -252,8 +252,10 @@ class Plan:
         run = Run(variant, seed, lr, self._precision, **facts, key=content_key(decides), eval_key="", **where)
         evaluated = dataclasses.asdict(study.eval) | {"level": None}  # of intervals: nothing is measured with it
         measures = sorted(path.stem for path in MEASURES.glob("*.py"))  # a new one is new to every run
-        eval_key = content_key([run.settings(), evaluated, measures, self._dtype, find_device().type])
-        return dataclasses.replace(run, eval_key=eval_key)
+        eval_key = [run.settings(), evaluated, measures, self._dtype, find_device().type]
+        if not tunes and (failed := [r.key for r in self.retrofits(run) if "failed" in read_record(r)]):
+            eval_key.append(failed)  # evaluated without them, until they are trained
+        return dataclasses.replace(run, eval_key=content_key(eval_key))
 
     @cached_property
     def _precision(self) -> str:

@@ -100,6 +100,8 @@ def train_one(plan: Plan, name: str, record_plan: Callable[[], object]) -> list[
     if name not in runs:
         raise InputError(f"no run {name!r} can be trained in {plan.directory}: there are {', '.join(runs)}")
     run = runs[name]
+    if run.of and not is_finished(run.of):
+        raise InputError(f"{name} goes on from {run.of.name}, which is not trained yet: train that first")
     planned = {entry["name"]: entry for entry in read_plan(plan.directory).get("runs", [])}
     if not planned and not rank_zero_only.rank:
         record_plan()

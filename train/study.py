@@ -79,9 +79,11 @@ class EvalConfig:
     techniques: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # on the trained model's cache
 
     def technique_settings(self) -> list[dict[str, Any]]:
-        """Each technique's, without lists."""
+        """Each technique's, without lists; `full`, which the others are compared with, is always among them."""
         entries = [(entry, f"eval.techniques: {entry.get('technique')}") for entry in self.techniques]
-        return [entry | chosen for entry, where in entries for chosen in combinations(entry, where)]
+        found = [entry | chosen for entry, where in entries for chosen in combinations(entry, where)]
+        full = {"technique": "full"}
+        return found if full in found or not found else [full, *found]
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,15 @@ def _check(study: Study) -> None:
                 raise InputError(f"{name}={value}: must be above 0")
     if study.eval.level >= 1:
         raise InputError(f"eval.level={study.eval.level}: must be below 1, such as 0.95")
-    for settings in study.eval.technique_settings():
+    context = study.model["context"]
+    if type(context) is not int or context < 1:
+        raise InputError(f"model.context={context!r}: must be a whole number of at least 1")
+    techniques = study.eval.technique_settings()
+    if twice := [settings for settings in techniques if techniques.count(settings) > 1]:
+        raise InputError(f"eval.techniques: {twice[0]} stands twice in the study")
+    for settings in techniques:
         try:
-            from_settings(settings, study.model["context"] // 2)
+            from_settings(settings, max(1, context // 2))
         except ValueError as e:
             raise InputError(f"eval.techniques: {e}") from None
     for name, values in (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from archs.cache import FullCache, with_tensors
-from archs.decoder import Decoder
+from archs.decoder import Decoder, check_sizes
 from archs.techniques.dmc import DMC, MergedSlots, MergingAttention
 from archs.techniques.fastgen import FastGen
 from archs.techniques.heavy import H2O, VATP
@@ -36,9 +36,9 @@ TECHNIQUES: dict[str, type[Technique]] = {
 }
 
 
-def technique(name: str, **options) -> Technique:
+def technique(name: str, /, **options) -> Technique:
     """One of TECHNIQUES by its name. ValueError names what is wrong and what is allowed."""
-    if name not in TECHNIQUES:
+    if not isinstance(name, str) or name not in TECHNIQUES:
         raise ValueError(f"unknown technique {name!r}; allowed are {', '.join(TECHNIQUES)}")
     allowed = [option.name for option in dataclasses.fields(TECHNIQUES[name])]
     if unknown := [key for key in options if key not in allowed]:
@@ -50,9 +50,15 @@ def from_settings(settings: dict[str, Any], prompt: int) -> tuple[Technique, Qua
     """What `{technique: h2o, budget: 0.5, bits: 4}` stands for, with prompts of so many tokens. ValueError names what
     is wrong."""
     options = dict(settings)
+    if odd := [key for key in options if not isinstance(key, str)]:
+        raise ValueError(f"{odd[0]!r} is no option; give names")
     packed = {f.name: options.pop(f.name) for f in dataclasses.fields(Quantisation) if f.name in options}
     made = technique(options.pop("technique", None), **options)
     made.fits(prompt)
+    if packed and "bits" not in packed:
+        raise ValueError(f"{next(iter(packed))} goes with bits: 8, 4 or 2")
+    if packed and isinstance(made, DMC):
+        raise ValueError("dmc can't be quantised, as what is merged into changes with each token: leave out bits")
     return made, Quantisation(**packed) if packed else None
 
 
@@ -72,6 +78,7 @@ def compressed_cache(
     What does not grow with the context (windows, recurrent states) stays as it is. ValueError where the technique has
     to see the attention of every prompt token and the model does not compute it.
     """
+    technique.suits(model.options.layers)
     if technique.observes and model.early_exit:
         raise ValueError(
             f"{type(technique).__name__} looks at the attention of every prompt token, and {type(model).__name__} "
@@ -83,6 +90,7 @@ def compressed_cache(
     if merges and quantisation:
         raise ValueError("a cache that merges can't be quantised: what is merged into changes with each token")
     weight, o = model.embed.weight, model.options
+    check_sizes(batch_size, max_tokens)
     with torch.inference_mode(False):
         parts = model.new_parts(batch_size, max_tokens, dtype or weight.dtype, "meta")
         for n, part in enumerate(parts):

@@ -66,6 +66,8 @@ class FastGen(Technique):
         threshold_O = recovered_PO.new_full((owners,), self.threshold or 1.0)
         if self.threshold is None:
             threshold_O = self.affordable(recovered_PO, cost_PO, slots.kv_heads, self.capacity(T))
+        if self.threshold is None and self.capacity(T) >= T:
+            threshold_O, recovered_PO[:-1] = 1.0, 0.0  # nothing has to go, of what follows neither
         slots.policy_O = (recovered_PO >= threshold_O).int().argmax(0)  # the first that does
 
     def recovered(self, policies_PN: Tensor, T: int, weights: Iterable[tuple[int, Tensor]]) -> Tensor:

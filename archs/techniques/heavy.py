@@ -20,17 +20,23 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class H2O(Technique):
     recent: float = 0.5  # share of the budget
-    first: ClassVar[int] = 0
+    first: int = 0  # tokens that stay
     observes: ClassVar[bool] = True
 
     def check(self) -> None:
         if not 0 <= self.recent < 1:
             raise ValueError(f"recent={self.recent!r}: must be a share of the budget, from 0 and below 1")
+        if self.first < 0:
+            raise ValueError(f"first={self.first}: must be at least 0")
+
+    def check_room(self, capacity: int) -> None:
+        if self.first >= capacity:
+            raise ValueError(f"first={self.first} leave no other token in the budget of {capacity} slots: give fewer")
 
     def priority(self, slots: "Slots") -> Tensor:
         capacity = self.capacity(slots.length)
-        first = min(self.first, capacity)
-        always = first_and_last(slots, first, min(int(self.recent * capacity), capacity - first))
+        last = max(0, min(int(self.recent * capacity), capacity - self.first))
+        always = first_and_last(slots, self.first, last)
         return torch.where(always, torch.inf, slots.score_N)
 
     def see_prompt(self, slots: "Slots", weights: Iterable[tuple[int, Tensor]]) -> None:
@@ -47,7 +53,7 @@ class H2O(Technique):
 
 @dataclass(frozen=True)
 class VATP(H2O):
-    first: ClassVar[int] = 20
+    first: int = 20
 
     def worth(self, slots: "Slots") -> Tensor:
         return slots.values_NE(slots.value_size).float().abs().sum(1)

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 class L2Norm(Technique):
     whole_layers: int = 2
 
+    def check(self) -> None:
+        if self.whole_layers < 0:
+            raise ValueError(f"whole_layers={self.whole_layers}: must be at least 0")
+
+    def suits(self, layers: int) -> None:
+        if self.whole_layers >= layers and self.budget != 1.0:
+            raise ValueError(f"whole_layers={self.whole_layers} are all of the {layers} that the model has: give fewer")
+
     def keep(self, slots: "Slots", prompt: bool) -> Tensor | None:
         return None if slots.layer < self.whole_layers else super().keep(slots, prompt)
 

@@ -24,7 +24,7 @@ class Quantisation:
     residual: int = 128
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
+        if type(self.bits) is not int or self.bits not in (2, 4, 8):
             raise ValueError(f"bits={self.bits!r}: must be 8, 4 or 2")
         for name, least in (("group", 1), ("residual", 0)):
             if type(value := getattr(self, name)) is not int or value < least:

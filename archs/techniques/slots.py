@@ -31,13 +31,17 @@ class CompressedCache(Cache):
         self, technique: "Technique", parts: list, batch_size: int, max_tokens: int, kind_V: Tensor | None = None
     ):
         super().__init__(parts, batch_size, max_tokens)
-        self.whole_prompt = technique.observes
-        self.kind_V = kind_V
+        self.technique, self.whole_prompt, self.kind_V = technique, technique.observes, kind_V
 
     def reset(self) -> None:
         for slots in self.slots:
             slots.keep(torch.zeros_like(slots.position_N, dtype=torch.bool))
         super().reset()
+
+    def check_room(self, batch_size: int, tokens: int) -> None:
+        super().check_room(batch_size, tokens)
+        if not self.length:
+            self.technique.fits(tokens)
 
     def announce(self, tokens_BT: Tensor) -> None:
         if self.kind_V is not None:

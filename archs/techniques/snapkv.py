@@ -27,21 +27,13 @@ class SnapKV(Technique):
     def check(self) -> None:
         if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"window={self.window}, kernel={self.kernel}: must be 1 or more, the kernel odd")
-        if not isinstance(self.budget, float) and self.window > self.budget:
-            raise ValueError(f"window={self.window} is longer than budget={self.budget}: give a shorter window")
 
-    def fits(self, prompt: int) -> None:
-        capacity = self.capacity(prompt)
+    def check_room(self, capacity: int) -> None:
         if self.window > capacity:
-            raise ValueError(
-                f"window={self.window} is longer than the budget of {capacity} slots: give a shorter window"
-            )
+            raise ValueError(f"window={self.window} is longer than the budget of {capacity} slots: give a shorter one")
 
     def keep(self, slots: "Slots", prompt: bool) -> Tensor | None:
-        if not prompt:
-            return None
-        self.fits(slots.length)
-        return super().keep(slots, prompt)
+        return super().keep(slots, prompt) if prompt else None
 
     def priority(self, slots: "Slots") -> Tensor:
         return torch.where(first_and_last(slots, 0, self.window), torch.inf, slots.score_N)

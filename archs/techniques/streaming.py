@@ -23,11 +23,8 @@ class StreamingLLM(Technique):
     def check(self) -> None:
         if self.sinks < 0:
             raise ValueError(f"sinks={self.sinks}: must be at least 0")
-        if not isinstance(self.budget, float):
-            self.fits(self.budget)
 
-    def fits(self, prompt: int) -> None:
-        capacity = self.capacity(prompt)
+    def check_room(self, capacity: int) -> None:
         if self.sinks >= capacity:
             raise ValueError(f"sinks={self.sinks} leave no window in the budget of {capacity} slots: give fewer")
 

@@ -33,12 +33,22 @@ class Technique:
         if not (0 < self.budget <= 1 if isinstance(self.budget, float) else self.budget >= 1):
             raise ValueError(f"budget={self.budget!r}: must be a share above 0.0 and up to 1.0, or 1 token or more")
         self.check()
+        if not isinstance(self.budget, float):
+            self.check_room(self.budget)
 
     def check(self) -> None:
-        """ValueError for options that do not go together."""
+        """ValueError for options that can't be."""
+
+    def check_room(self, capacity: int) -> None:
+        """ValueError where other options leave no room in so many slots."""
 
     def fits(self, prompt: int) -> None:
-        """ValueError where the options do not go with a prompt of so many tokens."""
+        """The same for what the budget comes to with a prompt of so many tokens."""
+        if (capacity := self.capacity(prompt)) < prompt:
+            self.check_room(capacity)
+
+    def suits(self, layers: int) -> None:
+        """ValueError where it can't act on a model of so many."""
 
     def capacity(self, tokens: int) -> int:
         """Slots of one KV head; a share is of the tokens seen so far."""
@@ -66,6 +76,10 @@ class Technique:
 @dataclass(frozen=True)
 class Full(Technique):
     """Lets go of nothing."""
+
+    def check(self) -> None:
+        if self.budget != 1.0:
+            raise ValueError(f"budget={self.budget}: full keeps everything; leave it out")
 
     def keep(self, slots: "Slots", prompt: bool) -> None:
         return None

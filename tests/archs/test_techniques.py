@@ -17,7 +17,7 @@ from archs.techniques.quantised import pack, quantise, unpack
 SHAPE = {"vocab_size": 61, "width": 48, "layers": 4, "heads": 4, "context": 64}
 CASES = [(arch, own) for arch, variant in VARIANTS.items() for own in variant.examples]
 PROMPT, LATER = 40, 12
-OWN = {"snapkv": {"window": 6}}
+OWN = {"snapkv": {"window": 6}, "vatp": {"first": 4}}
 
 
 def random_model(arch, own):
@@ -43,7 +43,7 @@ def works_on(name, model):
 @pytest.mark.parametrize(("arch", "own"), CASES)
 def test_with_a_full_budget_nothing_changes(arch, own, name):
     model, tokens = random_model(arch, own)
-    for budget in (1.0,) if name == "dmc" else (1.0, PROMPT + LATER):
+    for budget in (1.0,) if name in ("dmc", "full") else (1.0, PROMPT + LATER):
         one = technique(name, budget=budget, **OWN.get(name, {}))
         if not works_on(name, model):
             with pytest.raises(ValueError, match="computes the last one's alone"):
@@ -51,14 +51,35 @@ def test_with_a_full_budget_nothing_changes(arch, own, name):
             continue
         cache, whole = compressed_cache(model, one, 2, PROMPT + LATER), model.new_cache(2, PROMPT + LATER)
         expected = run(model, tokens, whole)
-        for _ in range(2):
+        for _ in range(2 if budget == 1.0 else 1):
             assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
             assert cache.nbytes == whole.nbytes
             cache.reset()
 
 
+@pytest.mark.parametrize("prompt", [1, 2, 5])
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_nor_does_it_with_a_prompt_of_few_tokens(name, prompt):
+    model, tokens = random_model("gqa", {"kv_heads": 2})
+    whole, cache = model.new_cache(2, 20), compressed_cache(model, technique(name), 2, 20)
+    for one in (whole, cache):
+        logits = [model.prefill(tokens[:, :prompt], one)]
+        one.logits = torch.stack(logits + [model.decode(token, one) for token in tokens[:, prompt:20].T])
+    assert (whole.logits - cache.logits).abs().max() <= 1e-5 * whole.logits.abs().max()
+    assert cache.nbytes == whole.nbytes
+
+
+@pytest.mark.parametrize(("name", "budget"), [("snapkv", 0.5), ("streaming-llm", 0.1), ("vatp", 0.5)])
+def test_a_prompt_that_is_too_short_for_the_options_leaves_the_cache_as_it_was(name, budget):
+    model, tokens = random_model("mha", {})
+    cache = compressed_cache(model, technique(name, budget=budget), 2, PROMPT)
+    with pytest.raises(ValueError, match="budget of"):
+        model.prefill(tokens[:, :20], cache)
+    assert (cache.length, cache.nbytes) == (0, 0)
+
+
 @pytest.mark.parametrize("budget", [0.5, 17])
-@pytest.mark.parametrize("name", [name for name in TECHNIQUES if name not in ("fastgen", "dmc")])
+@pytest.mark.parametrize("name", [name for name in TECHNIQUES if name not in ("full", "fastgen", "dmc")])
 @pytest.mark.parametrize(("arch", "own"), CASES)
 def test_a_smaller_budget_holds_what_it_says(arch, own, name, budget):
     model, tokens = random_model(arch, own)
@@ -69,7 +90,6 @@ def test_a_smaller_budget_holds_what_it_says(arch, own, name, budget):
     for logits in (run(model, tokens, cache), run(model, tokens, whole)):
         assert logits.isfinite().all()
     share = math.ceil(budget * (PROMPT + LATER)) if budget < 1 else budget
-    share = PROMPT + LATER if name == "full" else share
     if name == "snapkv":  # decides once; what comes later is kept
         share = (math.ceil(budget * PROMPT) if budget < 1 else budget) + LATER
     expected = 0
@@ -255,11 +275,11 @@ def test_each_rule_keeps_what_its_formula_keeps(name, seed):
         "full": lambda head, held, weights, seen: held,
         "streaming-llm": streaming(budget, 4),
         "h2o": h2o(budget, v),
-        "vatp": h2o(budget, v, first=20, values=True),
+        "vatp": h2o(budget, v, first=4, values=True),
         "snapkv": snapkv(budget, 6, 7),
         "l2-norm": l2(budget, k),
     }
-    one = technique(name, budget=budget, **OWN.get(name, {}))
+    one = technique(name, **({} if name == "full" else {"budget": budget}), **OWN.get(name, {}))
     assert kept_by(one, q, k, v) == steps_by(rules[name], q, k, v)
 
 
@@ -284,10 +304,13 @@ def test_streaming_llms_positions_are_those_within_the_cache():
         ("h2o", {"budget": 1.5}, "budget=1.5: must be a share"),
         ("h2o", {"size": 3}, "h2o: unknown option 'size'; allowed are budget, recent"),
         ("h2o", {"recent": 1.0}, "recent=1.0: must be a share of the budget"),
-        ("snapkv", {"budget": 16}, "window=32 is longer than budget=16: give a shorter window"),
+        ("snapkv", {"budget": 16}, "window=32 is longer than the budget of 16 slots: give a shorter one"),
         ("h2o", {"budget": "half"}, "budget='half': must be a number"),
         ("h2o", {"budget": True}, "budget=True: must be a number"),
         ("snapkv", {"window": None}, "window=None: must be a whole number"),
+        ("full", {"budget": 0.5}, "budget=0.5: full keeps everything"),
+        ("vatp", {"budget": 20}, "first=20 leave no other token in the budget of 20 slots"),
+        ("l2-norm", {"whole_layers": -1}, "whole_layers=-1: must be at least 0"),
         ("l2-norm", {"whole_layers": 1.5}, "whole_layers=1.5: must be a whole number"),
         ("snapkv", {"kernel": 4}, "the kernel odd"),
         ("streaming-llm", {"budget": 4}, "sinks=4 leave no window in the budget of 4 slots: give fewer"),
@@ -322,7 +345,7 @@ def test_codes_are_packed_and_lie_within_half_a_step(bits):
 @pytest.mark.parametrize(("arch", "own"), CASES)
 def test_quantised_caches_hold_packed_codes_and_scales_and_come_near(arch, own, name):
     model, tokens = random_model(arch, own)
-    one = technique(name, budget=1.0 if name == "full" else 30)
+    one = technique(name, **({} if name == "full" else {"budget": 30}))
     if not works_on(name, model):
         return
     expected = run(model, tokens, compressed_cache(model, one, 2, PROMPT + LATER))
@@ -358,7 +381,12 @@ def test_a_residual_longer_than_the_text_leaves_everything_as_it_is():
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"bits": 3}, "bits=3: must be 8, 4 or 2"), ({"group": 0}, "group=0"), ({"residual": -1}, "residual=-1")],
+    [
+        ({"bits": 3}, "bits=3: must be 8, 4 or 2"),
+        ({"bits": 4.0}, "bits=4.0: must be 8, 4 or 2"),
+        ({"group": 0}, "group=0"),
+        ({"residual": -1}, "residual=-1"),
+    ],
 )
 def test_bad_quantisation_is_named(options, says):
     with pytest.raises(ValueError, match=says):
@@ -395,7 +423,8 @@ def test_dmcs_cache_gives_what_the_whole_text_at_once_gives(arch, own, monkeypat
 def test_dmc_merges_as_its_formula_says(arch, own, monkeypatch):
     """Token by token: a running mean by weight, or a new slot (equations 1 and 2)."""
     model, tokens = merging_model(arch, own, monkeypatch)
-    layer, x = model.blocks[0].attention, model.blocks[0].attention_norm(model.embed(tokens[:1]))
+    tokens = tokens[:1, :20]
+    layer, x = model.blocks[0].attention, model.blocks[0].attention_norm(model.embed(tokens))
     rope = model.rope(x, 0)
     H, G, D = layer.heads, layer.kv_heads, model.options.head_dim
     qk, v = (part[0] for part in split_heads(layer.qkv(x), H + G, G))
@@ -446,5 +475,7 @@ def test_what_dmc_does_not_go_with_is_named(monkeypatch):
         compressed_cache(random_model("mha", {})[0], DMC(0.5), 2, 64)
     with pytest.raises(ValueError, match=r"needs the cache that compressed_cache\(model, DMC"):
         model.prefill(torch.zeros(1, 4, dtype=torch.long), model.new_cache(1, 8))
+    with pytest.raises(ValueError, match="whole_layers=4 are all of the 4 that the model has"):
+        compressed_cache(random_model("mha", {})[0], technique("l2-norm", budget=0.5, whole_layers=4), 2, 64)
     with pytest.raises(ValueError, match="MLA has none"):
         merging(random_model("mla", VARIANTS["mla"].examples[0])[0])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ STUDY = {
     "eval": {
         "loss_tokens": 2048,
         "decode": {"batch": [1], "context": [32]},
-        "techniques": [{"technique": "full"}, DMCS],
+        "techniques": [{"technique": "full", "bits": 8, "residual": 0, "group": 8}, DMCS],
     },
 }
 
@@ -56,11 +57,13 @@ def measured(out, label):
 
 
 def test_an_mha_reaches_a_ratio_of_2(out):
-    full, same, half = measured(out, "mha")
+    full, packed, same, half = measured(out, "mha")
+    assert packed["val_nats"] == pytest.approx(full["val_nats"], rel=1e-3)
+    assert packed["bytes_held"] < 0.8 * full["bytes_held"]
     assert same["bytes_held"] == full["bytes_held"]
     assert 1.8 <= full["bytes_held"] / half["bytes_held"] <= 2.2
     assert same["val_nats"] < full["val_nats"]  # it was trained further
-    assert "which mla does not keep" in measured(out, "mla")[1]["skipped"]
+    assert "which mla does not keep" in measured(out, "mla")[2]["skipped"]
 
 
 def test_retrofits_are_runs_like_others(out, capsys):
@@ -88,6 +91,24 @@ def test_an_interrupted_retrofit_goes_on_to_the_same_weights(out):
     assert [line for line in (run / "metrics.jsonl").read_text().splitlines() if "val/loss" in line] == losses
 
 
+def test_a_retrofit_that_failed_is_left_out_until_it_is_trained(out):
+    run = out / "retrofits" / "mha" / "seed-0" / "dmc-0.5-tokens-80000-lr-0.005"
+    trained = json.loads((run / "record.json").read_text())
+    failed = {"key": trained["key"], "failed": "no disk", "diverged": False, "oom": False}
+    (run / "record.json").write_text(json.dumps(failed))
+    assert kvfrontier.main(["eval", str(out)]) == 0
+    assert measured(out, "mha")[3]["skipped"] == "its training failed: no disk"
+    assert kvfrontier.main(["run", str(out)]) == 0
+    assert "bytes_held" in measured(out, "mha")[3]
+
+
+def test_what_waits_for_a_retrofit_is_named(out, capsys):
+    asked = "eval.techniques=[{technique: dmc, budget: 0.25, train_tokens: 1024}]"
+    assert kvfrontier.main(["eval", str(out), "--set", asked]) == 1
+    assert "mha seed 0 is not evaluated: what DMC trains further is not trained yet" in capsys.readouterr().err
+    assert kvfrontier.main(["run", str(out)]) == 0
+
+
 def test_another_base_run_is_another_retrofit(out):
     def keys(*overrides):
         study = parse_study(STUDY, overrides)
@@ -112,3 +133,9 @@ def test_it_starts_as_the_model_that_was_trained(out, monkeypatch):
     tokens = torch.randint(config["options"]["vocab_size"], (4, 32))
     for model in (module.model.eval(), module.model.train()):
         torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_a_retrofit_alone_waits_for_its_base(out, capsys):
+    shutil.rmtree(out / "runs" / "mha")
+    assert kvfrontier.main(["train", str(out), "--run", "mha seed 0 dmc-0.25-tokens-1024-lr-0.001"]) == 2
+    assert "goes on from mha seed 0, which is not trained yet" in capsys.readouterr().err
