@@ -65,7 +65,9 @@ class MergingAttention(nn.Module):
         still[0] = 0.0
         self.register_buffer("attended_D", still, persistent=False)  # how much of each element of a key
         self.train(attention.training)
-        self.merged: Tensor | None = None  # the mean decision of the last batch in training
+        # In training, of the last batch: what hard decisions would merge, so that it is they who reach the target, with
+        # the gradient of the relaxed ones.
+        self.merged: Tensor | None = None
 
     def forward(
         self,
@@ -89,7 +91,8 @@ class MergingAttention(nn.Module):
             noise = torch.rand_like(decision_BGT).clamp(1e-6, 1 - 1e-6).logit()
             relaxed = (decision_BGT + noise) / TEMPERATURE
             log_merge_BGT, log_append_BGT = F.logsigmoid(relaxed), F.logsigmoid(-relaxed)
-            self.merged = relaxed[..., 1:].sigmoid().mean()
+            share, hard = relaxed[..., 1:].sigmoid().mean(), (decision_BGT[..., 1:] > 0).float().mean()
+            self.merged = hard + share - share.detach()
         else:
             merge = decision_BGT > 0
             log_merge_BGT, log_append_BGT = (

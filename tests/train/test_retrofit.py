@@ -18,7 +18,11 @@ from train.retrofit import Retrofit
 from train.status import states
 from train.study import load_data, parse_study
 
-DMCS = {"technique": "dmc", "budget": [1.0, 0.5], "train_tokens": 80_000, "lr": 0.005}
+DMCS = [
+    {"technique": "dmc", "budget": [1.0, 0.5], "train_tokens": 80_000, "lr": 0.005},
+    {"technique": "dmc", "budget": 0.25, "train_tokens": 2048},
+]
+SHORT = "dmc-0.25-tokens-2048-lr-0.001"
 STUDY = {
     "corpus": {"files": ["texts/*.txt"]},
     "tokenizer": {"name": "bytes"},
@@ -37,7 +41,7 @@ STUDY = {
     "eval": {
         "loss_tokens": 2048,
         "decode": {"batch": [1], "context": [32]},
-        "techniques": [{"technique": "full", "bits": 8, "residual": 0, "group": 8}, DMCS],
+        "techniques": [{"technique": "full", "bits": 8, "residual": 0, "group": 8}, *DMCS],
     },
 }
 
@@ -57,7 +61,7 @@ def measured(out, label):
 
 
 def test_an_mha_reaches_a_ratio_of_2(out):
-    full, packed, same, half = measured(out, "mha")
+    full, packed, same, half, _ = measured(out, "mha")
     assert packed["val_nats"] == pytest.approx(full["val_nats"], rel=1e-3)
     assert packed["bytes_held"] < 0.8 * full["bytes_held"]
     assert same["bytes_held"] == full["bytes_held"]
@@ -68,9 +72,9 @@ def test_an_mha_reaches_a_ratio_of_2(out):
 
 def test_retrofits_are_runs_like_others(out, capsys):
     names = [f"mha seed 0 dmc-{budget}-tokens-80000-lr-0.005" for budget in ("1", "0.5")]
-    assert [name for name in states(out) if "dmc" in name] == names
+    assert [name for name in states(out) if "dmc" in name] == [*names, f"mha seed 0 {SHORT}"]
     assert set(states(out).values()) == {"done"}
-    record = out / "retrofits" / "mha" / "seed-0" / "dmc-0.5-tokens-80000-lr-0.005" / "record.json"
+    record = out / "retrofits" / "mha" / "seed-0" / SHORT / "record.json"
     written = record.stat().st_mtime_ns, (out / "results.json").stat().st_mtime_ns
     assert kvfrontier.main(["run", str(out)]) == 0
     assert (record.stat().st_mtime_ns, (out / "results.json").stat().st_mtime_ns) == written
@@ -92,21 +96,20 @@ def test_an_interrupted_retrofit_goes_on_to_the_same_weights(out):
 
 
 def test_a_retrofit_that_failed_is_left_out_until_it_is_trained(out):
-    run = out / "retrofits" / "mha" / "seed-0" / "dmc-0.5-tokens-80000-lr-0.005"
+    run = out / "retrofits" / "mha" / "seed-0" / SHORT
     trained = json.loads((run / "record.json").read_text())
     failed = {"key": trained["key"], "failed": "no disk", "diverged": False, "oom": False}
     (run / "record.json").write_text(json.dumps(failed))
     assert kvfrontier.main(["eval", str(out)]) == 0
-    assert measured(out, "mha")[3]["skipped"] == "its training failed: no disk"
+    assert measured(out, "mha")[4]["skipped"] == "its training failed: no disk"
     assert kvfrontier.main(["run", str(out)]) == 0
-    assert "bytes_held" in measured(out, "mha")[3]
+    assert "bytes_held" in measured(out, "mha")[4]
 
 
 def test_what_waits_for_a_retrofit_is_named(out, capsys):
     asked = "eval.techniques=[{technique: dmc, budget: 0.25, train_tokens: 1024}]"
     assert kvfrontier.main(["eval", str(out), "--set", asked]) == 1
     assert "mha seed 0 is not evaluated: what DMC trains further is not trained yet" in capsys.readouterr().err
-    assert kvfrontier.main(["run", str(out)]) == 0
 
 
 def test_another_base_run_is_another_retrofit(out):
@@ -137,5 +140,6 @@ def test_it_starts_as_the_model_that_was_trained(out, monkeypatch):
 
 def test_a_retrofit_alone_waits_for_its_base(out, capsys):
     shutil.rmtree(out / "runs" / "mha")
-    assert kvfrontier.main(["train", str(out), "--run", "mha seed 0 dmc-0.25-tokens-1024-lr-0.001"]) == 2
+    study = str(out.parent / "study.yaml")
+    assert kvfrontier.main(["train", study, "--out", str(out), "--run", f"mha seed 0 {SHORT}"]) == 2
     assert "goes on from mha seed 0, which is not trained yet" in capsys.readouterr().err
