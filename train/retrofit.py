@@ -18,7 +18,7 @@ FADED, RISEN = 0.1, 0.7  # shares of the budget
 class Retrofit(LanguageModel):
     """As LanguageModel, whose weights it is to be given; `budget` is one over the compression ratio.
 
-    The loss is the language model's and max(0, what must merge - the mean decision).
+    The loss is the language model's and max(0, what must merge - what would merge), as a share of the tokens.
     """
 
     def __init__(self, arch: str, options: dict[str, Any], *, budget: float, **recipe: Any):

@@ -65,8 +65,8 @@ class MergingAttention(nn.Module):
         still[0] = 0.0
         self.register_buffer("attended_D", still, persistent=False)  # how much of each element of a key
         self.train(attention.training)
-        # In training, of the last batch: what hard decisions would merge, so that it is they who reach the target, with
-        # the gradient of the relaxed ones.
+        # Of the last batch in training: the share that hard decisions merge, so that they are what reaches the target,
+        # with the gradient of the relaxed ones.
         self.merged: Tensor | None = None
 
     def forward(

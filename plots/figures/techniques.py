@@ -377,10 +377,11 @@ def own_findings(study: Study) -> list[str]:
         quality = "loss" if entries[0]["metric"] == "val_bpb" else "accuracy"
         most = max(entries, key=lambda entry: abs(entry["mean_diff"]))
         each = Difference.of(most)
+        as_much = " after as much training" * (entries[0]["settings"]["technique"] == FURTHER)
         found.append(
-            f"{kind}: against the same model's full cache the {quality} is higher in {verdicts.count('higher')}, lower "
-            f"in {verdicts.count('lower')} and not separable in {verdicts.count('not separable')} of {len(entries)} "
-            f"cases; the largest difference is {each.mean:+.4f} {UNIT[each.metric]} ({whole_text(most)}; "
+            f"{kind}: against the same model's full cache{as_much} the {quality} is higher in "
+            f"{verdicts.count('higher')}, lower in {verdicts.count('lower')} and not separable in "
+            f"{verdicts.count('not separable')} of {len(entries)} cases; the largest difference is {each.mean:+.4f} {UNIT[each.metric]} ({whole_text(most)}; "
             f"{each.interval})."
         )
     return found
