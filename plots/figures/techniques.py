@@ -378,11 +378,11 @@ def own_findings(study: Study) -> list[str]:
         most = max(entries, key=lambda entry: abs(entry["mean_diff"]))
         each = Difference.of(most)
         as_much = " after as much training" * (entries[0]["settings"]["technique"] == FURTHER)
+        higher, lower, unclear = (verdicts.count(verdict) for verdict in ("higher", "lower", "not separable"))
         found.append(
-            f"{kind}: against the same model's full cache{as_much} the {quality} is higher in "
-            f"{verdicts.count('higher')}, lower in {verdicts.count('lower')} and not separable in "
-            f"{verdicts.count('not separable')} of {len(entries)} cases; the largest difference is {each.mean:+.4f} {UNIT[each.metric]} ({whole_text(most)}; "
-            f"{each.interval})."
+            f"{kind}: against the same model's full cache{as_much} the {quality} is higher in {higher}, "
+            f"lower in {lower} and not separable in {unclear} of {len(entries)} cases; the largest difference is "
+            f"{each.mean:+.4f} {UNIT[each.metric]} ({whole_text(most)}; {each.interval})."
         )
     return found
 
