@@ -9,19 +9,40 @@ A variant therefore cannot forget a buffer, and a cache shared by several layers
 Shapes: B batch, G KV heads, S cached tokens, T new tokens, D head size.
 """
 
+import contextlib
 import copy
+import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+HUGE_PAGE = 2**21  # bytes
+
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """torch's; on a CPU, where Linux has them, large ones in pages of 2 MiB, which are read up to a fifth faster.
+
+    Of torch's own memory, pages of 4 KiB, each address must be looked up again after a few lines.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        area.madvise(mmap.MADV_HUGEPAGE)
+    offset = -torch.frombuffer(area, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    made = torch.frombuffer(area, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+    return made.zero_()  # so that all of it is there before anything is timed
+
 
 class FullCache:
     """Every token's vectors in order, one tensor (B, G, max_tokens, D) for each of `sizes`, given as (G, D)."""
 
     def __init__(self, batch_size: int, max_tokens: int, sizes: Sequence[tuple[int, int]], dtype, device):
-        self.streams = [torch.zeros(batch_size, g, max_tokens, d, dtype=dtype, device=device) for g, d in sizes]
+        self.streams = [zeros(batch_size, g, max_tokens, d, dtype=dtype, device=device) for g, d in sizes]
 
     def append(self, start: int | Tensor, *new_BGTD: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Writes T new tokens (one, where `start` is a tensor) at `start`.
@@ -48,7 +69,7 @@ class WindowCache:
     def __init__(self, batch_size: int, max_tokens: int, window: int, kv_heads: int, head_dim: int, dtype, device):
         self.slots = min(window, max_tokens)
         shape = batch_size, kv_heads, self.slots, head_dim
-        self.streams = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+        self.streams = [zeros(*shape, dtype=dtype, device=device) for _ in range(2)]
 
     def append(self, start: int | Tensor, *new_BGTD: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Writes T new tokens at `start`; of more than a ring's worth only the last are kept.

@@ -1,15 +1,18 @@
-// Attention of one new token over a static cache on a CPU, each cached byte read once; built by cpu_kernel.py.
+// A decode step's work on a CPU that memory sets the pace of, each byte read once; built by cpu_kernel.py.
 //
-// The queries of a KV head go through the cache together, a tile of N tokens at a time, with a running softmax
-// (Milakov and Gimelshein 2018, arXiv 1805.02867); of few long sequences each is split among threads (Flash-Decoding,
-// Dao et al. 2023). Memory sets the pace only if it is never waited for: while one tile is computed with, the next but
-// one is fetched, some lines at each step of the inner loops.
+// Attention of one new token over a static cache: the queries of a KV head go through it together, a tile of N tokens at
+// a time, with a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867); of few long sequences each is split
+// among threads (Flash-Decoding, Dao et al. 2023). Memory sets the pace only if it is never waited for: while one tile
+// is computed with, one to come is fetched, some lines at each step of the inner loops.
 //
-// Constants of a build: M queries a KV head, D key size, E value size; a multiple of four each but M.
+// Constants of a build: M queries a KV head, D key size, E value size; a multiple of four each but M. Of a KV head there
+// are D floats from one token to the next in keys and in values; where E is less, values are the keys' first columns.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -26,33 +29,84 @@ constexpr int NATIVE = 4, REGISTERS = 16;
 constexpr int lanes(int native) { return D % native || E % native ? lanes(native / 2) : native; }
 constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
 
-constexpr int L = lanes(NATIVE);                 // numbers in a vector
-constexpr int N = 64;                            // tokens in a tile
-constexpr int AHEAD = 2 * N;                     // tokens between what is fetched and what is computed with
-constexpr int DS = divisor(D / L, 4) * L;        // columns of a tile of keys transposed at a time, to stay in the first cache
-constexpr int MS = divisor(M, REGISTERS / 4);    // queries x 2 vectors of tokens: the scores kept in registers
-constexpr int MV = divisor(M, REGISTERS / 8);    // queries x EV vectors of values: the outputs kept in registers
-constexpr int EV = divisor(E / L, 4);
-constexpr int LINE = 16;                         // floats in a cache line
-constexpr bool SHARED = D != E;                  // the values are the first columns of the keys
+constexpr bool SHARED = D != E;
+constexpr int LINE = 16;                               // floats in a cache line
+constexpr int N = 16;                                  // tokens in a tile
+constexpr int LINES = N * (SHARED ? D : D + E) / LINE; // of a tile
+constexpr int AHEAD = std::max(1, 128 / LINES) * N;    // tokens from what is computed with to what is fetched: 8 KiB
+constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;  // in a vector (half of one where memory
+constexpr bool MANY = M % QUERIES == 0;                // sets the pace anyway), if they fill vectors
+constexpr int INTO = MANY ? 3 : 2;                     // the first cache where computing takes longer, else the second
 
-// About the cycles that a tile takes: turning L x L keys, a step of the scores' loop, one of the values', all of them;
-// and the lines to be fetched in some of them.
-constexpr int TURN = 4 * L + 11, SCORE = MS, VALUE = std::max(1, MV * EV / 2);
-constexpr int CYCLES = N * D / (L * L) * TURN + M * N * (D + E) / (2 * L);
-constexpr int lines(int cycles) { return (cycles * N * (SHARED ? D : D + E) / LINE + CYCLES - 1) / CYCLES; }
-
-typedef float vec __attribute__((vector_size(4 * L)));
-typedef int32_t veci __attribute__((vector_size(4 * L)));
-typedef float loose __attribute__((vector_size(4 * L), aligned(4)));
-using Lanes = std::make_integer_sequence<int, L>;
 #define UNROLL _Pragma("GCC unroll 32")
 #define INLINED __attribute__((always_inline))
 #define INLINE static inline INLINED
 
-INLINE vec load(const float *x) { return *(const loose *)x; }
-INLINE void store(float *x, vec a) { *(loose *)x = a; }
-INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
+template <int L> struct Vector {
+    typedef float type __attribute__((vector_size(4 * L)));
+    typedef float loose __attribute__((vector_size(4 * L), aligned(4)));
+};
+template <class T> constexpr int width = sizeof(T) / 4;
+template <class T> using Lanes = std::make_integer_sequence<int, width<T>>;
+
+template <class T> INLINE T load(const float *x) { return *(const typename Vector<width<T>>::loose *)x; }
+template <class T> INLINE void store(float *x, T a) { *(typename Vector<width<T>>::loose *)x = a; }
+template <class T> INLINE T larger(T a, T b) { return a > b ? a : b; }
+
+template <class T, int... I> INLINE T pick(T a, T b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, I...);
+#else
+    return __builtin_shuffle(a, b, decltype(a < b){I...});
+#endif
+}
+
+// Lane i of the result is lane i ^ W.
+template <int W, class T, int... I> INLINE T cross(T a, std::integer_sequence<int, I...>) {
+    return pick(a, a, std::integer_sequence<int, (I ^ W)...>());
+}
+
+template <class T, int W = width<T> / 2> INLINE float sum(T a) {
+    a += cross<W>(a, Lanes<T>());
+    if constexpr (W > 1) return sum<T, W / 2>(a);
+    else return a[0];
+}
+
+template <class T, int W = width<T> / 2> INLINE float maximum(T a) {
+    a = larger(a, cross<W>(a, Lanes<T>()));
+    if constexpr (W > 1) return maximum<T, W / 2>(a);
+    else return a[0];
+}
+
+// Of two rows of a matrix: columns whose bit W is OF, the other row's in the places whose bit W is set.
+template <int W, int OF, class T, int... I> INLINE T zip(T a, T b, std::integer_sequence<int, I...>) {
+    return pick(a, b, std::integer_sequence<int, (I & ~W) + OF + (I & W ? width<T> : 0)...>());
+}
+
+// The sums of as many vectors as one has lanes, each in its lane.
+template <int W = 1, class T> INLINE T sums(T *rows) {
+    if constexpr (W == width<T>) return rows[0];
+    else {
+        UNROLL for (int i = 0; i < width<T> / W / 2; i++) {
+            T a = rows[2 * i], b = rows[2 * i + 1];
+            rows[i] = zip<W, 0>(a, b, Lanes<T>()) + zip<W, W>(a, b, Lanes<T>());
+        }
+        return sums<2 * W>(rows);
+    }
+}
+
+// 2^x of x <= 0: a polynomial for the fraction, |r| <= 1/2 (minimax, 2e-7), and the whole part into the exponent.
+template <class T> INLINE T exp2_of(T x) {
+    x = larger(x, T{} - 126);
+    auto whole = __builtin_convertvector(x - 0.5f, decltype(x < x));
+    T r = x - __builtin_convertvector(whole, T);
+    T y = r * 1.327647174e-3f + 9.675541540e-3f;
+    y = y * r + 5.550713276e-2f;
+    y = y * r + 2.402211972e-1f;
+    y = y * r + 6.931469671e-1f;
+    y = y * r + 1.000000072f;
+    return (T)((decltype(whole))y + (whole << 23));
+}
 
 // The lines of a tile to come, its keys' and then its values', fetched some at a time while another is computed with.
 struct Ahead {
@@ -60,203 +114,258 @@ struct Ahead {
 
     INLINED void fetch(int lines) {
         UNROLL for (int i = 0; i < lines; i++) {
-            __builtin_prefetch(at, 0, 2);
+            __builtin_prefetch(at, 0, INTO);
             at += LINE;
             if (at >= end) at = values, end = values_end;
         }
     }
 };
 
-template <int... I> INLINE vec pick(vec a, vec b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, I...);
-#else
-    return __builtin_shuffle(a, b, veci{I...});
-#endif
-}
+// What queries have seen so far: their largest score, the sum of the weights 2^(score - top), the weighted sum of values.
+// `tile` adds the first `live` of N tokens. Few queries: vectors lie along a key and a value.
+struct Few {
+    static constexpr int L = lanes(NATIVE);
+    static constexpr int MV = divisor(M, REGISTERS / 8), EV = divisor(E / L, 4);  // outputs kept in registers
+    typedef Vector<L>::type vec;
+    // About the cycles that a step of the scores' loop takes, one of the values', and all of them.
+    static constexpr int SCORE = D / 2 + 3 * L / 2, VALUE = std::max(2, MV * EV / 2);
+    static constexpr int CYCLES = N / L * M * SCORE + N * (M / MV) * (E / L / EV) * VALUE;
+    static constexpr int lines(int cycles) { return (cycles * LINES + CYCLES - 1) / CYCLES; }
 
-// Lane i of the result is lane i ^ W.
-template <int W, int... I> INLINE vec cross(vec a, std::integer_sequence<int, I...>) {
-    return pick(a, a, std::integer_sequence<int, (I ^ W)...>());
-}
-
-template <int W = L / 2> INLINE float sum(vec a) {
-    a += cross<W>(a, Lanes());
-    if constexpr (W > 1) return sum<W / 2>(a);
-    else return a[0];
-}
-
-template <int W = L / 2> INLINE float maximum(vec a) {
-    a = larger(a, cross<W>(a, Lanes()));
-    if constexpr (W > 1) return maximum<W / 2>(a);
-    else return a[0];
-}
-
-// Of two rows of a matrix: columns whose bit W is OF, the other row's in the places whose bit W is set.
-template <int W, int OF, int... I> INLINE vec zip(vec a, vec b, std::integer_sequence<int, I...>) {
-    return pick(a, b, std::integer_sequence<int, (I & ~W) + OF + (I & W ? L : 0)...>());
-}
-
-// Transposes L vectors, bit by bit of the row and column numbers.
-template <int W = 1> INLINE void transpose(vec *rows) {
-    UNROLL for (int i = 0; i < L; i++) if (!(i & W)) {
-        vec a = rows[i], b = rows[i + W];
-        rows[i] = zip<W, 0>(a, b, Lanes());
-        rows[i + W] = zip<W, W>(a, b, Lanes());
-    }
-    if constexpr (2 * W < L) transpose<2 * W>(rows);
-}
-
-// 2^x of x <= 0: a polynomial for the fraction, |r| <= 1/2 (minimax, 2e-7), and the whole part into the exponent.
-INLINE vec exp2_of(vec x) {
-    x = larger(x, vec{} - 126);
-    veci whole = __builtin_convertvector(x - 0.5f, veci);
-    vec r = x - __builtin_convertvector(whole, vec);
-    vec y = r * 1.327647174e-3f + 9.675541540e-3f;
-    y = y * r + 5.550713276e-2f;
-    y = y * r + 2.402211972e-1f;
-    y = y * r + 6.931469671e-1f;
-    y = y * r + 1.000000072f;
-    return (vec)((veci)y + (whole << 23));
-}
-
-// What M queries have seen so far: largest score, sum of the weights 2^(score - top) by lane, weighted sum of values.
-struct Running {
+    alignas(64) float q[M * D], scores[M][N], out[M * E];
     float top[M];
-    vec sums[M] = {};
-    float *out;
+    vec totals[M];
+
+    INLINED Few(const float *queries, float scale) {
+        for (int i = 0; i < M * D; i++) q[i] = queries[i] * scale;
+        std::fill(out, out + M * E, 0.0f);
+        std::fill(top, top + M, -INFINITY);
+        std::fill(totals, totals + M, vec{});
+    }
+
+    INLINED void tile(const float *k, const float *v, int live, Ahead ahead) {
+        for (int n = 0; n < live; n += L)
+            for (int m = 0; m < M; m++) {
+                vec a[L];
+                UNROLL for (int i = 0; i < L; i++) {
+                    ahead.fetch(lines(SCORE) * (i + 1) / L - lines(SCORE) * i / L);
+                    const float *key = k + std::min(n + i, live - 1) * D;
+                    a[i] = load<vec>(key) * load<vec>(q + m * D);
+                    UNROLL for (int d = L; d < D; d += L) a[i] += load<vec>(key + d) * load<vec>(q + m * D + d);
+                }
+                *(vec *)&scores[m][n] = sums(a);
+            }
+        for (int m = 0; m < M; m++) {
+            std::fill(scores[m] + live, scores[m] + N, -INFINITY);
+            vec *x = (vec *)scores[m], most = x[0];
+            UNROLL for (int j = 1; j < N / L; j++) most = larger(most, x[j]);
+            float highest = maximum(most);
+            if (highest > top[m]) {  // what was summed before fades
+                float fade = std::exp2(top[m] - highest);
+                top[m] = highest;
+                totals[m] *= fade;
+                for (int e = 0; e < E; e++) out[m * E + e] *= fade;
+            }
+            UNROLL for (int j = 0; j < N / L; j++) totals[m] += x[j] = exp2_of(x[j] - top[m]);
+        }
+        for (int e = 0; e < E; e += EV * L)
+            for (int m = 0; m < M; m += MV) {
+                vec a[MV][EV];
+                UNROLL for (int i = 0; i < MV; i++)
+                    UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(out + (m + i) * E + e + j * L);
+                for (int n = 0; n < live; n++) {
+                    ahead.fetch(lines(VALUE));
+                    UNROLL for (int i = 0; i < MV; i++)
+                        UNROLL for (int j = 0; j < EV; j++)
+                            a[i][j] += scores[m + i][n] * load<vec>(v + n * D + e + j * L);
+                }
+                UNROLL for (int i = 0; i < MV; i++)
+                    UNROLL for (int j = 0; j < EV; j++) store(out + (m + i) * E + e + j * L, a[i][j]);
+            }
+    }
+
+    float sum_of(int m) const { return sum(totals[m]); }
+    float top_of(int m) const { return top[m]; }
+    float out_of(int m, int e) const { return out[m * E + e]; }
 };
 
-// scores[m][n] of a tile's `live` tokens; what follows them is undefined.
-INLINE void score(const float *q, const float *k, long stride, int live, Ahead &ahead, float (*scores)[N]) {
-    if constexpr (M == 1) {
-        for (int n = 0; n < live; n++) {
-            vec a = {};
-            ahead.fetch(D / LINE);
-            UNROLL for (int d = 0; d < D; d += L) a += load(k + n * stride + d) * load(q + d);
-            scores[0][n] = sum(a);
-        }
-        return;
-    }
-    alignas(64) float turned[DS][N];
-    for (int d = 0; d < D; d += DS) {
-        for (int n = 0; n < live; n += L)
-            for (int c = 0; c < DS; c += L) {
-                vec rows[L];
-                ahead.fetch(lines(TURN));
-                UNROLL for (int i = 0; i < L; i++) rows[i] = load(k + std::min(n + i, live - 1) * stride + d + c);
-                transpose(rows);
-                UNROLL for (int i = 0; i < L; i++) *(vec *)&turned[c + i][n] = rows[i];
-            }
-        for (int m = 0; m < M; m += MS)
-            for (int n = 0; n < live; n += 2 * L) {
-                vec a[MS][2] = {};
-                if (d) UNROLL for (int i = 0; i < MS; i++)
-                    UNROLL for (int j = 0; j < 2; j++) a[i][j] = *(vec *)&scores[m + i][n + j * L];
-                for (int c = 0; c < DS; c++) {
-                    ahead.fetch(lines(SCORE));
-                    UNROLL for (int i = 0; i < MS; i++)
-                        UNROLL for (int j = 0; j < 2; j++)
-                            a[i][j] += q[(m + i) * D + d + c] * *(vec *)&turned[c][n + j * L];
-                }
-                UNROLL for (int i = 0; i < MS; i++)
-                    UNROLL for (int j = 0; j < 2; j++) *(vec *)&scores[m + i][n + j * L] = a[i][j];
-            }
-    }
-}
+// The same for many queries: vectors lie along them, so that nothing is summed across a vector.
+template <int L> struct Many {
+    static constexpr int J = M / L, KEPT = std::max(1, REGISTERS / 2 / J);  // scores or outputs kept in registers
+    static constexpr int NK = divisor(N, KEPT), EK = divisor(E, KEPT);
+    static constexpr int STEPS = N / NK * D + E / EK * N, FETCH = (LINES + STEPS - 1) / STEPS;
+    typedef typename Vector<L>::type vec;
 
-// Scores into weights; what was summed before fades where a larger score has come.
-INLINE void weigh(float (*scores)[N], int live, Running &seen) {
-    for (int m = 0; m < M; m++) {
-        std::fill(scores[m] + live, scores[m] + N, -INFINITY);
-        vec *x = (vec *)scores[m], most = x[0];
-        UNROLL for (int j = 1; j < N / L; j++) most = larger(most, x[j]);
-        float top = maximum(most);
-        if (top > seen.top[m]) {
-            float fade = std::exp2(seen.top[m] - top);
-            seen.top[m] = top;
-            seen.sums[m] *= fade;
-            for (int e = 0; e < E; e++) seen.out[m * E + e] *= fade;
-        }
-        UNROLL for (int j = 0; j < N / L; j++) seen.sums[m] += x[j] = exp2_of(x[j] - seen.top[m]);
-    }
-}
+    alignas(64) float q[D * M];
+    vec scores[N][J], out[E][J], top[J], totals[J];
 
-INLINE void add_values(float (*weights)[N], const float *v, long stride, int live, Ahead &ahead, float *out) {
-    for (int e = 0; e < E; e += EV * L)
-        for (int m = 0; m < M; m += MV) {
-            vec a[MV][EV];
-            UNROLL for (int i = 0; i < MV; i++)
-                UNROLL for (int j = 0; j < EV; j++) a[i][j] = load(out + (m + i) * E + e + j * L);
+    INLINED Many(const float *queries, float scale) {
+        for (int m = 0; m < M; m++)
+            for (int d = 0; d < D; d++) q[d * M + m] = queries[m * D + d] * scale;
+        std::fill(out[0], out[0] + E * J, vec{});
+        std::fill(top, top + J, vec{} - 3e38f);
+        std::fill(totals, totals + J, vec{});
+    }
+
+    INLINED void tile(const float *k, const float *v, int live, Ahead ahead) {
+        for (int n = 0; n < live; n += NK) {
+            vec a[NK][J] = {};
+            for (int d = 0; d < D; d++) {
+                ahead.fetch(FETCH);
+                UNROLL for (int i = 0; i < NK; i++)
+                    UNROLL for (int j = 0; j < J; j++)
+                        a[i][j] += *(vec *)&q[d * M + j * L] * k[std::min(n + i, live - 1) * D + d];
+            }
+            UNROLL for (int i = 0; i < NK; i++)
+                UNROLL for (int j = 0; j < J; j++) scores[n + i][j] = a[i][j];
+        }
+        std::fill(scores[live], scores[N], vec{} - INFINITY);
+        UNROLL for (int j = 0; j < J; j++) {
+            vec most[2] = {scores[0][j], scores[1][j]}, added[2] = {};
+            UNROLL for (int n = 2; n < N; n++) most[n % 2] = larger(most[n % 2], scores[n][j]);
+            vec highest = larger(larger(most[0], most[1]), top[j]);
+            if (maximum(highest - top[j]) > 0) {
+                vec fade = exp2_of(top[j] - highest);
+                top[j] = highest;
+                totals[j] *= fade;
+                for (int e = 0; e < E; e++) out[e][j] *= fade;
+            }
+            UNROLL for (int n = 0; n < N; n++) added[n % 2] += scores[n][j] = exp2_of(scores[n][j] - top[j]);
+            totals[j] += added[0] + added[1];
+        }
+        for (int e = 0; e < E; e += EK) {
+            vec a[EK][J];
+            UNROLL for (int i = 0; i < EK; i++)
+                UNROLL for (int j = 0; j < J; j++) a[i][j] = out[e + i][j];
             for (int n = 0; n < live; n++) {
-                ahead.fetch(M == 1 ? E / LINE : lines(VALUE));
-                UNROLL for (int i = 0; i < MV; i++)
-                    UNROLL for (int j = 0; j < EV; j++)
-                        a[i][j] += weights[m + i][n] * load(v + n * stride + e + j * L);
+                ahead.fetch(FETCH);
+                UNROLL for (int i = 0; i < EK; i++)
+                    UNROLL for (int j = 0; j < J; j++) a[i][j] += scores[n][j] * v[n * D + e + i];
             }
-            UNROLL for (int i = 0; i < MV; i++)
-                UNROLL for (int j = 0; j < EV; j++) store(out + (m + i) * E + e + j * L, a[i][j]);
+            UNROLL for (int i = 0; i < EK; i++)
+                UNROLL for (int j = 0; j < J; j++) out[e + i][j] = a[i][j];
         }
-}
+    }
 
-// Softmax attention of M queries over some tokens: weighted means of values (M, E), and log2 of the weights' sums (M).
-static void attend(const float *q, const float *k, const float *v, long k_stride, long v_stride, long tokens,
-                   float *out, float *weight) {
-    alignas(64) float scores[M][N];
-    Running seen;
-    seen.out = out;
-    std::fill(seen.top, seen.top + M, -INFINITY);
-    std::fill(out, out + M * E, 0.0f);
-    for (long s = 0; s < tokens; s += N, k += N * k_stride, v += N * v_stride) {
-        long far = s + AHEAD < tokens ? AHEAD : 0;  // at the end what is here already is fetched, at no cost
-        const float *keys = k + far * k_stride, *values = SHARED ? keys : v + far * v_stride;
-        Ahead ahead = {keys, keys + N * D, values, values + N * E};
-        auto tile = [&](int live) INLINED {
-            score(q, k, k_stride, live, ahead, scores);
-            weigh(scores, live, seen);
-            add_values(scores, v, v_stride, live, ahead, out);
-        };
-        if (tokens - s >= N) tile(N);  // a constant: the common case is unrolled
-        else tile(tokens - s);
+    float sum_of(int m) const { return totals[m / L][m % L]; }
+    float top_of(int m) const { return top[m / L][m % L]; }
+    float out_of(int m, int e) const { return out[e][m / L][m % L]; }
+};
+
+// Some of a KV head's tokens.
+struct Part {
+    const float *k, *v;
+    long tokens;
+};
+
+// Softmax attention of M queries over a part: weighted means of values (M, E), and log2 of the weights' sums (M). While
+// the last tiles are computed with, the first ones of the next part are fetched.
+static void attend(const float *queries, float scale, Part part, Part next, float *out, float *weight) {
+    std::conditional_t<MANY, Many<QUERIES>, Few> seen(queries, scale);
+    long whole = (part.tokens + N - 1) / N * N;
+    for (long s = 0; s < part.tokens; s += N) {
+        const Part &to_come = s + AHEAD < whole ? part : next;
+        long far = s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole;
+        const float *keys = to_come.k + far * D, *values = SHARED ? keys : to_come.v + far * D;
+        Ahead ahead = {keys, keys + N * D, values, values + N * D};
+        const float *k = part.k + s * D, *v = part.v + s * D;
+        if (part.tokens - s >= N) seen.tile(k, v, N, ahead);  // a constant: the common case is unrolled
+        else seen.tile(k, v, part.tokens - s, ahead);
     }
     for (int m = 0; m < M; m++) {
-        float total = sum(seen.sums[m]);
-        weight[m] = seen.top[m] + std::log2(total);
-        for (int e = 0; e < E; e++) out[m * E + e] /= total;
+        float total = seen.sum_of(m);
+        weight[m] = seen.top_of(m) + std::log2(total);
+        for (int e = 0; e < E; e++) out[m * E + e] = seen.out_of(m, e) / total;
     }
 }
 
-// q (B, G, M, D) and out (B, G, M, E) are contiguous; strides in floats, of batch, KV head and token.
+// q (B, G, M, D) and out (B, G, M, E) are contiguous; strides in floats, of batch and KV head.
 extern "C" void split_kv(const float *q, const float *k, const float *v, float *out, const long *k_strides,
                          const long *v_strides, long B, long G, long S, float scale, int threads) {
     long heads = B * G;
-    long splits = std::max(1L, std::min((4 * threads + heads - 1) / heads, S / 256));
+    long splits = std::max(1L, std::min((16 * threads + heads - 1) / heads, S / 256));
     long per_split = ((S + splits - 1) / splits + N - 1) / N * N;
     splits = (S + per_split - 1) / per_split;
-    std::vector<float> parts(splits > 1 ? heads * splits * M * E : 0), weights(heads * splits * M);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long i = 0; i < heads * splits; i++) {
+    long count = heads * splits;
+    auto part = [&](long i) {
         long b = i / splits / G, g = i / splits % G, first = i % splits * per_split;
-        float scaled[M * D];
-        for (int x = 0; x < M * D; x++) scaled[x] = q[i / splits * M * D + x] * (scale * 1.44269504f);
-        attend(scaled, k + b * k_strides[0] + g * k_strides[1] + first * k_strides[2],
-               v + b * v_strides[0] + g * v_strides[1] + first * v_strides[2], k_strides[2], v_strides[2],
-               std::min(per_split, S - first), splits > 1 ? &parts[i * M * E] : out + i * M * E, &weights[i * M]);
+        return Part{k + b * k_strides[0] + g * k_strides[1] + first * D,
+                    v + b * v_strides[0] + g * v_strides[1] + first * D, std::min(per_split, S - first)};
+    };
+    std::vector<float> means(splits > 1 ? count * M * E : 0), weights(count * M);
+    std::atomic<long> taken(0);
+#pragma omp parallel num_threads(threads)
+    for (long i = taken++, next; i < count; i = next) {
+        next = taken++;
+        attend(q + i / splits * M * D, scale * 1.44269504f, part(i), part(next < count ? next : i),
+               splits > 1 ? &means[i * M * E] : out + i * M * E, &weights[i * M]);
     }
     if (splits == 1) return;
     for (long h = 0; h < heads; h++)
         for (int m = 0; m < M; m++) {
             float *o = out + (h * M + m) * E, top = -INFINITY, total = 0;
-            const float *weight = &weights[h * splits * M + m], *part = &parts[(h * splits * M + m) * E];
+            const float *weight = &weights[h * splits * M + m], *mean = &means[(h * splits * M + m) * E];
             for (long s = 0; s < splits; s++) top = std::max(top, weight[s * M]);
             std::fill(o, o + E, 0.0f);
             for (long s = 0; s < splits; s++) {
                 float share = std::exp2(weight[s * M] - top);
                 total += share;
-                for (int e = 0; e < E; e++) o[e] += share * part[s * M * E + e];
+                for (int e = 0; e < E; e++) o[e] += share * mean[s * M * E + e];
             }
             for (int e = 0; e < E; e++) o[e] /= total;
         }
+}
+
+typedef Vector<NATIVE>::type native;
+
+// Products of R rows of x with `last - first` rows of w, as many at a time as a vector has lanes; then of what rows of x
+// remain. w is read from memory once, then from the first cache.
+template <int R = NATIVE / 2>
+static void products(const float *x, const float *w, float *out, long rows, long first, long last, long K, long F) {
+    constexpr int C = NATIVE / R;
+    for (; rows >= R; rows -= R, x += R * K, out += R * F)
+        for (long f = first; f < last; f += C) {
+            native a[NATIVE] = {};
+            for (long k = 0; k < K; k += NATIVE)
+                UNROLL for (int c = 0; c < C; c++) {
+                    const float *row = w + (f + c) * K + k;
+                    __builtin_prefetch(row + 2048, 0, 2);
+                    UNROLL for (int r = 0; r < R; r++) a[r * C + c] += load<native>(x + r * K + k) * load<native>(row);
+                }
+            native found = sums(a);
+            UNROLL for (int i = 0; i < NATIVE; i++) out[i / C * F + f + i % C] = found[i];
+        }
+    if constexpr (R > 1)
+        if (rows) products<R / 2>(x, w, out, rows, first, last, K, F);
+}
+
+// out (rows, F) = x (rows, K) w^T of w (F, K); K and F are multiples of 16.
+extern "C" void linear(const float *x, const float *w, float *out, long rows, long K, long F, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (K * F > 1 << 14)
+    for (long f = 0; f < F; f += 16) products(x, w, out, rows, f, f + 16, K, F);
+}
+
+// out (rows, K) = (silu(x gate^T) * (x up^T)) down^T of x (rows, K), gate and up (F, K) and down (K, F); K and F are
+// multiples of 16.
+extern "C" void swiglu(const float *x, const float *gate_up, const float *down, float *out, long rows, long K, long F,
+                       int threads) {
+    std::vector<float> gate(rows * F), up(rows * F);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (long f = 0; f < F; f += 16) {
+            products(x, gate_up, gate.data(), rows, f, f + 16, K, F);
+            products(x, gate_up + F * K, up.data(), rows, f, f + 16, K, F);
+            for (long i = f; i < rows * F; i += F)
+                for (long j = i; j < i + 16; j += NATIVE) {
+                    native a = load<native>(&gate[j]), b = load<native>(&up[j]);
+                    native e = exp2_of((a < 0 ? a : -a) * 1.44269504f);
+                    store(&gate[j], a * (a < 0 ? e : e * 0 + 1) / (1 + e) * b);
+                }
+        }
+#pragma omp for schedule(static)
+        for (long k = 0; k < K; k += 16) products(gate.data(), down, out, rows, k, k + 16, F, K);
+    }
 }
 
 extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, float eps,
@@ -277,13 +386,14 @@ extern "C" float read_all(const float *x, long n, int threads) {
     float total = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(dynamic)
     for (long i = 0; i < n / 2; i += 65536) {
-        vec a[2][LINE / L] = {};
+        native a[2][LINE / NATIVE] = {};
         for (const float *y = x + i, *z = y + n / 2, *end = y + 65536; y < end; y += LINE, z += LINE) {
             __builtin_prefetch(y + 1024, 0, 2);
             __builtin_prefetch(z + 1024, 0, 2);
-            UNROLL for (int j = 0; j < LINE / L; j++) a[0][j] += load(y + j * L), a[1][j] += load(z + j * L);
+            UNROLL for (int j = 0; j < LINE / NATIVE; j++)
+                a[0][j] += load<native>(y + j * NATIVE), a[1][j] += load<native>(z + j * NATIVE);
         }
-        UNROLL for (int j = 0; j < LINE / L; j++) total += sum(a[0][j] + a[1][j]);
+        UNROLL for (int j = 0; j < LINE / NATIVE; j++) total += sum(a[0][j] + a[1][j]);
     }
     return total;
 }

@@ -1,14 +1,17 @@
 """What torch is slow at on a CPU, in C++ that is built for each shape when first needed.
 
 Attention of one new token over a static cache: torch's kernel computes and waits for memory by turns, this one fetches
-ahead (cpu_kernel.cpp says how). RMSNorm: torch's is seven passes. And a read of memory, the roof. A build takes
-a second and lasts as long as the process; where there is no compiler, torch's kernels take over.
+ahead (cpu_kernel.cpp says how). Products of few rows with a weight matrix: torch's rearranges the matrix first.
+RMSNorm: torch's is seven passes. And a read of memory, the roof. A build takes a second or two and lasts as long as the
+process; where there is no compiler, torch's kernels take over.
 
-Shapes: B batch, H query heads, G KV heads, M = H/G, S cached tokens, D key size, E value size.
+Shapes: B batch, H query heads, G KV heads, M = H/G, S cached tokens, D key size, E value size; K inputs and F outputs
+of a matrix.
 """
 
 import ctypes
 import functools
+import math
 import os
 import shutil
 import subprocess
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+FEW = 32  # rows; torch's products are as fast with more
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -51,6 +55,8 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
     pointer, whole = ctypes.c_void_p, ctypes.c_long
     built.split_kv.argtypes = [pointer] * 6 + [whole] * 3 + [ctypes.c_float, ctypes.c_int]
     built.split_kv.restype = None
+    built.linear.argtypes, built.linear.restype = [pointer] * 3 + [whole] * 3 + [ctypes.c_int], None
+    built.swiglu.argtypes, built.swiglu.restype = [pointer] * 4 + [whole] * 3 + [ctypes.c_int], None
     built.rms_norm.argtypes = [pointer] * 3 + [whole] * 2 + [ctypes.c_float, ctypes.c_int]
     built.rms_norm.restype = None
     built.read_all.argtypes, built.read_all.restype = [pointer, whole, ctypes.c_int], ctypes.c_float
@@ -73,15 +79,25 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
-    """Whether `split_kv` takes these: also one token, and sizes that are multiples of 4."""
+    """Whether `split_kv` takes these: also one token, sizes that are multiples of 4, and no gaps between tokens."""
     (H, T, D), (G, _, E) = q_BHTD.shape[1:], v_BGSE.shape[1:]
-    fits = T == 1 and D % 4 == E % 4 == 0 and k_BGSD.stride(3) == v_BGSE.stride(3) == 1
+    fits = T == 1 and D % 4 == E % 4 == 0 and k_BGSD.stride()[2:] == v_BGSE.stride()[2:] == (D, 1)
     return fits and takes(q_BHTD, k_BGSD, v_BGSE) and build(H // G, D, E) is not None
+
+
+def takes_few(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `linear` or `swiglu` takes these: also few rows, and sizes that are multiples of 16."""
+    for w in weights:
+        if w.shape[0] % 16 or w.shape[1] % 16 or not w.is_contiguous():
+            return False
+    return x.numel() <= FEW * x.shape[-1] and not torch.is_autocast_enabled("cpu") and takes(x, *weights)
 
 
 # Operators of torch's, so that what counts operators or their FLOPs sees them.
 library = torch.library.Library("kvfrontier", "DEF")
 library.define("split_kv(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+library.define("linear(Tensor x, Tensor weight) -> Tensor")
+library.define("swiglu(Tensor x, Tensor gate_up, Tensor down) -> Tensor")
 library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 
 
@@ -90,10 +106,28 @@ def _split_kv(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float) -> T
     B, H, T, D = q_BHTD.shape
     G, S, E = v_BGSE.shape[1:]
     q_BHTD, out_BHTE = q_BHTD.contiguous(), q_BHTD.new_empty(B, H, T, E)
-    strides = [(ctypes.c_long * 3)(*x.stride()[:3]) for x in (k_BGSD, v_BGSE)]
+    strides = [(ctypes.c_long * 2)(*x.stride()[:2]) for x in (k_BGSD, v_BGSE)]
     places = [x.data_ptr() for x in (q_BHTD, k_BGSD, v_BGSE, out_BHTE)]
     build(H // G, D, E).split_kv(*places, *strides, B, G, S, scale, torch.get_num_threads())
     return out_BHTE
+
+
+def _linear(x: Tensor, weight_FK: Tensor) -> Tensor:
+    """x (..., K) weight^T; (..., F)."""
+    x, (F, K) = x.contiguous(), weight_FK.shape
+    out = x.new_empty(*x.shape[:-1], F)
+    places = x.data_ptr(), weight_FK.data_ptr(), out.data_ptr()
+    build().linear(*places, x.numel() // K, K, F, torch.get_num_threads())
+    return out
+
+
+def _swiglu(x: Tensor, gate_up_GK: Tensor, down_KF: Tensor) -> Tensor:
+    """(silu(x gate^T) * (x up^T)) down^T of x (..., K), gate and up one after the other (arXiv 2002.05202)."""
+    x, (K, F) = x.contiguous(), down_KF.shape
+    out = torch.empty_like(x)
+    places = x.data_ptr(), gate_up_GK.data_ptr(), down_KF.data_ptr(), out.data_ptr()
+    build().swiglu(*places, x.numel() // K, K, F, torch.get_num_threads())
+    return out
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -106,11 +140,24 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 library.impl("split_kv", _split_kv, "CPU")
+library.impl("linear", _linear, "CPU")
+library.impl("swiglu", _swiglu, "CPU")
 library.impl("rms_norm", _rms_norm, "CPU")
-split_kv, rms_norm = torch.ops.kvfrontier.split_kv, torch.ops.kvfrontier.rms_norm
+ours = torch.ops.kvfrontier
+split_kv, linear, swiglu, rms_norm = ours.split_kv, ours.linear, ours.swiglu, ours.rms_norm
 
 
-@register_flop_formula(torch.ops.kvfrontier.split_kv)
-def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+@register_flop_formula(split_kv)
+def _attention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     B, H, T, D = q_shape
     return 2 * B * H * T * v_shape[2] * (D + v_shape[3])
+
+
+@register_flop_formula(linear)
+def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(swiglu)
+def _swiglu_flops(x_shape, gate_up_shape, down_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * (gate_up_shape[0] + down_shape[1])

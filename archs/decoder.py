@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
-from archs.cpu_kernel import rms_norm, takes
+from archs.cpu_kernel import linear, rms_norm, swiglu, takes, takes_few
 from archs.graph import GraphedStep, graphs_decode
 
 NORM_EPS = 1e-6
@@ -119,17 +119,34 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, NORM_EPS) if takes(x, self.weight) else super().forward(x)
 
 
+class Linear(nn.Linear):
+    """torch's without bias; on a CPU ours for few rows, as in a decode step, where no gradient is wanted."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight) if takes_few(x, self.weight) else super().forward(x)
+
+
 class FFN(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate) * up)."""
 
     def __init__(self, width: int, ffn_width: int):
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * ffn_width, bias=False)
-        self.down = nn.Linear(ffn_width, width, bias=False)
+        self.gate_up = Linear(width, 2 * ffn_width)
+        self.down = Linear(ffn_width, width)
 
     def forward(self, x_BTW: Tensor) -> Tensor:
+        gate_up, down = self.gate_up.weight, self.down.weight
+        if takes_few(x_BTW, gate_up, down):
+            return swiglu(x_BTW, gate_up, down)
         gate, up = self.gate_up(x_BTW).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
+
+
+def dropout(p: float) -> nn.Module:
+    return nn.Dropout(p) if p else nn.Identity()
 
 
 class Block(nn.Module):
@@ -144,7 +161,7 @@ class Block(nn.Module):
         self.attention = attention
         self.ffn_norm = RMSNorm(options.width)
         self.ffn = FFN(options.width, options.ffn_width)
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = dropout(options.dropout)
 
     def forward(self, x_BTW: Tensor, rope: Rope, *cached: Any) -> Tensor:
         attended_BTW = self.attention(self.attention_norm(x_BTW), rope, *cached)
@@ -170,10 +187,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.options = o = options
         self.embed = nn.Embedding(o.vocab_size, o.width)
-        self.dropout = nn.Dropout(o.dropout)
+        self.dropout = dropout(o.dropout)
         self.blocks = nn.ModuleList(Block(o, self.layer_attention(layer)) for layer in range(o.layers))
         self.norm = RMSNorm(o.width)
-        self.unembed = nn.Linear(o.width, o.vocab_size, bias=False)
+        self.unembed = Linear(o.width, o.vocab_size)
         if o.tie_embeddings:
             self.unembed.weight = self.embed.weight
         self.add_modules()

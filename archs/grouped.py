@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, last, merge_heads, rotate, split_heads
 from archs.cache import FullCache
-from archs.decoder import Decoder, Options, kv_heads_divide, mean_seen, option
+from archs.decoder import Decoder, Linear, Options, kv_heads_divide, mean_seen, option
 
 
 class GroupedAttention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * head_dim)
+        self.out = Linear(heads * head_dim, width)
 
     def forward(
         self,

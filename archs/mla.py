@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, last, merge_heads, rotate, split_heads
 from archs.cache import FullCache
-from archs.decoder import Decoder, Options, RMSNorm, mean_seen, option
+from archs.decoder import Decoder, Linear, Options, RMSNorm, mean_seen, option
 
 
 @dataclass(kw_only=True)
@@ -41,13 +41,13 @@ class LatentAttention(nn.Module):
         self.scale = (o.nope_dim + o.rope_dim) ** -0.5
         q_in = o.q_rank or o.width
         if o.q_rank:
-            self.q_down = nn.Linear(o.width, o.q_rank, bias=False)
+            self.q_down = Linear(o.width, o.q_rank)
             self.q_norm = RMSNorm(o.q_rank)
-        self.q_up = nn.Linear(q_in, o.heads * (o.nope_dim + o.rope_dim), bias=False)
-        self.kv_down = nn.Linear(o.width, o.kv_rank + o.rope_dim, bias=False)
+        self.q_up = Linear(q_in, o.heads * (o.nope_dim + o.rope_dim))
+        self.kv_down = Linear(o.width, o.kv_rank + o.rope_dim)
         self.kv_norm = RMSNorm(o.kv_rank)
-        self.kv_up = nn.Linear(o.kv_rank, o.heads * (o.nope_dim + o.v_dim), bias=False)
-        self.out = nn.Linear(o.heads * o.v_dim, o.width, bias=False)
+        self.kv_up = Linear(o.kv_rank, o.heads * (o.nope_dim + o.v_dim))
+        self.out = Linear(o.heads * o.v_dim, o.width)
 
     def forward(
         self,

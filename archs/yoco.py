@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads
 from archs.cache import Cache, FullCache, StateCache, WindowCache
-from archs.decoder import NORM_EPS, Decoder, Options, RMSNorm, kv_heads_divide, mean_seen, option
+from archs.decoder import NORM_EPS, Decoder, Linear, Options, RMSNorm, kv_heads_divide, mean_seen, option
 from archs.grouped import GroupedAttention
 
 DECAY_TEMPERATURE = 16  # tau of the paper's equation for gamma
@@ -95,9 +95,9 @@ class GatedRetention(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
-        self.qkvg = nn.Linear(width, 4 * heads * head_dim, bias=False)
-        self.decay = nn.Linear(width, heads, bias=False)
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.qkvg = Linear(width, 4 * heads * head_dim)
+        self.decay = Linear(width, heads)
+        self.out = Linear(heads * head_dim, width)
 
     def forward(self, x_BTW: Tensor, rope: Rope, cache: StateCache | None = None, start: int | Tensor = 0) -> Tensor:
         qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
@@ -125,7 +125,7 @@ class SharedKV(nn.Module):
         super().__init__()
         self.kv_heads = kv_heads
         self.norm = RMSNorm(width)
-        self.kv = nn.Linear(width, 2 * kv_heads * head_dim, bias=False)
+        self.kv = Linear(width, 2 * kv_heads * head_dim)
 
     def forward(self, x_BTW: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         k_BGTD, v_BGTD = split_heads(self.kv(self.norm(x_BTW)), self.kv_heads, self.kv_heads)
@@ -138,8 +138,8 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width, heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.q = Linear(width, heads * head_dim)
+        self.out = Linear(heads * head_dim, width)
 
     def forward(self, x_BTW: Tensor, rope: Rope, k_BGSD: Tensor, v_BGSD: Tensor, seen: Tensor | None = None) -> Tensor:
         (q_BHTD,) = split_heads(self.q(x_BTW), self.heads)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archs.attention import attend
+from archs.cache import zeros
 from eval.speed import ROOF_BYTES, reads
 from train.module import matmul_flops_per_s
 
@@ -68,9 +69,9 @@ def main() -> None:
     seen = torch.tensor([args.context], device=device) if device == "cuda" else None
 
     def made(*shape: int) -> Tensor:
-        return torch.randn(args.batch, *shape, device=device).to(dtype)
+        return zeros(args.batch, *shape, dtype=dtype, device=device).normal_()
 
-    x = torch.ones(ROOF_BYTES[device] // 4, device=device)
+    x = zeros(ROOF_BYTES[device] // 4, dtype=torch.float32, device=device)
     y = torch.empty_like(x) if device == "cuda" else None
     roofs = reads(x) | ({} if y is None else {"copy": lambda: y.copy_(x)})
     calls = REPLAYED if device == "cuda" else 1

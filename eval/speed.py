@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs import Cache, Decoder
+from archs.cache import zeros
 from archs.cpu_kernel import reader
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _gpu_ms(step: Callable[[], object], before: Callable[[], object], repeats: i
 
 def measure_roof(device: torch.device) -> float:
     """Bytes a second, in GB/s, at which the device reads a large array: the best of several ways."""
-    x = torch.ones(ROOF_BYTES[device.type] // 4, device=device)
+    x = zeros(ROOF_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     return x.nbytes / min(timed(read, device, 10, 2).median for read in reads(x).values()) / 1e6
 
 

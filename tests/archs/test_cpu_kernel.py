@@ -5,11 +5,23 @@ import subprocess
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_attention import by_definition
 
 from archs import cpu_kernel
 from archs.attention import attend
-from archs.cpu_kernel import build, compiler, reader, rms_norm, split_kv, takes, takes_attention
+from archs.cpu_kernel import (
+    build,
+    compiler,
+    linear,
+    reader,
+    rms_norm,
+    split_kv,
+    swiglu,
+    takes,
+    takes_attention,
+    takes_few,
+)
 
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
 # query heads, KV heads, key size, value size (None: the values are the first columns of the keys)
@@ -18,8 +30,11 @@ SHAPES = {
     "gqa": (8, 2, 32, 32),
     "mqa": (12, 1, 128, 128),
     "queries of no common divisor": (7, 1, 16, 16),
-    "vectors of four": (6, 2, 20, 12),
+    "vectors of four": (6, 2, 20, 20),
+    "queries that fill vectors": (16, 1, 64, 64),
+    "of two lengths": (48, 2, 20, 20),
     "mla": (8, 1, 144, None),
+    "mla of many queries": (32, 1, 40, None),
     "mla of odd sizes": (3, 1, 40, None),
 }
 
@@ -79,6 +94,35 @@ def test_rms_norm_is_torchs(shape):
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 31])
+@pytest.mark.parametrize(("width", "hidden"), [(16, 48), (256, 704)])
+def test_products_of_few_rows_are_torchs(rows, width, hidden):
+    """Against fp64; also gates of -100 and 100, at which silu is 0 and its argument."""
+    x, gate_up, down = torch.randn(rows, 1, width), torch.randn(2 * hidden, width), torch.randn(width, hidden)
+    x[0], gate_up[0], gate_up[1] = 1, -100 / width, 100 / width
+    with torch.inference_mode():
+        assert takes_few(x, gate_up, down)
+        gate, up = F.linear(x.double(), gate_up.double()).chunk(2, dim=-1)
+        expected = F.linear(F.silu(gate) * up, down.double()).float()
+        torch.testing.assert_close(swiglu(x, gate_up, down), expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
+        expected = F.linear(x.double(), gate_up.double()).float()
+        torch.testing.assert_close(linear(x, gate_up), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_other_products_are_left_to_torch():
+    x, w = torch.randn(4, 1, 32), torch.randn(48, 32)
+    assert takes_few(x, w)
+    assert not takes_few(x.expand(-1, 9, -1), w)  # 36 rows
+    assert not takes_few(x, w[:40])
+    assert not takes_few(x, w.T)
+    assert not takes_few(x.bfloat16(), w.bfloat16())
+    assert not takes_few(x, w.clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not takes_few(x, w)
+
+
+@needs_compiler
 def test_the_roof_reads_everything_once():
     x = torch.zeros(2**18)
     x[::3] = 1
@@ -93,6 +137,7 @@ def test_other_cases_are_left_to_torch():
         assert not takes_attention(q.expand(-1, -1, 3, -1), k, v)  # several tokens
         assert not takes_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
         assert not takes_attention(q[..., :30], k[..., :30], v)  # 30 is no multiple of 4
+        assert not takes_attention(q[..., :16], k[..., :16], v[..., :16])  # gaps between tokens
     assert not takes_attention(q.requires_grad_(), k, v)
 
 
@@ -119,6 +164,9 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
         pytest.skip("flags of x86 processors")
     monkeypatch.setattr(cpu_kernel, "FLAGS", cpu_kernel.FLAGS + flags)
     build.cache_clear()
-    q, k, v = inputs(SHAPES["gqa"], 2, 100)
-    torch.testing.assert_close(split_kv(q, k, v, 0.2), by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+    for shape in ("gqa", "queries that fill vectors"):
+        q, k, v = inputs(SHAPES[shape], 2, 100)
+        torch.testing.assert_close(split_kv(q, k, v, 0.2), by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+    x, w = torch.randn(5, 64), torch.randn(48, 64)
+    torch.testing.assert_close(linear(x, w), F.linear(x, w), rtol=1e-5, atol=1e-5)
     build.cache_clear()
