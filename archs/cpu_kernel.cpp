@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -30,13 +29,14 @@ constexpr int lanes(int native) { return D % native || E % native ? lanes(native
 constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
 
 constexpr bool SHARED = D != E;
-constexpr int LINE = 16;                               // floats in a cache line
-constexpr int N = 16;                                  // tokens in a tile
-constexpr int LINES = N * (SHARED ? D : D + E) / LINE; // of a tile
-constexpr int AHEAD = std::max(1, 128 / LINES) * N;    // tokens from what is computed with to what is fetched: 8 KiB
-constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;  // in a vector (half of one where memory
-constexpr bool MANY = M % QUERIES == 0;                // sets the pace anyway), if they fill vectors
-constexpr int INTO = MANY ? 3 : 2;                     // the first cache where computing takes longer, else the second
+constexpr int LINE = 16;                                // floats in a cache line
+constexpr int N = 16;                                   // tokens in a tile
+constexpr int LINES = N * (SHARED ? D : D + E) / LINE;  // of a tile
+constexpr int AHEAD = std::max(1, 128 / LINES) * N;     // tokens from what is computed with to what is fetched: 8 KiB
+// Queries in a vector, if they fill it; a half vector where memory sets the pace anyway.
+constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;
+constexpr bool MANY = M % QUERIES == 0;
+constexpr int INTO = MANY ? 3 : 2;                      // the first cache where computing takes longer, else the second
 
 #define UNROLL _Pragma("GCC unroll 32")
 #define INLINED __attribute__((always_inline))
@@ -121,26 +121,48 @@ struct Ahead {
     }
 };
 
-// What queries have seen so far: their largest score, the sum of the weights 2^(score - top), the weighted sum of values.
-// `tile` adds the first `live` of N tokens. Few queries: vectors lie along a key and a value.
+constexpr int L = lanes(NATIVE);
+typedef Vector<L>::type vec;
+constexpr int MV = divisor(M, REGISTERS / 8), EV = divisor(E / L, 4);  // outputs kept in registers
+constexpr int VALUE_STEPS = N * (M / MV) * (E / L / EV);
+
+// Values times weights, added to the outputs (M, E).
+template <int LINES_A_STEP, class F>
+INLINE void add_values(F weight, const float *v, int live, Ahead &ahead, float *out) {
+    for (int e = 0; e < E; e += EV * L)
+        for (int m = 0; m < M; m += MV) {
+            vec a[MV][EV];
+            UNROLL for (int i = 0; i < MV; i++)
+                UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(out + (m + i) * E + e + j * L);
+            for (int n = 0; n < live; n++) {
+                ahead.fetch(LINES_A_STEP);
+                UNROLL for (int i = 0; i < MV; i++)
+                    UNROLL for (int j = 0; j < EV; j++)
+                        a[i][j] += weight(m + i, n) * load<vec>(v + n * D + e + j * L);
+            }
+            UNROLL for (int i = 0; i < MV; i++)
+                UNROLL for (int j = 0; j < EV; j++) store(out + (m + i) * E + e + j * L, a[i][j]);
+        }
+}
+
+// What queries have seen so far: a bound on their scores, the sum of the weights 2^(score - top) and the weighted sum of
+// values, which fade when a score is above the bound. It is then put so far above that this is seldom.
+constexpr float ABOVE = 8;
+
+// `tile` adds the first `live` of N tokens. Few queries: a score is the sum of a vector that lies along a key.
 struct Few {
-    static constexpr int L = lanes(NATIVE);
-    static constexpr int MV = divisor(M, REGISTERS / 8), EV = divisor(E / L, 4);  // outputs kept in registers
-    typedef Vector<L>::type vec;
     // About the cycles that a step of the scores' loop takes, one of the values', and all of them.
     static constexpr int SCORE = D / 2 + 3 * L / 2, VALUE = std::max(2, MV * EV / 2);
-    static constexpr int CYCLES = N / L * M * SCORE + N * (M / MV) * (E / L / EV) * VALUE;
+    static constexpr int CYCLES = N / L * M * SCORE + VALUE_STEPS * VALUE;
     static constexpr int lines(int cycles) { return (cycles * LINES + CYCLES - 1) / CYCLES; }
 
-    alignas(64) float q[M * D], scores[M][N], out[M * E];
+    alignas(64) float q[M * D], scores[M][N], out[M * E] = {};
     float top[M];
-    vec totals[M];
+    vec totals[M] = {};
 
     INLINED Few(const float *queries, float scale) {
         for (int i = 0; i < M * D; i++) q[i] = queries[i] * scale;
-        std::fill(out, out + M * E, 0.0f);
         std::fill(top, top + M, -INFINITY);
-        std::fill(totals, totals + M, vec{});
     }
 
     INLINED void tile(const float *k, const float *v, int live, Ahead ahead) {
@@ -160,96 +182,70 @@ struct Few {
             vec *x = (vec *)scores[m], most = x[0];
             UNROLL for (int j = 1; j < N / L; j++) most = larger(most, x[j]);
             float highest = maximum(most);
-            if (highest > top[m]) {  // what was summed before fades
-                float fade = std::exp2(top[m] - highest);
-                top[m] = highest;
+            if (highest > top[m]) {
+                float fade = std::exp2(top[m] - highest - ABOVE);
+                top[m] = highest + ABOVE;
                 totals[m] *= fade;
                 for (int e = 0; e < E; e++) out[m * E + e] *= fade;
             }
             UNROLL for (int j = 0; j < N / L; j++) totals[m] += x[j] = exp2_of(x[j] - top[m]);
         }
-        for (int e = 0; e < E; e += EV * L)
-            for (int m = 0; m < M; m += MV) {
-                vec a[MV][EV];
-                UNROLL for (int i = 0; i < MV; i++)
-                    UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(out + (m + i) * E + e + j * L);
-                for (int n = 0; n < live; n++) {
-                    ahead.fetch(lines(VALUE));
-                    UNROLL for (int i = 0; i < MV; i++)
-                        UNROLL for (int j = 0; j < EV; j++)
-                            a[i][j] += scores[m + i][n] * load<vec>(v + n * D + e + j * L);
-                }
-                UNROLL for (int i = 0; i < MV; i++)
-                    UNROLL for (int j = 0; j < EV; j++) store(out + (m + i) * E + e + j * L, a[i][j]);
-            }
+        add_values<lines(VALUE)>([&](int m, int n) INLINED { return scores[m][n]; }, v, live, ahead, out);
     }
 
-    float sum_of(int m) const { return sum(totals[m]); }
     float top_of(int m) const { return top[m]; }
-    float out_of(int m, int e) const { return out[m * E + e]; }
+    float total_of(int m) const { return sum(totals[m]); }
 };
 
-// The same for many queries: vectors lie along them, so that nothing is summed across a vector.
-template <int L> struct Many {
-    static constexpr int J = M / L, KEPT = std::max(1, REGISTERS / 2 / J);  // scores or outputs kept in registers
-    static constexpr int NK = divisor(N, KEPT), EK = divisor(E, KEPT);
-    static constexpr int STEPS = N / NK * D + E / EK * N, FETCH = (LINES + STEPS - 1) / STEPS;
-    typedef typename Vector<L>::type vec;
+// The same for many queries: vectors of scores lie along them, so that nothing is summed across a vector.
+struct Many {
+    static constexpr int J = (M - 1) / QUERIES + 1;
+    static constexpr int NK = divisor(N, std::max(1, REGISTERS / 2 / J));  // tokens whose scores are kept in registers
+    static constexpr int STEPS = N / NK * D + VALUE_STEPS, LINES_A_STEP = (LINES + STEPS - 1) / STEPS;
+    typedef Vector<QUERIES>::type many;
 
-    alignas(64) float q[D * M];
-    vec scores[N][J], out[E][J], top[J], totals[J];
+    alignas(64) float q[D * M], out[M * E] = {};
+    many scores[N][J], top[J], totals[J] = {};
 
     INLINED Many(const float *queries, float scale) {
         for (int m = 0; m < M; m++)
             for (int d = 0; d < D; d++) q[d * M + m] = queries[m * D + d] * scale;
-        std::fill(out[0], out[0] + E * J, vec{});
-        std::fill(top, top + J, vec{} - 3e38f);
-        std::fill(totals, totals + J, vec{});
+        std::fill(top, top + J, many{} - 3e38f);
     }
 
     INLINED void tile(const float *k, const float *v, int live, Ahead ahead) {
         for (int n = 0; n < live; n += NK) {
-            vec a[NK][J] = {};
+            many a[NK][J] = {};
             for (int d = 0; d < D; d++) {
-                ahead.fetch(FETCH);
+                ahead.fetch(LINES_A_STEP);
                 UNROLL for (int i = 0; i < NK; i++)
                     UNROLL for (int j = 0; j < J; j++)
-                        a[i][j] += *(vec *)&q[d * M + j * L] * k[std::min(n + i, live - 1) * D + d];
+                        a[i][j] += *(many *)&q[d * M + j * QUERIES] * k[std::min(n + i, live - 1) * D + d];
             }
             UNROLL for (int i = 0; i < NK; i++)
                 UNROLL for (int j = 0; j < J; j++) scores[n + i][j] = a[i][j];
         }
-        std::fill(scores[live], scores[N], vec{} - INFINITY);
+        std::fill(scores[live], scores[N], many{} - INFINITY);
         UNROLL for (int j = 0; j < J; j++) {
-            vec most[2] = {scores[0][j], scores[1][j]}, added[2] = {};
+            many most[2] = {scores[0][j], scores[1][j]}, added[2] = {};
             UNROLL for (int n = 2; n < N; n++) most[n % 2] = larger(most[n % 2], scores[n][j]);
-            vec highest = larger(larger(most[0], most[1]), top[j]);
+            many highest = larger(most[0], most[1]);
             if (maximum(highest - top[j]) > 0) {
-                vec fade = exp2_of(top[j] - highest);
+                highest = larger(highest + ABOVE, top[j]);
+                many fade = exp2_of(top[j] - highest);
                 top[j] = highest;
                 totals[j] *= fade;
-                for (int e = 0; e < E; e++) out[e][j] *= fade;
+                for (int i = 0; i < QUERIES; i++)
+                    for (int e = 0; e < E; e++) out[(j * QUERIES + i) * E + e] *= fade[i];
             }
             UNROLL for (int n = 0; n < N; n++) added[n % 2] += scores[n][j] = exp2_of(scores[n][j] - top[j]);
             totals[j] += added[0] + added[1];
         }
-        for (int e = 0; e < E; e += EK) {
-            vec a[EK][J];
-            UNROLL for (int i = 0; i < EK; i++)
-                UNROLL for (int j = 0; j < J; j++) a[i][j] = out[e + i][j];
-            for (int n = 0; n < live; n++) {
-                ahead.fetch(FETCH);
-                UNROLL for (int i = 0; i < EK; i++)
-                    UNROLL for (int j = 0; j < J; j++) a[i][j] += scores[n][j] * v[n * D + e + i];
-            }
-            UNROLL for (int i = 0; i < EK; i++)
-                UNROLL for (int j = 0; j < J; j++) out[e + i][j] = a[i][j];
-        }
+        add_values<LINES_A_STEP>([&](int m, int n) INLINED { return ((float *)scores[n])[m]; }, v, live, ahead, out);
     }
 
-    float sum_of(int m) const { return totals[m / L][m % L]; }
-    float top_of(int m) const { return top[m / L][m % L]; }
-    float out_of(int m, int e) const { return out[e][m / L][m % L]; }
+    float top_of(int m) const { return top[m / QUERIES][m % QUERIES]; }
+    float total_of(int m) const { return totals[m / QUERIES][m % QUERIES]; }
 };
 
 // Some of a KV head's tokens.
@@ -259,12 +255,12 @@ struct Part {
 };
 
 // Softmax attention of M queries over a part: weighted means of values (M, E), and log2 of the weights' sums (M). While
-// the last tiles are computed with, the first ones of the next part are fetched.
-static void attend(const float *queries, float scale, Part part, Part next, float *out, float *weight) {
-    std::conditional_t<MANY, Many<QUERIES>, Few> seen(queries, scale);
+// the last tiles are computed with, the first ones of what `next` says is next are fetched.
+template <class F> INLINE void attend(const float *queries, float scale, Part part, F next, float *out, float *weight) {
+    std::conditional_t<MANY, Many, Few> seen(queries, scale);
     long whole = (part.tokens + N - 1) / N * N;
     for (long s = 0; s < part.tokens; s += N) {
-        const Part &to_come = s + AHEAD < whole ? part : next;
+        Part to_come = s + AHEAD < whole ? part : next();
         long far = s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole;
         const float *keys = to_come.k + far * D, *values = SHARED ? keys : to_come.v + far * D;
         Ahead ahead = {keys, keys + N * D, values, values + N * D};
@@ -273,9 +269,9 @@ static void attend(const float *queries, float scale, Part part, Part next, floa
         else seen.tile(k, v, part.tokens - s, ahead);
     }
     for (int m = 0; m < M; m++) {
-        float total = seen.sum_of(m);
+        float total = seen.total_of(m), share = 1 / total;
         weight[m] = seen.top_of(m) + std::log2(total);
-        for (int e = 0; e < E; e++) out[m * E + e] = seen.out_of(m, e) / total;
+        for (int e = 0; e < E; e++) out[m * E + e] = seen.out[m * E + e] * share;
     }
 }
 
@@ -283,7 +279,7 @@ static void attend(const float *queries, float scale, Part part, Part next, floa
 extern "C" void split_kv(const float *q, const float *k, const float *v, float *out, const long *k_strides,
                          const long *v_strides, long B, long G, long S, float scale, int threads) {
     long heads = B * G;
-    long splits = std::max(1L, std::min((16 * threads + heads - 1) / heads, S / 256));
+    long splits = std::max(1L, std::min((8 * threads + heads - 1) / heads, S / 256));
     long per_split = ((S + splits - 1) / splits + N - 1) / N * N;
     splits = (S + per_split - 1) / per_split;
     long count = heads * splits;
@@ -295,9 +291,12 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
     std::vector<float> means(splits > 1 ? count * M * E : 0), weights(count * M);
     std::atomic<long> taken(0);
 #pragma omp parallel num_threads(threads)
-    for (long i = taken++, next; i < count; i = next) {
-        next = taken++;
-        attend(q + i / splits * M * D, scale * 1.44269504f, part(i), part(next < count ? next : i),
+    for (long i; (i = taken++) < count;) {
+        auto next = [&] {
+            long n = taken;
+            return part(n < count ? n : i);
+        };
+        attend(q + i / splits * M * D, scale * 1.44269504f, part(i), next,
                splits > 1 ? &means[i * M * E] : out + i * M * E, &weights[i * M]);
     }
     if (splits == 1) return;

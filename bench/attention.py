@@ -3,9 +3,10 @@
     uv run python bench/attention.py
     uv run python bench/attention.py --batch 64 --dtype bf16
 
-The roof is measured in the same process and in turns with the rest: the fastest of several reads of a large array, on a
-GPU a copy as well. Beside it each variant's other bound, its FLOPs at the rate of a large matrix product. Where CUDA is
-there, torch's SDPA and flex_attention take their turns on the same cache.
+As many caches are read one after another, as a model's layers do, as are large together: none stays in the processor's
+own caches. The roof is measured in the same process and in turns with the rest: the fastest of several reads of a large
+array, on a GPU a copy as well. Beside it each variant's other bound, its FLOPs at the rate of a large matrix product.
+Where CUDA is there, torch's SDPA and flex_attention take their turns on the same caches.
 """
 
 # Before torch, whose threads it tells how to wait.
@@ -28,33 +29,31 @@ from archs.cache import zeros
 from eval.speed import ROOF_BYTES, reads
 from train.module import matmul_flops_per_s
 
-REPLAYED = 20  # calls in one CUDA graph: launches are then not what is timed
+REPLAYED = 20  # calls at least in one CUDA graph: launches are then not what is timed
 
 
-def repeated(call: Callable[[], object], device: str) -> Callable[[], object]:
-    """REPLAYED calls as a CUDA graph; on a CPU the call itself."""
+def in_a_row(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[], object], int]:
+    """(All calls, how many they are); on a GPU a CUDA graph, of several rounds if they are few."""
     if device == "cpu":
-        return call
-    call()
+        return lambda: [call() for call in calls], len(calls)
+    calls = calls * -(-REPLAYED // len(calls))
+    calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(REPLAYED):
+        for call in calls:
             call()
-    return graph.replay
+    return graph.replay, len(calls)
 
 
-def peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
+def peers(H: int, G: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    B, H, _, D = q.shape
-    G = k.shape[1]
-
-    def flash() -> Tensor:
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v)
+            return F.scaled_dot_product_attention(q.view(q.shape[0], G, H // G, -1), k, v)
 
-    flex = functools.partial(torch.compile(flex_attention, dynamic=False), q, k, v, enable_gqa=G != H)
+    flex = functools.partial(torch.compile(flex_attention, dynamic=False), enable_gqa=G != H)
     return {"sdpa flash": flash, "flex_attention": flex}
 
 
@@ -74,7 +73,6 @@ def main() -> None:
     x = zeros(ROOF_BYTES[device] // 4, dtype=torch.float32, device=device)
     y = torch.empty_like(x) if device == "cuda" else None
     roofs = reads(x) | ({} if y is None else {"copy": lambda: y.copy_(x)})
-    calls = REPLAYED if device == "cuda" else 1
     title = f"decode attention, batch {args.batch}, context {args.context}, {H} heads of {D}, {args.dtype}"
     columns = ["what", "cache MiB", "ms", "GB/s", "of the read roof", "arithmetic bound"]
     report = Report(title, args.json, device, columns)
@@ -87,26 +85,29 @@ def main() -> None:
         "mla": (1, args.kv_rank + args.rope_dim, None),
     }
     for name, (G, key_size, value_size) in variants.items():
-        q, k = made(H, 1, key_size), made(G, args.context, key_size)
-        v = made(G, args.context, value_size) if value_size else None
         used = value_size or args.kv_rank
-        call = functools.partial(attend, q, k, v, None, seen, used)
-        steps = {read: repeated(step, device) for read, step in roofs.items()}
-        todo = {name: call}
-        if device == "cuda" and v is not None:
-            todo |= {f"{name}, {peer}": step for peer, step in peers(q, k, v).items()}
-        for label, step in todo.items():
+        held = args.batch * G * args.context * (key_size + (value_size or 0)) * dtype.itemsize
+        q = made(H, 1, key_size)
+        layers = [
+            (made(G, args.context, key_size), made(G, args.context, value_size) if value_size else None)
+            for _ in range(-(-x.nbytes // held))
+        ]
+        todo = {name: lambda q, k, v, used=used: attend(q, k, v, None, seen, used)}
+        if device == "cuda" and value_size:
+            todo |= {f"{name}, {peer}": step for peer, step in peers(H, G).items()}
+        steps, calls = {}, {}
+        for label, step in (roofs | todo).items():
+            each = [functools.partial(step, q, k, v) for k, v in layers] if label in todo else [step]
             try:
-                steps[label] = repeated(step, device)
+                steps[label], calls[label] = in_a_row(each, device)
             except Exception as e:
                 print(f"{label}: {e}".splitlines()[0][:200], file=sys.stderr)
         times = in_turns(steps, device, args.repeats)
         moved = {read: x.nbytes * (2 if read == "copy" else 1) for read in roofs}
-        roof = max(calls * moved[read] / statistics.median(times[read]) / 1e9 for read in roofs)
-        held = k.nbytes + (v.nbytes if v is not None else 0)
+        roof = max(calls[read] * moved[read] / statistics.median(times[read]) / 1e9 for read in roofs)
         bound = 2 * args.batch * H * args.context * (key_size + used) / peak
         for label in [label for label in todo if label in times]:
-            column = [t / calls for t in times[label]]
+            column = [t / calls[label] for t in times[label]]
             speed = held / statistics.median(column) / 1e9
             report.add(
                 **{
