@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from archs.cpu_kernel import split_kv, takes_attention
+from archs.cpu_kernel import rotate_one, split_kv, takes, takes_attention
 
 Rope = tuple[Tensor, Tensor]
 # For one query on a GPU: cuDNN, torch's choice on Hopper, makes a plan for each length.
@@ -43,6 +43,8 @@ def last(rope: Rope) -> Rope:
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Applies rotary positions; dimension i is paired with i + D/2, as Llama does."""
     cos, sin = rope
+    if x_BHTD.shape[2] == 1 and takes(x_BHTD, cos, sin):
+        return rotate_one(x_BHTD, cos, sin)
     a, b = x_BHTD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
 

@@ -367,6 +367,21 @@ extern "C" void swiglu(const float *x, const float *gate_up, const float *down, 
     }
 }
 
+// x (B, H, D), with strides of batch and head, with each pair of dimensions i and i + D/2 turned; out is contiguous. One
+// position, or one for each sequence: the tables are (D/2) or (B, D/2).
+extern "C" void rotate(const float *x, const float *cosine, const float *sine, float *out, long B, long H, long half,
+                       long x_batch, long x_head, long table_batch) {
+    for (long b = 0; b < B; b++)
+        for (long h = 0; h < H; h++, out += 2 * half) {
+            const float *p = x + b * x_batch + h * x_head, *c = cosine + b * table_batch, *s = sine + b * table_batch;
+#pragma omp simd
+            for (long i = 0; i < half; i++) {
+                out[i] = p[i] * c[i] - p[i + half] * s[i];
+                out[i + half] = p[i + half] * c[i] + p[i] * s[i];
+            }
+        }
+}
+
 extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, float eps,
                          int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > 1 << 14)

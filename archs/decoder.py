@@ -165,7 +165,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTW: Tensor, rope: Rope, *cached: Any) -> Tensor:
         attended_BTW = self.attention(self.attention_norm(x_BTW), rope, *cached)
-        x_BTW = x_BTW[:, -attended_BTW.shape[1] :] + self.dropout(attended_BTW)
+        if attended_BTW.shape[1] < x_BTW.shape[1]:
+            x_BTW = x_BTW[:, -attended_BTW.shape[1] :]
+        x_BTW = x_BTW + self.dropout(attended_BTW)
         return x_BTW + self.dropout(self.ffn(self.ffn_norm(x_BTW)))
 
 

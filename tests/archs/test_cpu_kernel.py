@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_attention import by_definition
 
 from archs import cpu_kernel
-from archs.attention import attend
+from archs.attention import attend, rope_table, rotate
 from archs.cpu_kernel import (
     build,
     compiler,
@@ -120,6 +120,17 @@ def test_other_products_are_left_to_torch():
     assert not takes_few(x, w.clone().requires_grad_())
     with torch.autocast("cpu", torch.bfloat16):
         assert not takes_few(x, w)
+
+
+@needs_compiler
+@pytest.mark.parametrize("positions", [7, torch.tensor([[[3]], [[0]], [[900]]])], ids=["one", "one a sequence"])
+def test_one_token_is_turned_as_many_are(positions):
+    x = torch.randn(3, 1, 5, 24).transpose(1, 2)
+    rope = rope_table(positions, 1, 24, 10_000.0, "cpu")
+    with torch.inference_mode():
+        assert takes(x, *rope)
+        got = rotate(x, rope)
+    torch.testing.assert_close(got, rotate(x.requires_grad_(), rope).detach(), rtol=1e-5, atol=1e-6)
 
 
 @needs_compiler
