@@ -41,9 +41,9 @@ def last(rope: Rope) -> Rope:
 
 
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
-    """Applies rotary positions; dimension i is paired with i + D/2, as Llama does."""
+    """Applies rotary positions; dimension i is paired with i + D/2, as Llama does. Also to (N, D), a table row each."""
     cos, sin = rope
-    if x_BHTD.shape[2] == 1 and takes(x_BHTD, cos, sin):
+    if x_BHTD.dim() == 4 and x_BHTD.shape[2] == 1 and takes(x_BHTD, cos, sin):
         return rotate_one(x_BHTD, cos, sin)
     a, b = x_BHTD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
