@@ -178,7 +178,7 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
         pytest.skip("flags of x86 processors")
     monkeypatch.setattr(cpu_kernel, "FLAGS", cpu_kernel.FLAGS + flags)
     build.cache_clear()
-    for shape in ("gqa", "queries that fill vectors"):
+    for shape in ("mha", "queries that fill vectors"):
         q, k, v = inputs(SHAPES[shape], 2, 100)
         torch.testing.assert_close(split_kv(q, k, v, 0.2), by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
     x, w = torch.randn(5, 64), torch.randn(48, 64)
