@@ -139,8 +139,8 @@ def _rotate(x_BH1D: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         x_BH1D = x_BH1D.contiguous()
     out = x_BH1D.new_empty(B, H, 1, D)
     places = [x.data_ptr() for x in (x_BH1D, cosine, sine, out)]
-    strides = *x_BH1D.stride()[:2], cosine.stride(0) if cosine.dim() == 4 else 0
-    build().rotate(*places, B, H, D // 2, *strides)
+    row = cosine.expand(B, 1, 1, D // 2).stride(0)  # 0 where one serves all
+    build().rotate(*places, B, H, D // 2, *x_BH1D.stride()[:2], row)
     return out
 
 

@@ -1,6 +1,8 @@
 """The decode kernel of a CPU against attention by definition."""
 
+import gc
 import math
+import mmap
 import subprocess
 
 import pytest
@@ -10,6 +12,7 @@ from test_attention import by_definition
 
 from archs import cpu_kernel
 from archs.attention import attend, rope_table, rotate
+from archs.cache import HUGE_PAGE, zeros
 from archs.cpu_kernel import (
     build,
     compiler,
@@ -131,6 +134,20 @@ def test_one_token_is_turned_as_many_are(positions):
         assert takes(x, *rope)
         got = rotate(x, rope)
     torch.testing.assert_close(got, rotate(x.requires_grad_(), rope).detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_cache_is_zero_and_holds_its_own_bytes_alone(dtype):
+    """Whatever pages it stands in; with what it was made from out of reach."""
+    made = zeros(3, 5, 70_001, 4, dtype=dtype, device="cpu")
+    gc.collect()
+    assert made.untyped_storage().nbytes() == made.nbytes == 3 * 5 * 70_001 * 4 * dtype.itemsize
+    assert made.is_contiguous()
+    assert not made.any()
+    made[2, 4, 70_000] = torch.arange(4)
+    assert made.float().sum() == 6
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert made.data_ptr() % HUGE_PAGE == 0
 
 
 @needs_compiler
