@@ -5,7 +5,7 @@ retention (`gret`). Its output gives one K and one V, which all layers of the se
 own only queries and output projections. Prefill needs the cross-decoder for the last position alone (early exit), as
 nothing of it is cached.
 
-Shapes: B batch, T tokens, H heads, G KV heads, D head size, W width, C chunk.
+Shapes: B batch, T tokens, H heads, G KV heads, D head size, W width; N chunks of C tokens.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from archs.decoder import NORM_EPS, Decoder, Linear, Options, RMSNorm, kv_heads_
 from archs.grouped import GroupedAttention
 
 DECAY_TEMPERATURE = 16  # tau of the paper's equation for gamma
-CHUNK = 256
+CHUNK = 64
 
 
 @dataclass(kw_only=True)
@@ -61,28 +61,42 @@ def retention_chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Gated retention over T tokens from a state: (outputs (B, H, T, D), the state after them).
 
-    Within a chunk the parallel form, ((Q K^T) * decay mask) V; between chunks the state. With chunk >= T it is the
-    parallel form alone.
+    Within a chunk the parallel form, ((Q K^T) * decay mask) V, of all chunks at once; between chunks the state. With
+    chunk >= T it is the parallel form alone.
     """
-    outputs = []
-    for q, k, v, log_decay in zip(
-        *(x.split(chunk, dim=2) for x in (q_BHTD, k_BHTD, v_BHTD, log_decay_BHT)), strict=True
-    ):
-        total_BHC = log_decay.cumsum(-1)
-        future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        decay_BHCC = (total_BHC[..., :, None] - total_BHC[..., None, :]).masked_fill(future, float("-inf")).exp()
-        outputs.append((q @ k.mT * decay_BHCC) @ v + total_BHC.exp()[..., None] * (q @ state_BHDD))
-        remaining_BHC = (total_BHC[..., -1:] - total_BHC).exp()
-        state_BHDD = total_BHC[..., -1:, None].exp() * state_BHDD + (k * remaining_BHC[..., None]).mT @ v
-    return torch.cat(outputs, dim=2), state_BHDD
+    T = q_BHTD.shape[2]
+    C = min(chunk, T)
+    tail = -T % C  # of zeros, which leave the state as it is
+    q, k, v = (F.pad(x, (0, 0, 0, tail)).unflatten(2, (-1, C)) for x in (q_BHTD, k_BHTD, v_BHTD))
+    total_BHNC = F.pad(log_decay_BHT, (0, tail)).unflatten(2, (-1, C)).cumsum(-1)
+    whole_BHN = total_BHNC[..., -1:]
+    not_before = torch.ones(C, C, dtype=torch.bool, device=q.device).triu()
+    decay_BHNCC = (total_BHNC[..., :, None] - total_BHNC[..., None, :]).masked_fill(not_before, float("-inf")).exp()
+    out_BHNCD = (q @ k.mT * decay_BHNCC) @ v + own(q, k) * v
+    added_BHNDD = (k * (whole_BHN - total_BHNC).exp()[..., None]).mT @ v
+    states = [state_BHDD]
+    for added_BHDD, fade_BH11 in zip(added_BHNDD.unbind(2), whole_BHN.exp()[..., None].unbind(2), strict=True):
+        states.append(fade_BH11 * states[-1] + added_BHDD)
+    out_BHNCD = out_BHNCD + (q * total_BHNC.exp()[..., None]) @ torch.stack(states[:-1], dim=2)
+    return out_BHNCD.flatten(2, 3)[:, :, :T], states[-1]
 
 
 def retention_recurrent(
     q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, log_decay_BH1: Tensor, state_BHDD: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token: S_n = gamma_n S_{n-1} + K_n^T V_n, output Q_n S_n."""
-    state_BHDD = log_decay_BH1.exp()[..., None] * state_BHDD + k_BH1D.mT @ v_BH1D
-    return q_BH1D @ state_BHDD, state_BHDD
+    state_BHDD = log_decay_BH1.exp()[..., None] * state_BHDD
+    out_BH1D = q_BH1D @ state_BHDD + own(q_BH1D, k_BH1D) * v_BH1D
+    return out_BH1D, state_BHDD + k_BH1D.mT @ v_BH1D
+
+
+def own(q: Tensor, k: Tensor) -> Tensor:
+    """Q_n K_n^T of each token, (..., 1), summed in fp64.
+
+    Of a sequence's first token it is all there is: the norm makes an output of full size of however small a sum, and
+    would of its rounding, too.
+    """
+    return (q.double() * k.double()).sum(-1, keepdim=True).to(q.dtype)
 
 
 class GatedRetention(nn.Module):

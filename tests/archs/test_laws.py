@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,6 +47,7 @@ def cached_logits(model, tokens, chunks, cache):
     head_dim=st.sampled_from([8, 10, 16]),
     length=st.integers(1, 70),
 )
+@example(seed=29654, batch=1, layers=4, heads=8, head_dim=16, length=1)  # of retention almost nothing, which is normed
 def test_cached_logits_equal_the_full_forward(arch, options, seed, batch, layers, heads, head_dim, length):
     model = make(arch, options, seed, layers=layers, heads=heads, head_dim=head_dim)
     draw = random.Random(seed)
