@@ -43,7 +43,7 @@ def last(rope: Rope) -> Rope:
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Applies rotary positions; dimension i is paired with i + D/2, as Llama does. Also to (N, D), a table row each."""
     cos, sin = rope
-    if x_BHTD.dim() == 4 and x_BHTD.shape[2] == 1 and takes(x_BHTD, cos, sin):
+    if x_BHTD.dim() == 4 and x_BHTD.shape[2] == x_BHTD.stride(3) == 1 and takes(x_BHTD, cos, sin):
         return rotate_one(x_BHTD, cos, sin)
     a, b = x_BHTD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
@@ -81,6 +81,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwa
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **kwargs)[..., :value_size]
 
 
+def attend_on_device(
+    q_BHD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor | None, position: Tensor, scale: float, value_size: int | None
+) -> Tensor:
+    """One token's attention up to a position that only the device knows; (B, H, E)."""
+    if q_BHD.is_cuda:
+        from archs.split_kv import split_kv_attention  # which imports Triton
+
+        return split_kv_attention(q_BHD, k_BGSD, v_BGSE, position, scale, value_size)
+    v = k_BGSD if v_BGSE is None else v_BGSE
+    seen = torch.arange(k_BGSD.shape[2]) <= position
+    return sdpa(q_BHD[:, :, None], k_BGSD, v, seen[None], scale=scale, enable_gqa=True)[:, :, 0, :value_size]
+
+
 def attend(
     q_BHTD: Tensor,
     k_BGSD: Tensor,
@@ -91,24 +104,23 @@ def attend(
 ) -> Tensor:
     """Causal attention of the last T of S positions; query head h uses KV head h // (H/G). Returns (B, H, T, E).
 
-    Without values, the keys' first `value_size` columns are them. With `seen`, a number on the device, one token sees
-    the first `seen` of S slots, in a kernel of ours, as one token does on a CPU; else the kernel is torch's, also where
-    `seen` says for each sequence which slots its one token sees: booleans (B, 1, 1, S). A cache under a technique,
-    or in blocks, which stands for keys and values, attends itself.
+    Without values, the keys' first `value_size` columns are them. With `seen`, a position (1) on the device, one token
+    sees the slots up to it, or all S; `seen` may also say which slots each sequence's one token sees: booleans
+    (B, 1, 1, S). The kernel is ours for one token on a CPU and for a position on a GPU, else torch's. A cache under a
+    technique, or in blocks, which stands for keys and values, attends itself.
     """
     if not isinstance(k_BGSD, Tensor):
         return k_BGSD.attend(q_BHTD, scale, value_size)
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
     q = q_BHTD.to(k_BGSD.dtype)
-    if seen is not None and seen.dtype != torch.bool:
-        from archs.split_kv import split_kv_attention
-
-        out = split_kv_attention(q[:, :, 0], k_BGSD, v_BGSE, seen, scale or D**-0.5, value_size)
-        return out[:, :, None].to(q_BHTD.dtype)
     v = k_BGSD[..., :value_size] if v_BGSE is None else v_BGSE
-    if seen is None and takes_attention(q, k_BGSD, v):
-        return split_kv(q, k_BGSD, v, scale or D**-0.5).to(q_BHTD.dtype)
+    masked = seen is not None and seen.dtype == torch.bool
+    if not masked and takes_attention(q, k_BGSD, v):
+        return split_kv(q, k_BGSD, v, scale or D**-0.5, seen).to(q_BHTD.dtype)
+    if seen is not None and not masked:
+        out = attend_on_device(q[:, :, 0], k_BGSD, v_BGSE, seen, scale or D**-0.5, value_size)
+        return out[:, :, None].to(q_BHTD.dtype)
     v = k_BGSD if v_BGSE is None else v_BGSE  # the columns too many are cut off: equal sizes keep the fast kernels
     if T == 1:
         out = sdpa(q.reshape(B, G, H // G, D), k_BGSD, v, attn_mask=seen, scale=scale).reshape(B, H, 1, -1)

@@ -1,7 +1,7 @@
 """KV caches: allocated once for `max_tokens`, written in place, read as far as they are filled.
 
-Where a token goes is a number (`start: int`), and what is held comes back as views cut to it. In a decode step that a
-CUDA graph replays it is a tensor on the device, and the whole storages come back with how much is filled, `seen`.
+Where a token goes is a number (`start: int`), and what is held comes back as views cut to it. In a decode step that is
+recorded and replayed it is a tensor on the device (1), and the whole storages come back with it: `seen`.
 
 The bytes a cache reports are those of its storages, found by walking whatever tensors it reaches, each storage once.
 A variant therefore cannot forget a buffer, and a cache shared by several layers counts once (YOCO, arXiv 2405.05254).
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from archs.cpu_kernel import put, takes
 
 HUGE_PAGE = 2**21  # bytes
 
@@ -47,10 +49,11 @@ class FullCache:
     def append(self, start: int | Tensor, *new_BGTD: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Writes T new tokens (one, where `start` is a tensor) at `start`.
 
-        Returns views (B, G, start + T, D) of all that is now held, and None; or all slots, and how many are `seen`.
+        Returns views (B, G, start + T, D) of all that is now held, and None; or all slots, and up to where they are
+        to be seen.
         """
         if isinstance(start, Tensor):
-            return _write(self.streams, start, new_BGTD), start + 1
+            return _write(self.streams, start, new_BGTD), start
         end = start + new_BGTD[0].shape[2]
         for stream, new in zip(self.streams, new_BGTD, strict=True):
             stream[:, :, start:end] = new
@@ -59,7 +62,10 @@ class FullCache:
 
 def _write(streams: list[Tensor], slot: Tensor, new_BG1D: Sequence[Tensor]) -> list[Tensor]:
     for stream, new in zip(streams, new_BG1D, strict=True):
-        stream.index_copy_(2, slot, new.to(stream.dtype))
+        if new.stride(3) == 1 and takes(stream, new):
+            put(stream, new, slot)
+        else:
+            stream.index_copy_(2, slot, new.to(stream.dtype))
     return streams
 
 
@@ -77,7 +83,7 @@ class WindowCache:
         Returns what FullCache does, in slot order: attention by a query that sees all that is held needs no other.
         """
         if isinstance(start, Tensor):
-            return _write(self.streams, start % self.slots, new_BGTD), (start + 1).clamp(max=self.slots)
+            return _write(self.streams, start % self.slots, new_BGTD), start
         T = new_BGTD[0].shape[2]
         kept = min(T, self.slots)
         slot = (start + T - kept) % self.slots

@@ -5,8 +5,7 @@
 // among threads (Flash-Decoding, Dao et al. 2023). Memory sets the pace only if it is never waited for: while one tile
 // is computed with, one to come is fetched, some lines at each step of the inner loops.
 //
-// Constants of a build: M queries a KV head, D key size, E value size; a multiple of four each but M. Of a KV head there
-// are D floats from one token to the next in keys and in values; where E is less, values are the keys' first columns.
+// Constants of a build: M queries a KV head, D key size, E value size. Of a KV head there are D floats from one token to the next in keys and in values; where E is less, values are the keys' first columns.
 
 #include <algorithm>
 #include <atomic>
@@ -67,15 +66,13 @@ template <int W, class T, int... I> INLINE T cross(T a, std::integer_sequence<in
 }
 
 template <class T, int W = width<T> / 2> INLINE float sum(T a) {
-    a += cross<W>(a, Lanes<T>());
-    if constexpr (W > 1) return sum<T, W / 2>(a);
-    else return a[0];
+    if constexpr (W == 0) return a[0];
+    else return sum<T, W / 2>(a + cross<W>(a, Lanes<T>()));
 }
 
 template <class T, int W = width<T> / 2> INLINE float maximum(T a) {
-    a = larger(a, cross<W>(a, Lanes<T>()));
-    if constexpr (W > 1) return maximum<T, W / 2>(a);
-    else return a[0];
+    if constexpr (W == 0) return a[0];
+    else return maximum<T, W / 2>(larger(a, cross<W>(a, Lanes<T>())));
 }
 
 // Of two rows of a matrix: columns whose bit W is OF, the other row's in the places whose bit W is set.
@@ -275,9 +272,12 @@ template <class F> INLINE void attend(const float *queries, float scale, Part pa
     }
 }
 
-// q (B, G, M, D) and out (B, G, M, E) are contiguous; strides in floats, of batch and KV head.
-extern "C" void split_kv(const float *q, const float *k, const float *v, float *out, const long *k_strides,
-                         const long *v_strides, long B, long G, long S, float scale, int threads) {
+// q (B, G, M, D) and out (B, G, M, E), without gaps within a sequence; strides in floats, of batch and KV head. S tokens
+// are held, or as many as there are up to `position`.
+extern "C" void split_kv(const float *q, const float *k, const float *v, float *out, long q_batch, long k_batch,
+                         long k_head, long v_batch, long v_head, long B, long G, long S, const long *position,
+                         float scale, int threads) {
+    if (position) S = std::min(S, *position + 1);
     long heads = B * G;
     long splits = std::max(1L, std::min((8 * threads + heads - 1) / heads, S / 256));
     long per_split = ((S + splits - 1) / splits + N - 1) / N * N;
@@ -285,8 +285,8 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
     long count = heads * splits;
     auto part = [&](long i) {
         long b = i / splits / G, g = i / splits % G, first = i % splits * per_split;
-        return Part{k + b * k_strides[0] + g * k_strides[1] + first * D,
-                    v + b * v_strides[0] + g * v_strides[1] + first * D, std::min(per_split, S - first)};
+        return Part{k + b * k_batch + g * k_head + first * D, v + b * v_batch + g * v_head + first * D,
+                    std::min(per_split, S - first)};
     };
     std::vector<float> means(splits > 1 ? count * M * E : 0), weights(count * M);
     std::atomic<long> taken(0);
@@ -296,7 +296,8 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
             long n = taken;
             return part(n < count ? n : i);
         };
-        attend(q + i / splits * M * D, scale * 1.44269504f, part(i), next,
+        long h = i / splits;
+        attend(q + h / G * q_batch + h % G * M * D, scale * 1.44269504f, part(i), next,
                splits > 1 ? &means[i * M * E] : out + i * M * E, &weights[i * M]);
     }
     if (splits == 1) return;
@@ -312,6 +313,16 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
                 for (int e = 0; e < E; e++) o[e] += share * mean[s * M * E + e];
             }
             for (int e = 0; e < E; e++) o[e] /= total;
+        }
+}
+
+// One token's vectors x (B, G, D) into slot `position` of a stream (B, G, S, D); strides of batch and KV head.
+extern "C" void put(float *stream, const float *x, const long *position, long B, long G, long size, long stream_batch,
+                    long stream_head, long x_batch, long x_head) {
+    for (long b = 0; b < B; b++)
+        for (long g = 0; g < G; g++) {
+            const float *p = x + b * x_batch + g * x_head;
+            std::copy(p, p + size, stream + b * stream_batch + g * stream_head + *position * size);
         }
 }
 

@@ -19,7 +19,9 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +55,9 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
             warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
             return None
     pointer, whole = ctypes.c_void_p, ctypes.c_long
-    built.split_kv.argtypes = [pointer] * 6 + [whole] * 3 + [ctypes.c_float, ctypes.c_int]
+    built.split_kv.argtypes = [pointer] * 4 + [whole] * 8 + [pointer, ctypes.c_float, ctypes.c_int]
     built.split_kv.restype = None
+    built.put.argtypes, built.put.restype = [pointer] * 3 + [whole] * 7, None
     built.linear.argtypes, built.linear.restype = [pointer] * 3 + [whole] * 3 + [ctypes.c_int], None
     built.swiglu.argtypes, built.swiglu.restype = [pointer] * 4 + [whole] * 3 + [ctypes.c_int], None
     built.rotate.argtypes, built.rotate.restype = [pointer] * 4 + [whole] * 6, None
@@ -80,9 +83,9 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
-    """Whether `split_kv` takes these: also one token, sizes that are multiples of 4, and no gaps between tokens."""
+    """Whether `split_kv` takes these: also one token, and no gaps between tokens or between queries."""
     (H, T, D), (G, _, E) = q_BHTD.shape[1:], v_BGSE.shape[1:]
-    fits = T == 1 and D % 4 == E % 4 == 0 and k_BGSD.stride()[2:] == v_BGSE.stride()[2:] == (D, 1)
+    fits = T == 1 and q_BHTD[0].is_contiguous() and k_BGSD.stride()[2:] == v_BGSE.stride()[2:] == (D, 1)
     return fits and takes(q_BHTD, k_BGSD, v_BGSE) and build(H // G, D, E) is not None
 
 
@@ -94,86 +97,105 @@ def takes_few(x: Tensor, *weights: Tensor) -> bool:
     return x.numel() <= FEW * x.shape[-1] and not torch.is_autocast_enabled("cpu") and takes(x, *weights)
 
 
-# Operators of torch's, so that what counts operators or their FLOPs sees them.
 library = torch.library.Library("kvfrontier", "DEF")
-library.define("split_kv(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
-library.define("linear(Tensor x, Tensor weight) -> Tensor")
-library.define("swiglu(Tensor x, Tensor gate_up, Tensor down) -> Tensor")
-library.define("rotate(Tensor x, Tensor cosine, Tensor sine) -> Tensor")
-library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+Prepared = tuple[Tensor | None, Callable[[], None]]
+PREPARE: dict[Any, Callable[..., Prepared]] = {}
 
 
-def _split_kv(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float) -> Tensor:
-    """Attention of one token over all that is held, query head h using KV head h // (H/G); (B, H, 1, E)."""
+def operator(schema: str) -> Callable[[Callable[..., Prepared]], Callable]:
+    """Makes an operator of torch's, seen by what counts operators, of what returns its result and a call that fills it.
+
+    The call goes by addresses: a step that is recorded (graph.py) keeps it, and all that it was prepared with.
+    """
+
+    def define(prepare: Callable[..., Prepared]) -> Callable:
+        def run(*arguments: Any) -> Tensor | None:
+            result, call = prepare(*arguments)
+            call()
+            return result
+
+        name = schema.partition("(")[0]
+        library.define(schema)
+        library.impl(name, run, "CPU")
+        made = getattr(torch.ops.kvfrontier, name).default
+        PREPARE[made] = prepare
+        return made
+
+    return define
+
+
+@operator("split_kv(Tensor q, Tensor k, Tensor v, float scale, Tensor? position) -> Tensor")
+def split_kv(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, position: Tensor | None) -> Prepared:
+    """Attention of one token over S tokens, or as far as `position`; query head h uses KV head h // (H/G); (B, H, 1, E)."""
     B, H, T, D = q_BHTD.shape
     G, S, E = v_BGSE.shape[1:]
-    q_BHTD, out_BHTE = q_BHTD.contiguous(), q_BHTD.new_empty(B, H, T, E)
-    strides = [(ctypes.c_long * 2)(*x.stride()[:2]) for x in (k_BGSD, v_BGSE)]
+    out_BHTE = q_BHTD.new_empty(B, H, T, E)
     places = [x.data_ptr() for x in (q_BHTD, k_BGSD, v_BGSE, out_BHTE)]
-    build(H // G, D, E).split_kv(*places, *strides, B, G, S, scale, torch.get_num_threads())
-    return out_BHTE
+    strides = q_BHTD.stride(0), *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
+    held = None if position is None else position.data_ptr()
+    attend = build(H // G, D, E).split_kv
+    return out_BHTE, partial(attend, *places, *strides, B, G, S, held, scale, torch.get_num_threads())
 
 
-def _linear(x: Tensor, weight_FK: Tensor) -> Tensor:
-    """x (..., K) weight^T; (..., F)."""
-    x, (F, K) = x.contiguous(), weight_FK.shape
+@operator("put(Tensor(a!) stream, Tensor new, Tensor position) -> ()")
+def put(stream_BGSD: Tensor, new_BG1D: Tensor, position: Tensor) -> Prepared:
+    """Writes one token's vectors into the slot that `position` says."""
+    places = [x.data_ptr() for x in (stream_BGSD, new_BG1D, position)]
+    strides = *stream_BGSD.stride()[:2], *new_BG1D.stride()[:2]
+    return None, partial(build().put, *places, *new_BG1D.shape[:2], new_BG1D.shape[3], *strides)
+
+
+@operator("linear(Tensor x, Tensor weight) -> Tensor")
+def linear(x: Tensor, weight_FK: Tensor) -> Prepared:
+    """x (..., K) weight^T; (..., F). x is contiguous."""
+    F, K = weight_FK.shape
     out = x.new_empty(*x.shape[:-1], F)
     places = x.data_ptr(), weight_FK.data_ptr(), out.data_ptr()
-    build().linear(*places, x.numel() // K, K, F, torch.get_num_threads())
-    return out
+    return out, partial(build().linear, *places, x.numel() // K, K, F, torch.get_num_threads())
 
 
-def _swiglu(x: Tensor, gate_up_GK: Tensor, down_KF: Tensor) -> Tensor:
-    """(silu(x gate^T) * (x up^T)) down^T of x (..., K), gate and up one after the other (arXiv 2002.05202)."""
-    x, (K, F) = x.contiguous(), down_KF.shape
+@operator("swiglu(Tensor x, Tensor gate_up, Tensor down) -> Tensor")
+def swiglu(x: Tensor, gate_up_GK: Tensor, down_KF: Tensor) -> Prepared:
+    """(silu(x gate^T) * (x up^T)) down^T of x (..., K), gate and up one after the other (arXiv 2002.05202).
+
+    x is contiguous.
+    """
+    K, F = down_KF.shape
     out = torch.empty_like(x)
     places = x.data_ptr(), gate_up_GK.data_ptr(), down_KF.data_ptr(), out.data_ptr()
-    build().swiglu(*places, x.numel() // K, K, F, torch.get_num_threads())
-    return out
+    return out, partial(build().swiglu, *places, x.numel() // K, K, F, torch.get_num_threads())
 
 
-def _rotate(x_BH1D: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+@operator("rotate(Tensor x, Tensor cosine, Tensor sine) -> Tensor")
+def rotate_one(x_BH1D: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
     """Rotary positions of one token, by tables (1, D/2) or (B, 1, 1, D/2); (B, H, 1, D)."""
     B, H, _, D = x_BH1D.shape
-    if x_BH1D.stride(3) != 1:
-        x_BH1D = x_BH1D.contiguous()
     out = x_BH1D.new_empty(B, H, 1, D)
     places = [x.data_ptr() for x in (x_BH1D, cosine, sine, out)]
     row = cosine.expand(B, 1, 1, D // 2).stride(0)  # 0 where one serves all
-    build().rotate(*places, B, H, D // 2, *x_BH1D.stride()[:2], row)
-    return out
+    return out, partial(build().rotate, *places, B, H, D // 2, *x_BH1D.stride()[:2], row)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467)."""
-    x, width = x.contiguous(), x.shape[-1]
+@operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Prepared:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467). x is contiguous."""
+    width = x.shape[-1]
     out = torch.empty_like(x)
     places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    build().rms_norm(*places, x.numel() // width, width, eps, torch.get_num_threads())
-    return out
+    return out, partial(build().rms_norm, *places, x.numel() // width, width, eps, torch.get_num_threads())
 
 
-library.impl("split_kv", _split_kv, "CPU")
-library.impl("linear", _linear, "CPU")
-library.impl("swiglu", _swiglu, "CPU")
-library.impl("rotate", _rotate, "CPU")
-library.impl("rms_norm", _rms_norm, "CPU")
-ours = torch.ops.kvfrontier
-split_kv, linear, swiglu, rms_norm = ours.split_kv, ours.linear, ours.swiglu, ours.rms_norm
-rotate_one = ours.rotate
-
-
-@register_flop_formula(split_kv)
+@register_flop_formula(split_kv.overloadpacket)
 def _attention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     B, H, T, D = q_shape
     return 2 * B * H * T * v_shape[2] * (D + v_shape[3])
 
 
-@register_flop_formula(linear)
+@register_flop_formula(linear.overloadpacket)
 def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(x_shape) * weight_shape[0]
 
 
-@register_flop_formula(swiglu)
+@register_flop_formula(swiglu.overloadpacket)
 def _swiglu_flops(x_shape, gate_up_shape, down_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(x_shape) * (gate_up_shape[0] + down_shape[1])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
 from archs.cpu_kernel import linear, rms_norm, swiglu, takes, takes_few
-from archs.graph import GraphedStep, graphs_decode
+from archs.graph import RecordedStep, records
 
 NORM_EPS = 1e-6
 AT_ONCE = {"cpu": 2**11, "cuda": 2**17}  # tokens in a layer during prefill; what is made of them fits a CPU's caches
@@ -116,7 +116,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
-        return rms_norm(x, self.weight, NORM_EPS) if takes(x, self.weight) else super().forward(x)
+        return rms_norm(x.contiguous(), self.weight, NORM_EPS) if takes(x, self.weight) else super().forward(x)
 
 
 class Linear(nn.Linear):
@@ -126,7 +126,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight) if takes_few(x, self.weight) else super().forward(x)
+        return linear(x.contiguous(), self.weight) if takes_few(x, self.weight) else super().forward(x)
 
 
 class FFN(nn.Module):
@@ -140,7 +140,7 @@ class FFN(nn.Module):
     def forward(self, x_BTW: Tensor) -> Tensor:
         gate_up, down = self.gate_up.weight, self.down.weight
         if takes_few(x_BTW, gate_up, down):
-            return swiglu(x_BTW, gate_up, down)
+            return swiglu(x_BTW.contiguous(), gate_up, down)
         gate, up = self.gate_up(x_BTW).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
@@ -233,14 +233,14 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_B: Tensor, cache: Cache) -> Tensor:
-        """Appends one token to each sequence; logits (B, V). On a GPU the step is a CUDA graph, recorded once a cache.
+        """Appends one token to each sequence; logits (B, V). The step is recorded once a cache, and replayed (graph.py).
 
-        The graph holds the addresses of the weights: they may change in place, not move, while the cache is used.
+        It holds the addresses of the weights: they may change in place, not move, while the cache is used.
         """
-        if not (cache.static and graphs_decode(tokens_B.device)):
+        if not (cache.static and records(self.embed.weight)):
             return self.prefill(tokens_B[:, None], cache)
         cache.check_room(len(tokens_B), 1)
-        cache.step = cache.step or GraphedStep(cache.batch_size, tokens_B.device)
+        cache.step = cache.step or RecordedStep(cache.batch_size, tokens_B.device)
         logits_BV = cache.step(self, tokens_B, cache)
         cache.advance(1)
         return logits_BV

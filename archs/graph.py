@@ -1,26 +1,45 @@
-"""A decode step recorded once as a CUDA graph and replayed: no launch, no Python, no synchronisation between layers.
+"""A decode step recorded once and replayed: as a CUDA graph, or on a CPU as a list of calls.
 
-Its inputs are tensors at fixed addresses, the position among them, so that one recording holds for every length.
+Without the model's Python between them, operators follow each other at once. On a CPU that Python takes longer than its
+work would suggest: each layer's keys and values drive it out of the caches. A step's inputs are tensors at fixed
+addresses, the position among them, so that one recording holds for every length.
 """
 
 import contextlib
 import functools
 import importlib.util
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+from archs.cpu_kernel import PREPARE, takes
 
 if TYPE_CHECKING:
     from archs.cache import Cache
     from archs.decoder import Decoder
 
 
+def records(weight: Tensor) -> bool:
+    """Whether decode steps of a model with this weight are recorded: where the kernels are there that read a position.
+
+    Not while something looks on at the operators: of a replay it would see none.
+    """
+    if weight.is_cuda:
+        return graphs_decode(weight.device)
+    watched = _get_current_dispatch_mode() is not None or torch.is_autocast_enabled("cpu")
+    return not watched and takes(weight)
+
+
 @functools.cache
 def graphs_decode(device: torch.device) -> bool:
-    """Whether decode steps on this device are recorded: on NVIDIA GPUs from Ampere on, where Triton can compile."""
-    if device.type != "cuda" or torch.version.hip or not importlib.util.find_spec("triton"):
+    """Whether this is an NVIDIA GPU from Ampere on, and Triton can compile for it."""
+    if torch.version.hip or not importlib.util.find_spec("triton"):
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
@@ -35,14 +54,12 @@ def graphs_decode(device: torch.device) -> bool:
     return True
 
 
-class GraphedStep:
-    """The decode step of a cache, with the position on the device.
+class RecordedStep:
+    """The decode step of a cache, with the position on the device; recorded anew when the model's weights have moved.
 
-    The first step runs as it is (kernels are compiled, workspaces made), the second is recorded, and that is replayed
-    from then on. On a CPU every step runs as it is.
+    On a GPU the first step runs as it is (kernels are compiled, workspaces made) and the second is recorded; on a CPU
+    the first is.
     """
-
-    backend = "split-kv triton, cuda graph"
 
     def __init__(self, batch_size: int, device: torch.device):
         with torch.inference_mode(False):  # or they could not be written outside of it
@@ -50,7 +67,8 @@ class GraphedStep:
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.at = 0  # what `position` holds
         self.ran: tuple | None = None  # the model that last did, by where its weights are
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], object] | None = None
+        self.backend = "split-kv triton, cuda graph" if device.type == "cuda" else "split-kv c++, recorded"
 
     def __call__(self, model: "Decoder", tokens_B: Tensor, cache: "Cache") -> Tensor:
         on_gpu = tokens_B.is_cuda
@@ -59,23 +77,93 @@ class GraphedStep:
             if self.at != cache.length:
                 self.position.fill_(cache.length)
             self.at = -1  # unknown, should the step fail
-            runs = model.embed.weight.data_ptr(), model.embed.weight.dtype, model.training
-            if self.ran != runs or not on_gpu:
-                self.graph = None
-                logits_BV = self._step(model, cache)
+            weight = model.embed.weight
+            runs = weight.data_ptr(), weight.dtype, model.training, torch.get_num_threads()
+            if self.ran != runs:
+                self.ran, self.replay = None, None
+                if on_gpu:
+                    self.logits_BV = self._step(model, cache)
+                else:
+                    self._record_calls(model, cache)
                 self.ran = runs
             else:
-                if self.graph is None:
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-                        self.logits_BV = self._step(model, cache)
-                    self.graph = graph
-                self.graph.replay()
-                logits_BV = self.logits_BV.clone()
+                if self.replay is None:
+                    self._record_graph(model, cache)
+                self.replay()
             self.at = cache.length + 1
-            return logits_BV
+            return self.logits_BV.clone()
 
     def _step(self, model: "Decoder", cache: "Cache") -> Tensor:
         logits_BV = model.append(self.tokens_B[:, None], cache, self.position)
         self.position += 1
         return logits_BV
+
+    def _record_graph(self, model: "Decoder", cache: "Cache") -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            self.logits_BV = self._step(model, cache)
+        self.replay = graph.replay
+
+    def _record_calls(self, model: "Decoder", cache: "Cache") -> None:
+        """Runs the step, too."""
+        calls = Calls()
+        with torch.inference_mode(False), torch.no_grad(), calls:  # inference mode's tensors live in it alone
+            self.logits_BV = self._step(model, cache)
+        self.replay = calls.replay
+
+
+class Calls(TorchDispatchMode):
+    """Records the operators that run, and runs them again on the same tensors: views stay, the rest is written anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+        self.tensors: list[Any] = []  # what is called by address must live
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in PREPARE:
+            result, call = PREPARE[func](*args)
+            call()
+        else:
+            result = func(*args, **kwargs)
+            call = again(func, args, kwargs, result)
+        if call:
+            self.calls.append(call)
+            self.tensors.append((args, result))
+        return result
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def again(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Any) -> Callable[[], object] | None:
+    """A call of an operator that puts into `result` what it finds; None for a view."""
+    if func._schema.is_mutable:
+        return partial(func, *args, **kwargs)
+    made = tree_leaves(result)
+    given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    if all(x.untyped_storage()._cdata in given for x in made):
+        return None
+    if filling := filling_overload(func):
+        return partial(filling, *args, **kwargs, out=result)
+
+    def call() -> None:
+        for x, new in zip(made, tree_leaves(func(*args, **kwargs)), strict=True):
+            x.copy_(new)
+
+    return call
+
+
+@functools.cache
+def filling_overload(func: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The overload with the same arguments and `out`."""
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        overload = getattr(func.overloadpacket, name)
+        others = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
+        outs = [a.name for a in overload._schema.arguments if a.is_out]
+        if outs == ["out"] and others == wanted:
+            return overload
+    return None

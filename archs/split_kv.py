@@ -25,9 +25,9 @@ FEWEST_TILES = 2  # a split is worth its share of the second kernel
 
 @triton.jit
 def attend_split(
-    q_ptr, k_ptr, v_ptr, seen_ptr, part_ptr, weight_ptr, scale,
+    q_ptr, k_ptr, v_ptr, position_ptr, part_ptr, weight_ptr, scale,
     q_b, q_g, q_m, k_b, k_g, k_s, v_b, v_g, v_s,
-    G, M, splits,
+    G, M, S, splits,
     A: tl.constexpr, R: tl.constexpr, E: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -42,7 +42,7 @@ def attend_split(
     a, r, e = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
     n = tl.arange(0, BLOCK_N)
 
-    seen = tl.load(seen_ptr).to(tl.int32)
+    seen = tl.minimum(tl.load(position_ptr).to(tl.int32) + 1, S)
     per_split = tl.cdiv(tl.cdiv(seen, splits), BLOCK_N) * BLOCK_N
     first = split * per_split
     last = tl.minimum(first + per_split, seen)
@@ -108,9 +108,9 @@ def processors(device: torch.device) -> int:
 
 
 def split_kv_attention(
-    q_BHD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor | None, seen: Tensor, scale: float, value_size: int | None = None
+    q_BHD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor | None, position: Tensor, scale: float, value_size: int | None = None
 ) -> Tensor:
-    """Attention of one token a sequence over the first `seen` (device tensor, one number of at least 1) of S slots.
+    """Attention of one token a sequence over the slots up to `position` (device tensor, one number), or all S.
 
     Query head h uses KV head h // (H/G). Without `v_BGSE` the values are the first `value_size` columns of the keys.
     Keys, values and queries have one dtype and contiguous last dimensions. Returns (B, H, E).
@@ -135,9 +135,9 @@ def split_kv_attention(
     out_BHE = torch.empty(B, H, E, dtype=q_BHD.dtype, device=q_BHD.device)
     fp32 = q_BHD.dtype == torch.float32
     attend_split[(B * G, splits, -(-M // blocks["BLOCK_M"]))](
-        q_BGMD, k_BGSD, v_BGSE, seen, part, weight, scale * LOG2_E,
+        q_BGMD, k_BGSD, v_BGSE, position, part, weight, scale * LOG2_E,
         *q_BGMD.stride()[:3], *k_BGSD.stride()[:3], *v_BGSE.stride()[:3],
-        G, M, splits,
+        G, M, S, splits,
         A=A, R=D - A, E=E, SHARED=shared, PRECISION="ieee" if fp32 else "tf32", **blocks,
         num_warps=8 if fp32 or blocks["BLOCK_A"] >= 256 else 4,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def main() -> None:
     ).parse_args()  # fmt: skip
     device, dtype = args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     H, D = args.heads, args.head_dim
-    seen = torch.tensor([args.context], device=device) if device == "cuda" else None
+    seen = torch.tensor([args.context - 1], device=device) if device == "cuda" else None
 
     def made(*shape: int) -> Tensor:
         return zeros(args.batch, *shape, dtype=dtype, device=device).normal_()

@@ -60,7 +60,7 @@ def test_one_token_attends_to_all_that_is_held(shape, held):
     q, k, v = inputs(shape, 2, held)
     with torch.inference_mode():
         assert takes_attention(q, k, v)
-        got = split_kv(q, k, v, 0.2)
+        got = split_kv(q, k, v, 0.2, None)
     torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
 
 
@@ -71,7 +71,7 @@ def test_long_sequences_are_split_among_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = split_kv(q, k, v, 0.3)
+        got = split_kv(q, k, v, 0.3, None)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got, by_definition(q, k, v, scale=0.3), rtol=1e-5, atol=2e-6)
@@ -83,7 +83,7 @@ def test_weights_of_any_size(scale):
     """Scores of hundreds: a weight of e^-300 is 0 and nothing overflows; a scale of nearly 0 gives the mean."""
     q, k, v = inputs(SHAPES["gqa"], 2, 77)
     expected = by_definition(q.double(), k.double(), v.double(), scale=scale).float()
-    torch.testing.assert_close(split_kv(q, k, v, scale), expected, rtol=1e-4, atol=1e-4 if scale > 1 else 1e-6)
+    torch.testing.assert_close(split_kv(q, k, v, scale, None), expected, rtol=1e-4, atol=1e-4 if scale > 1 else 1e-6)
 
 
 @needs_compiler
@@ -197,7 +197,7 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
     build.cache_clear()
     for shape in ("mha", "queries that fill vectors"):
         q, k, v = inputs(SHAPES[shape], 2, 100)
-        torch.testing.assert_close(split_kv(q, k, v, 0.2), by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(split_kv(q, k, v, 0.2, None), by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
     x, w = torch.randn(5, 64), torch.randn(48, 64)
     torch.testing.assert_close(linear(x, w), F.linear(x, w), rtol=1e-5, atol=1e-5)
     build.cache_clear()

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from test_attention import by_definition
-from test_laws import cached_logits, each_variant, make
+from test_laws import each_variant, make
 
 pytest.importorskip("triton", reason="Triton comes with torch's CUDA build; it is not here")
 
@@ -39,7 +39,7 @@ def test_one_token_attends_to_the_first_seen_slots(shape, seen):
     expected = by_definition(q[:, :, None], k[:, :, :seen], values[:, :, :seen], scale=0.2)[:, :, 0]
     for beyond in (k[:, :, seen:], values[:, :, seen:]):
         beyond.fill_(float("nan"))  # what stands beyond is never used
-    got = split_kv_attention(q, k, v, torch.tensor([seen], device=DEVICE), 0.2, value_size)
+    got = split_kv_attention(q, k, v, torch.tensor([seen - 1], device=DEVICE), 0.2, value_size)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -47,7 +47,7 @@ def test_keys_may_be_of_half_precision_and_strided():
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter's bf16 products are wrong
     kept = torch.randn(2, 40, 3, 16, device=DEVICE, dtype=dtype).transpose(1, 2)  # (B, G, S, D)
     q = torch.randn(2, 6, 16, device=DEVICE, dtype=dtype)
-    got = split_kv_attention(q, kept, kept, torch.tensor([37], device=DEVICE), 0.25)
+    got = split_kv_attention(q, kept, kept, torch.tensor([36], device=DEVICE), 0.25)
     q, kept = q.float(), kept.float()[:, :, :37]
     expected = by_definition(q[:, :, None], kept, kept, scale=0.25)[:, :, 0]
     torch.testing.assert_close(got.float(), expected, rtol=0.02, atol=0.02)
@@ -55,22 +55,20 @@ def test_keys_may_be_of_half_precision_and_strided():
 
 @each_variant
 def test_a_step_with_its_position_on_the_device_equals_the_full_forward(arch, options, monkeypatch):
-    """From an empty cache on, after a prompt, and when the cache is cut back."""
-    monkeypatch.setattr("archs.decoder.graphs_decode", lambda device: True)
+    """From an empty cache on, and after a prompt."""
+    monkeypatch.setattr("archs.attention.takes_attention", lambda *tensors: False)
+    monkeypatch.setattr("archs.attention.attend_on_device", split_kv_attention)
     model = make(arch, options).to(DEVICE)
     tokens = torch.randint(97, (2, 18), device=DEVICE)
     with torch.inference_mode():
         full = model(tokens)
-        for chunks, end in (([], 2), ([7, 9], 18)):
+        for prompt, end in ((0, 2), (16, 18)):
             cache = model.new_cache(2, 19)
-            got = cached_logits(model, tokens[:, :end], chunks, cache)
-            assert cache.step is not None
-            assert cache.step.position.item() == cache.length == end
-            for t, logits in got.items():
+            if prompt:
+                model.prefill(tokens[:, :prompt], cache)
+            for t in range(prompt, end):
+                logits = model.append(tokens[:, t : t + 1], cache, torch.tensor([t], device=DEVICE))
                 torch.testing.assert_close(logits, full[:, t], rtol=0, atol=1e-5 * full.abs().max().item())
-        if arch != "yoco":  # windows and states have forgotten what stood before
-            cache.length = 17
-            torch.testing.assert_close(model.decode(tokens[:, 17], cache), full[:, 17], rtol=1e-4, atol=1e-4)
 
 
 COMPILE = """
@@ -82,7 +80,7 @@ from archs.split_kv import attend_split as kernel
 A, R, E, shared, M, N, warps = (int(x) for x in sys.argv[1:])
 constants = {"A": A, "R": R, "E": E, "SHARED": bool(shared), "PRECISION": "tf32"}
 constants |= {"BLOCK_M": M, "BLOCK_N": N, "BLOCK_A": A, "BLOCK_R": max(16, R), "BLOCK_E": E}
-special = dict(q_ptr="*bf16", k_ptr="*bf16", v_ptr="*bf16", seen_ptr="*i64", scale="fp32")
+special = dict(q_ptr="*bf16", k_ptr="*bf16", v_ptr="*bf16", position_ptr="*i64", scale="fp32")
 names = kernel.arg_names
 types = {n: "constexpr" if n in constants else special.get(n, "*fp32" if "ptr" in n else "i32") for n in names}
 aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "ptr" in n or n[1:2] == "_"}
