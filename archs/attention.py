@@ -7,6 +7,7 @@ Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, D k
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +24,25 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device) -> Rope:
     """Cosine and sine (T, dim/2) in fp32 for positions from `start` (RoFormer, arXiv 2104.09864, section 3).
 
-    (B, 1, T, dim/2) where that is (B, 1, 1), a position for each sequence.
+    A tensor is the position of one token, (1), or one for each sequence, (B, 1, 1): then (B, 1, 1, dim/2).
     """
-    position = start + torch.arange(tokens, dtype=torch.float32, device=device)
-    angle = position[..., None] * frequencies(dim, base, device)
+    if isinstance(start, Tensor):
+        angle = start[..., None] * kept_frequencies(dim, base, device)
+    else:
+        angle = (start + torch.arange(tokens, device=device))[:, None] * frequencies(dim, base, device)
     return angle.cos(), angle.sin()
 
 
 def frequencies(dim: int, base: float, device) -> Tensor:
     """By how much each pair (dim/2) turns from one position to the next."""
     return base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / -dim)
+
+
+@functools.cache
+def kept_frequencies(dim: int, base: float, device) -> Tensor:
+    """For decode steps, in each of which they would be made anew."""
+    with torch.inference_mode(False):
+        return frequencies(dim, base, device)
 
 
 def last(rope: Rope) -> Rope:

@@ -328,31 +328,66 @@ extern "C" void put(float *stream, const float *x, const long *position, long B,
 
 typedef Vector<NATIVE>::type native;
 
+// A matrix's rows, that far from each other.
+template <class T> struct Rows {
+    T *at;
+    long step;
+
+    T *operator[](long i) const { return at + i * step; }
+};
+typedef Rows<const float> In;
+typedef Rows<float> Out;
+
 // Products of R rows of x with `last - first` rows of w, as many at a time as a vector has lanes; then of what rows of x
 // remain. w is read from memory once, then from the first cache.
-template <int R = NATIVE / 2>
-static void products(const float *x, const float *w, float *out, long rows, long first, long last, long K, long F) {
+template <int R = NATIVE / 2> static void products(In x, In w, Out out, long rows, long first, long last, long K) {
     constexpr int C = NATIVE / R;
-    for (; rows >= R; rows -= R, x += R * K, out += R * F)
+    for (; rows >= R; rows -= R, x.at = x[R], out.at = out[R])
         for (long f = first; f < last; f += C) {
             native a[NATIVE] = {};
             for (long k = 0; k < K; k += NATIVE)
                 UNROLL for (int c = 0; c < C; c++) {
-                    const float *row = w + (f + c) * K + k;
+                    const float *row = w[f + c] + k;
                     __builtin_prefetch(row + 2048, 0, 2);
-                    UNROLL for (int r = 0; r < R; r++) a[r * C + c] += load<native>(x + r * K + k) * load<native>(row);
+                    UNROLL for (int r = 0; r < R; r++) a[r * C + c] += load<native>(x[r] + k) * load<native>(row);
                 }
             native found = sums(a);
-            UNROLL for (int i = 0; i < NATIVE; i++) out[i / C * F + f + i % C] = found[i];
+            UNROLL for (int i = 0; i < NATIVE; i++) out[i / C][f + i % C] = found[i];
         }
     if constexpr (R > 1)
-        if (rows) products<R / 2>(x, w, out, rows, first, last, K, F);
+        if (rows) products<R / 2>(x, w, out, rows, first, last, K);
+}
+
+// The same with columns of w (K, F), for all of them.
+template <int R = 8> static void column_products(In x, In w, Out out, long rows, long K, long F) {
+    for (; rows >= R; rows -= R, x.at = x[R], out.at = out[R])
+        for (long f = 0; f < F; f += NATIVE) {
+            native a[R] = {};
+            for (long k = 0; k < K; k++)
+                UNROLL for (int r = 0; r < R; r++) a[r] += x[r][k] * load<native>(w[k] + f);
+            UNROLL for (int r = 0; r < R; r++) store(out[r] + f, a[r]);
+        }
+    if constexpr (R > 1)
+        if (rows) column_products<R / 2>(x, w, out, rows, K, F);
 }
 
 // out (rows, F) = x (rows, K) w^T of w (F, K); K and F are multiples of 16.
 extern "C" void linear(const float *x, const float *w, float *out, long rows, long K, long F, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (K * F > 1 << 14)
-    for (long f = 0; f < F; f += 16) products(x, w, out, rows, f, f + 16, K, F);
+    for (long f = 0; f < F; f += 16) products({x, K}, {w, K}, {out, F}, rows, f, f + 16, K);
+}
+
+// out (B, H, F) = x (B, H, K) w of each head's own w: (K, F), or with `transposed` (F, K); K and F are multiples of 16,
+// steps those of x's sequences and heads, and of w's heads and rows.
+extern "C" void head_linear(const float *x, const float *w, float *out, long B, long H, long K, long F, long x_batch,
+                            long x_head, long w_head, long w_row, int transposed, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (H * K * F > 1 << 14)
+    for (long h = 0; h < H; h++) {
+        In rows = {x + h * x_head, x_batch}, weights = {w + h * w_head, w_row};
+        Out to = {out + h * F, H * F};
+        if (transposed) products(rows, weights, to, B, 0, F, K);
+        else column_products(rows, weights, to, B, K, F);
+    }
 }
 
 // out (rows, K) = (silu(x gate^T) * (x up^T)) down^T of x (rows, K), gate and up (F, K) and down (K, F); K and F are
@@ -364,8 +399,8 @@ extern "C" void swiglu(const float *x, const float *gate_up, const float *down, 
     {
 #pragma omp for schedule(static)
         for (long f = 0; f < F; f += 16) {
-            products(x, gate_up, gate.data(), rows, f, f + 16, K, F);
-            products(x, gate_up + F * K, up.data(), rows, f, f + 16, K, F);
+            products({x, K}, {gate_up, K}, {gate.data(), F}, rows, f, f + 16, K);
+            products({x, K}, {gate_up + F * K, K}, {up.data(), F}, rows, f, f + 16, K);
             for (long i = f; i < rows * F; i += F)
                 for (long j = i; j < i + 16; j += NATIVE) {
                     native a = load<native>(&gate[j]), b = load<native>(&up[j]);
@@ -374,7 +409,7 @@ extern "C" void swiglu(const float *x, const float *gate_up, const float *down, 
                 }
         }
 #pragma omp for schedule(static)
-        for (long k = 0; k < K; k += 16) products(gate.data(), down, out, rows, k, k + 16, F, K);
+        for (long k = 0; k < K; k += 16) products({gate.data(), F}, {down, F}, {out, K}, rows, k, k + 16, F);
     }
 }
 
@@ -393,16 +428,45 @@ extern "C" void rotate(const float *x, const float *cosine, const float *sine, f
         }
 }
 
-extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, float eps,
+// x (rows, width), rows that far from each other; out is contiguous.
+extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, long step, float eps,
                          int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > 1 << 14)
-    for (long i = 0; i < rows * width; i += width) {
+    for (long i = 0; i < rows; i++) {
+        const float *p = x + i * step;
         float square = 0;
 #pragma omp simd reduction(+ : square)
-        for (long j = 0; j < width; j++) square += x[i + j] * x[i + j];
+        for (long j = 0; j < width; j++) square += p[j] * p[j];
         float scale = 1 / std::sqrt(square / width + eps);
 #pragma omp simd
-        for (long j = 0; j < width; j++) out[i + j] = x[i + j] * scale * weight[j];
+        for (long j = 0; j < width; j++) out[i * width + j] = p[j] * scale * weight[j];
+    }
+}
+
+extern "C" void add(const float *x, const float *y, float *out, long n) {
+#pragma omp simd
+    for (long i = 0; i < n; i++) out[i] = x[i] + y[i];
+}
+
+// One token of gated retention: the state (B, H, D, D) fades by `decay` (B, H) and takes in k^T v, out is q times it;
+// q, k, v (B, H, D) have no gaps within a sequence, out has none. A token's own q k is summed in double precision.
+extern "C" void retention(const float *q, const float *k, const float *v, const float *decay, float *state, float *out,
+                          long B, long H, long size, long q_batch, long k_batch, long v_batch, int threads) {
+#pragma omp parallel for num_threads(threads) if (B * H * size * size > 1 << 14)
+    for (long i = 0; i < B * H; i++) {
+        const long b = i / H, h = i % H * size;
+        const float *qi = q + b * q_batch + h, *ki = k + b * k_batch + h, *vi = v + b * v_batch + h, fade = decay[i];
+        float *s = state + i * size * size, *o = out + i * size;
+        double own = 0;
+        for (long d = 0; d < size; d++) own += (double)qi[d] * ki[d];
+        for (long e = 0; e < size; e++) o[e] = (float)own * vi[e];
+        for (long d = 0; d < size; d++, s += size)
+#pragma omp simd
+            for (long e = 0; e < size; e++) {
+                float faded = fade * s[e];
+                o[e] += qi[d] * faded;
+                s[e] = faded + ki[d] * vi[e];
+            }
     }
 }
 

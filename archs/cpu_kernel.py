@@ -61,8 +61,11 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
     built.linear.argtypes, built.linear.restype = [pointer] * 3 + [whole] * 3 + [ctypes.c_int], None
     built.swiglu.argtypes, built.swiglu.restype = [pointer] * 4 + [whole] * 3 + [ctypes.c_int], None
     built.rotate.argtypes, built.rotate.restype = [pointer] * 4 + [whole] * 6, None
-    built.rms_norm.argtypes = [pointer] * 3 + [whole] * 2 + [ctypes.c_float, ctypes.c_int]
+    built.rms_norm.argtypes = [pointer] * 3 + [whole] * 3 + [ctypes.c_float, ctypes.c_int]
     built.rms_norm.restype = None
+    built.head_linear.argtypes, built.head_linear.restype = [pointer] * 3 + [whole] * 8 + [ctypes.c_int] * 2, None
+    built.add.argtypes, built.add.restype = [pointer] * 3 + [whole], None
+    built.retention.argtypes, built.retention.restype = [pointer] * 6 + [whole] * 6 + [ctypes.c_int], None
     built.read_all.argtypes, built.read_all.restype = [pointer, whole, ctypes.c_int], ctypes.c_float
     return built
 
@@ -97,6 +100,20 @@ def takes_few(x: Tensor, *weights: Tensor) -> bool:
     return x.numel() <= FEW * x.shape[-1] and not torch.is_autocast_enabled("cpu") and takes(x, *weights)
 
 
+def takes_heads(x_BHTK: Tensor, weight_HKF: Tensor) -> bool:
+    """Whether `head_linear` takes these: also one token of few sequences, and sizes that are multiples of 16."""
+    B, _, T, K = x_BHTK.shape
+    fits = T == 1 and B <= FEW and K % 16 == weight_HKF.shape[2] % 16 == 0
+    fits = fits and x_BHTK.stride(3) == 1 and 1 in weight_HKF.stride()[1:]
+    return fits and takes(x_BHTK, weight_HKF)
+
+
+def takes_retention(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> bool:
+    """Whether `retention` takes these: also nothing between heads."""
+    dense = all(x[0].is_contiguous() for x in (q_BH1D, k_BH1D, v_BH1D)) and decay_BH1.is_contiguous()
+    return dense and state_BHDD.is_contiguous() and takes(q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD)
+
+
 library = torch.library.Library("kvfrontier", "DEF")
 Prepared = tuple[Tensor | None, Callable[[], None]]
 PREPARE: dict[Any, Callable[..., Prepared]] = {}
@@ -126,7 +143,10 @@ def operator(schema: str) -> Callable[[Callable[..., Prepared]], Callable]:
 
 @operator("split_kv(Tensor q, Tensor k, Tensor v, float scale, Tensor? position) -> Tensor")
 def split_kv(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, position: Tensor | None) -> Prepared:
-    """Attention of one token over S tokens, or as far as `position`; query head h uses KV head h // (H/G); (B, H, 1, E)."""
+    """Attention of one token over S tokens, or those up to `position`, query head h using KV head h // (H/G).
+
+    Returns (B, H, 1, E). Queries have no gaps within a sequence, keys and values none between tokens.
+    """
     B, H, T, D = q_BHTD.shape
     G, S, E = v_BGSE.shape[1:]
     out_BHTE = q_BHTD.new_empty(B, H, T, E)
@@ -177,12 +197,40 @@ def rotate_one(x_BH1D: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
 
 
 @operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Prepared:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467). x is contiguous."""
-    width = x.shape[-1]
+def rms_norm(x_NW: Tensor, weight: Tensor, eps: float) -> Prepared:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467)."""
+    out = x_NW.new_empty(x_NW.shape)
+    places = x_NW.data_ptr(), weight.data_ptr(), out.data_ptr()
+    return out, partial(build().rms_norm, *places, *x_NW.shape, x_NW.stride(0), eps, torch.get_num_threads())
+
+
+@operator("head_linear(Tensor x, Tensor weight) -> Tensor")
+def head_linear(x_BH1K: Tensor, weight_HKF: Tensor) -> Prepared:
+    """One token's heads, each times a matrix of its own; (B, H, 1, F)."""
+    B, H, _, K = x_BH1K.shape
+    F = weight_HKF.shape[2]
+    out = x_BH1K.new_empty(B, H, 1, F)
+    transposed = weight_HKF.stride(2) != 1
+    steps = *x_BH1K.stride()[:2], weight_HKF.stride(0), weight_HKF.stride(2 if transposed else 1)
+    places = x_BH1K.data_ptr(), weight_HKF.data_ptr(), out.data_ptr()
+    return out, partial(build().head_linear, *places, B, H, K, F, *steps, transposed, torch.get_num_threads())
+
+
+@operator("add(Tensor x, Tensor y) -> Tensor")
+def add(x: Tensor, y: Tensor) -> Prepared:
+    """Of the same shape, both contiguous."""
     out = torch.empty_like(x)
-    places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    return out, partial(build().rms_norm, *places, x.numel() // width, width, eps, torch.get_num_threads())
+    return out, partial(build().add, x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel())
+
+
+@operator("retention(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor(a!) state) -> Tensor")
+def retention(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> Prepared:
+    """One token of gated retention, which changes the state; (B, H, 1, D). Queries, keys and values have no gaps."""
+    B, H, _, D = q_BH1D.shape
+    out = q_BH1D.new_empty(B, H, 1, D)
+    places = [x.data_ptr() for x in (q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD, out)]
+    batches = [x.stride(0) for x in (q_BH1D, k_BH1D, v_BH1D)]
+    return out, partial(build().retention, *places, B, H, D, *batches, torch.get_num_threads())
 
 
 @register_flop_formula(split_kv.overloadpacket)
@@ -199,3 +247,13 @@ def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int
 @register_flop_formula(swiglu.overloadpacket)
 def _swiglu_flops(x_shape, gate_up_shape, down_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * math.prod(x_shape) * (gate_up_shape[0] + down_shape[1])
+
+
+@register_flop_formula(head_linear.overloadpacket)
+def _head_linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[2]
+
+
+@register_flop_formula(retention.overloadpacket)
+def _retention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    return 4 * math.prod(q_shape) * q_shape[3]

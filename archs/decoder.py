@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
-from archs.cpu_kernel import linear, rms_norm, swiglu, takes, takes_few
+from archs.cpu_kernel import add, linear, rms_norm, swiglu, takes, takes_few
 from archs.graph import RecordedStep, records
 
 NORM_EPS = 1e-6
@@ -116,7 +116,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
-        return rms_norm(x.contiguous(), self.weight, NORM_EPS) if takes(x, self.weight) else super().forward(x)
+        if not takes(x, self.weight):
+            return super().forward(x)
+        return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, NORM_EPS).view(x.shape)
 
 
 class Linear(nn.Linear):
@@ -145,6 +147,10 @@ class FFN(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+def plus(x: Tensor, y: Tensor) -> Tensor:
+    return add(x.contiguous(), y.contiguous()) if takes_few(x) and takes(y) else x + y
+
+
 def dropout(p: float) -> nn.Module:
     return nn.Dropout(p) if p else nn.Identity()
 
@@ -167,8 +173,8 @@ class Block(nn.Module):
         attended_BTW = self.attention(self.attention_norm(x_BTW), rope, *cached)
         if attended_BTW.shape[1] < x_BTW.shape[1]:
             x_BTW = x_BTW[:, -attended_BTW.shape[1] :]
-        x_BTW = x_BTW + self.dropout(attended_BTW)
-        return x_BTW + self.dropout(self.ffn(self.ffn_norm(x_BTW)))
+        x_BTW = plus(x_BTW, self.dropout(attended_BTW))
+        return plus(x_BTW, self.dropout(self.ffn(self.ffn_norm(x_BTW))))
 
 
 class Decoder(nn.Module):
@@ -233,9 +239,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_B: Tensor, cache: Cache) -> Tensor:
-        """Appends one token to each sequence; logits (B, V). The step is recorded once a cache, and replayed (graph.py).
+        """Appends one token to each sequence; logits (B, V). A cache's first step is recorded, and replayed (graph.py).
 
-        It holds the addresses of the weights: they may change in place, not move, while the cache is used.
+        The recording holds the addresses of the weights: they may change in place.
         """
         if not (cache.static and records(self.embed.weight)):
             return self.prefill(tokens_B[:, None], cache)

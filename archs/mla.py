@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, last, merge_heads, rotate, split_heads
 from archs.cache import FullCache
+from archs.cpu_kernel import head_linear, takes_heads
 from archs.decoder import Decoder, Linear, Options, RMSNorm, mean_seen, option
 
 
@@ -97,11 +98,18 @@ class LatentAttention(nn.Module):
         o = self.o
         up_HXR = self.kv_up.weight.view(o.heads, o.nope_dim + o.v_dim, o.kv_rank)
         k_up_HNR, v_up_HER = up_HXR.split((o.nope_dim, o.v_dim), dim=1)
-        # einsum, not @: batched over heads, it does not copy the weights for each sequence.
-        q_latent_BHTR = torch.einsum("bhtn,hnr->bhtr", q_nope_BHTN, k_up_HNR)
+        q_latent_BHTR = times_each_head(q_nope_BHTN, k_up_HNR)
         q_BHTX = torch.cat((q_latent_BHTR, q_rope_BHTP), dim=-1)
         latent_BHTR = attend(q_BHTX, kept_B1SX, None, self.scale, seen, o.kv_rank)
-        return torch.einsum("bhtr,her->bhte", latent_BHTR, v_up_HER)
+        return times_each_head(latent_BHTR, v_up_HER.mT)
+
+
+def times_each_head(x_BHTK: Tensor, weight_HKF: Tensor) -> Tensor:
+    """Each head with a matrix of its own; (B, H, T, F)."""
+    if takes_heads(x_BHTK, weight_HKF):
+        return head_linear(x_BHTK, weight_HKF)
+    # einsum, not @: batched over heads, it does not copy the weights for each sequence.
+    return torch.einsum("bhtk,hkf->bhtf", x_BHTK, weight_HKF)
 
 
 class MLA(Decoder):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads
 from archs.cache import Cache, FullCache, StateCache, WindowCache
+from archs.cpu_kernel import retention, takes_retention
 from archs.decoder import NORM_EPS, Decoder, Linear, Options, RMSNorm, kv_heads_divide, mean_seen, option
 from archs.grouped import GroupedAttention
 
@@ -84,10 +85,13 @@ def retention_chunkwise(
 def retention_recurrent(
     q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, log_decay_BH1: Tensor, state_BHDD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: S_n = gamma_n S_{n-1} + K_n^T V_n, output Q_n S_n."""
-    state_BHDD = log_decay_BH1.exp()[..., None] * state_BHDD
+    """One token: S_n = gamma_n S_{n-1} + K_n^T V_n, output Q_n S_n; S_n replaces S_{n-1} in its storage."""
+    decay_BH1 = log_decay_BH1.exp()
+    if takes_retention(q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD):
+        return retention(q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD), state_BHDD
+    state_BHDD.mul_(decay_BH1[..., None])
     out_BH1D = q_BH1D @ state_BHDD + own(q_BH1D, k_BH1D) * v_BH1D
-    return out_BH1D, state_BHDD + k_BH1D.mT @ v_BH1D
+    return out_BH1D, state_BHDD.add_(k_BH1D.mT @ v_BH1D)
 
 
 def own(q: Tensor, k: Tensor) -> Tensor:

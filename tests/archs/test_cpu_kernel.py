@@ -14,9 +14,12 @@ from archs import cpu_kernel
 from archs.attention import attend, rope_table, rotate
 from archs.cache import HUGE_PAGE, zeros
 from archs.cpu_kernel import (
+    add,
     build,
     compiler,
+    head_linear,
     linear,
+    put,
     reader,
     rms_norm,
     split_kv,
@@ -24,7 +27,9 @@ from archs.cpu_kernel import (
     takes,
     takes_attention,
     takes_few,
+    takes_heads,
 )
+from archs.decoder import RMSNorm
 
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
 # query heads, KV heads, key size, value size (None: the values are the first columns of the keys)
@@ -34,6 +39,8 @@ SHAPES = {
     "mqa": (12, 1, 128, 128),
     "queries of no common divisor": (7, 1, 16, 16),
     "vectors of four": (6, 2, 20, 20),
+    "vectors of two": (6, 2, 10, 10),
+    "vectors of one": (4, 4, 7, 7),
     "queries that fill vectors": (16, 1, 64, 64),
     "of two lengths": (48, 2, 20, 20),
     "mla": (8, 1, 144, None),
@@ -61,7 +68,14 @@ def test_one_token_attends_to_all_that_is_held(shape, held):
     with torch.inference_mode():
         assert takes_attention(q, k, v)
         got = split_kv(q, k, v, 0.2, None)
-    torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+        # Of all slots, by a position; also by one beyond them, and with gaps between sequences' queries.
+        parts = [torch.as_strided(x, (*x.shape[:2], x.shape[2] + 16, x.shape[3]), x.stride()) for x in (k, v)]
+        by_position = split_kv(q, *parts, 0.2, torch.tensor([held - 1]))
+        apart = torch.cat((q, q), 1)[:, : q.shape[1]]
+        beyond = split_kv(apart, k, v, 0.2, torch.tensor([held + 40]))
+    expected = by_definition(q, k, v, scale=0.2)
+    for found in (got, by_position, beyond):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 @needs_compiler
@@ -90,8 +104,14 @@ def test_weights_of_any_size(scale):
 @pytest.mark.parametrize("shape", [(3, 7, 50), (1, 1, 1), (40, 16, 256)])
 def test_rms_norm_is_torchs(shape):
     x, weight = torch.randn(shape).transpose(0, 1), torch.randn(shape[-1])
-    assert takes(x, weight)
     expected = torch.nn.functional.rms_norm(x, shape[-1:], weight, eps=1e-6)
+    norm = RMSNorm(shape[-1]).requires_grad_(False)
+    norm.weight.copy_(weight)
+    with torch.no_grad():
+        assert takes(x, weight)
+        torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-6)
+    x, weight = x[:, 0, :20], weight[:20]  # rows with gaps between them
+    expected = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected, rtol=1e-5, atol=1e-6)
     assert not takes(x, weight.requires_grad_())
 
@@ -110,6 +130,35 @@ def test_products_of_few_rows_are_torchs(rows, width, hidden):
         torch.testing.assert_close(swiglu(x, gate_up, down), expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
         expected = F.linear(x.double(), gate_up.double()).float()
         torch.testing.assert_close(linear(x, gate_up), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 3, 8, 17])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_head_has_a_matrix_of_its_own(batch, transposed):
+    x = torch.randn(batch, 5, 3, 48)[:, :, :1, :32]
+    weight = torch.randn(5, 70, 32).mT[:, :, :64] if transposed else torch.randn(5, 40, 64)[:, 3:35]
+    with torch.inference_mode():
+        assert takes_heads(x, weight)
+        expected = torch.einsum("bhtk,hkf->bhtf", x.double(), weight.double()).float()
+        torch.testing.assert_close(head_linear(x, weight), expected, rtol=1e-5, atol=1e-5)
+        assert not takes_heads(x[..., :30], weight[:, :30])
+        assert not takes_heads(x.expand(-1, -1, 2, -1), weight)
+
+
+@needs_compiler
+def test_a_token_is_put_where_it_belongs_and_nowhere_else():
+    stream, new = torch.randn(2, 3, 7, 5), torch.randn(2, 1, 4, 5)[:, :, :3].transpose(1, 2)
+    expected = stream.clone()
+    expected[:, :, 4] = new[:, :, 0]
+    put(stream, new, torch.tensor([4]))
+    assert torch.equal(stream, expected)
+
+
+@needs_compiler
+def test_sums_are_torchs():
+    x, y = torch.randn(2, 3, 1, 37)
+    assert torch.equal(add(x, y), x + y)
 
 
 @needs_compiler
@@ -164,7 +213,6 @@ def test_other_cases_are_left_to_torch():
         assert takes_attention(q, k, v)
         assert not takes_attention(q.expand(-1, -1, 3, -1), k, v)  # several tokens
         assert not takes_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
-        assert not takes_attention(q[..., :30], k[..., :30], v)  # 30 is no multiple of 4
         assert not takes_attention(q[..., :16], k[..., :16], v[..., :16])  # gaps between tokens
     assert not takes_attention(q.requires_grad_(), k, v)
 
@@ -197,7 +245,8 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
     build.cache_clear()
     for shape in ("mha", "queries that fill vectors"):
         q, k, v = inputs(SHAPES[shape], 2, 100)
-        torch.testing.assert_close(split_kv(q, k, v, 0.2, None), by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+        got = split_kv(q, k, v, 0.2, None)
+        torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
     x, w = torch.randn(5, 64), torch.randn(48, 64)
     torch.testing.assert_close(linear(x, w), F.linear(x, w), rtol=1e-5, atol=1e-5)
     build.cache_clear()

@@ -35,7 +35,11 @@ def test_parallel_chunkwise_and_recurrent_retention_agree(chunk):
     torch.testing.assert_close(out, by_definition(q, k, v, log_decay, state), rtol=1e-4, atol=1e-4)
     for t in range(21):
         one = slice(t, t + 1)
-        step, state = retention_recurrent(q[:, :, one], k[:, :, one], v[:, :, one], log_decay[:, :, one], state)
+        part = q[:, :, one], k[:, :, one], v[:, :, one], log_decay[:, :, one]
+        step, in_torch = retention_recurrent(*(x.clone().requires_grad_() for x in part), state.clone())
+        ours, state = retention_recurrent(*part, state)
+        torch.testing.assert_close(ours, step.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(state, in_torch.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(step, out[:, :, one], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-4)
 
