@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from archs.cpu_kernel import rope as rope_of_one
 from archs.cpu_kernel import rotate_one, split_kv, takes, takes_attention
 
 Rope = tuple[Tensor, Tensor]
@@ -27,7 +28,10 @@ def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device) 
     A tensor is the position of one token, (1), or one for each sequence, (B, 1, 1): then (B, 1, 1, dim/2).
     """
     if isinstance(start, Tensor):
-        angle = start[..., None] * kept_frequencies(dim, base, device)
+        turns = kept_frequencies(dim, base, device)
+        if start.dim() == 1 and takes(turns):
+            return rope_of_one(start, turns)
+        angle = start[..., None] * turns
     else:
         angle = (start + torch.arange(tokens, device=device))[:, None] * frequencies(dim, base, device)
     return angle.cos(), angle.sin()

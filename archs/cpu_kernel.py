@@ -60,6 +60,9 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
     built.put.argtypes, built.put.restype = [pointer] * 3 + [whole] * 7, None
     built.linear.argtypes, built.linear.restype = [pointer] * 3 + [whole] * 3 + [ctypes.c_int], None
     built.swiglu.argtypes, built.swiglu.restype = [pointer] * 4 + [whole] * 3 + [ctypes.c_int], None
+    built.take.argtypes, built.take.restype = [pointer] * 3 + [whole] * 3, whole
+    built.take.errcheck = _all_there
+    built.rope.argtypes, built.rope.restype = [pointer] * 4 + [whole], None
     built.rotate.argtypes, built.rotate.restype = [pointer] * 4 + [whole] * 6, None
     built.rms_norm.argtypes = [pointer] * 3 + [whole] * 3 + [ctypes.c_float, ctypes.c_int]
     built.rms_norm.restype = None
@@ -68,6 +71,11 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
     built.retention.argtypes, built.retention.restype = [pointer] * 6 + [whole] * 6 + [ctypes.c_int], None
     built.read_all.argtypes, built.read_all.restype = [pointer, whole, ctypes.c_int], ctypes.c_float
     return built
+
+
+def _all_there(missing: int, *call: Any) -> None:
+    if missing:
+        raise IndexError(f"{missing} of the numbers are of no row of the table")
 
 
 def reader(x: Tensor) -> Callable[[], float] | None:
@@ -115,7 +123,7 @@ def takes_retention(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: T
 
 
 library = torch.library.Library("kvfrontier", "DEF")
-Prepared = tuple[Tensor | None, Callable[[], None]]
+Prepared = tuple[Any, Callable[[], object]]
 PREPARE: dict[Any, Callable[..., Prepared]] = {}
 
 
@@ -126,7 +134,7 @@ def operator(schema: str) -> Callable[[Callable[..., Prepared]], Callable]:
     """
 
     def define(prepare: Callable[..., Prepared]) -> Callable:
-        def run(*arguments: Any) -> Tensor | None:
+        def run(*arguments: Any) -> Any:
             result, call = prepare(*arguments)
             call()
             return result
@@ -184,6 +192,22 @@ def swiglu(x: Tensor, gate_up_GK: Tensor, down_KF: Tensor) -> Prepared:
     out = torch.empty_like(x)
     places = x.data_ptr(), gate_up_GK.data_ptr(), down_KF.data_ptr(), out.data_ptr()
     return out, partial(build().swiglu, *places, x.numel() // K, K, F, torch.get_num_threads())
+
+
+@operator("take(Tensor table, Tensor index) -> Tensor")
+def take(table_VW: Tensor, index: Tensor) -> Prepared:
+    """Rows of a table, (..., W); both arguments contiguous. IndexError for a number of no row."""
+    out = table_VW.new_empty(*index.shape, table_VW.shape[1])
+    places = [x.data_ptr() for x in (table_VW, index, out)]
+    return out, partial(build().take, *places, index.numel(), *table_VW.shape)
+
+
+@operator("rope(Tensor position, Tensor frequencies) -> (Tensor, Tensor)")
+def rope(position: Tensor, frequencies: Tensor) -> Prepared:
+    """Cosine and sine (1, D/2) of one position times the frequencies."""
+    table = [frequencies.new_empty(1, len(frequencies)) for _ in range(2)]
+    places = [x.data_ptr() for x in (position, frequencies, *table)]
+    return tuple(table), partial(build().rope, *places, len(frequencies))
 
 
 @operator("rotate(Tensor x, Tensor cosine, Tensor sine) -> Tensor")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
-from archs.cpu_kernel import add, linear, rms_norm, swiglu, takes, takes_few
+from archs.cpu_kernel import FEW, add, linear, rms_norm, swiglu, take, takes, takes_few
 from archs.graph import RecordedStep, records
 
 NORM_EPS = 1e-6
@@ -121,6 +121,14 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x.reshape(-1, x.shape[-1]), self.weight, NORM_EPS).view(x.shape)
 
 
+class Embedding(nn.Embedding):
+    """torch's; on a CPU ours for few tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        ours = tokens.numel() <= FEW and takes(self.weight)
+        return take(self.weight, tokens.contiguous()) if ours else super().forward(tokens)
+
+
 class Linear(nn.Linear):
     """torch's without bias; on a CPU ours for few rows, as in a decode step, where no gradient is wanted."""
 
@@ -195,7 +203,7 @@ class Decoder(nn.Module):
     def __init__(self, options: Options):
         super().__init__()
         self.options = o = options
-        self.embed = nn.Embedding(o.vocab_size, o.width)
+        self.embed = Embedding(o.vocab_size, o.width)
         self.dropout = dropout(o.dropout)
         self.blocks = nn.ModuleList(Block(o, self.layer_attention(layer)) for layer in range(o.layers))
         self.norm = RMSNorm(o.width)

@@ -6,6 +6,7 @@ addresses, the position among them, so that one recording holds for every length
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import warnings
@@ -66,6 +67,7 @@ class RecordedStep:
             self.tokens_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.at = 0  # what `position` holds
+        self.held = None if device.type == "cuda" else ctypes.c_int64.from_address(self.position.data_ptr())
         self.ran: tuple | None = None  # the model that last did, by where its weights are
         self.replay: Callable[[], object] | None = None
         self.backend = "split-kv triton, cuda graph" if device.type == "cuda" else "split-kv c++, recorded"
@@ -74,7 +76,9 @@ class RecordedStep:
         on_gpu = tokens_B.is_cuda
         with torch.cuda.device(tokens_B.device) if on_gpu else contextlib.nullcontext():
             self.tokens_B.copy_(tokens_B)
-            if self.at != cache.length:
+            if self.held is not None:
+                self.held.value = cache.length  # an operator would take 50 us with cold caches
+            elif self.at != cache.length:
                 self.position.fill_(cache.length)
             self.at = -1  # unknown, should the step fail
             weight = model.embed.weight
@@ -95,7 +99,8 @@ class RecordedStep:
 
     def _step(self, model: "Decoder", cache: "Cache") -> Tensor:
         logits_BV = model.append(self.tokens_B[:, None], cache, self.position)
-        self.position += 1
+        if self.held is None:
+            self.position += 1
         return logits_BV
 
     def _record_graph(self, model: "Decoder", cache: "Cache") -> None:
@@ -118,7 +123,7 @@ class Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls: list[Callable[[], object]] = []
-        self.tensors: list[Any] = []  # what is called by address must live
+        self.storages: list[Any] = []  # what is called by address must live
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -130,7 +135,7 @@ class Calls(TorchDispatchMode):
             call = again(func, args, kwargs, result)
         if call:
             self.calls.append(call)
-            self.tensors.append((args, result))
+            self.storages += [x.untyped_storage() for x in tree_leaves((args, result)) if isinstance(x, Tensor)]
         return result
 
     def replay(self) -> None:

@@ -24,6 +24,7 @@ from archs.cpu_kernel import (
     rms_norm,
     split_kv,
     swiglu,
+    take,
     takes,
     takes_attention,
     takes_few,
@@ -153,6 +154,29 @@ def test_a_token_is_put_where_it_belongs_and_nowhere_else():
     expected[:, :, 4] = new[:, :, 0]
     put(stream, new, torch.tensor([4]))
     assert torch.equal(stream, expected)
+
+
+@needs_compiler
+def test_rows_are_taken_by_their_numbers():
+    table = torch.randn(9, 5)
+    index = torch.tensor([[8], [0], [3]])
+    assert torch.equal(take(table, index), F.embedding(index, table))
+    for missing in (9, -1):
+        with pytest.raises(IndexError, match="1 of the numbers"):
+            take(table, torch.tensor([3, missing]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("position", [0, 1, 900, 130_000])
+def test_one_position_has_the_tables_of_many(position):
+    """Whatever the kernel: keys of a prompt are turned by torch's tables, a step's by ours."""
+    for made, expected in zip(
+        rope_table(torch.tensor([position]), 1, 24, 10_000.0, "cpu"),
+        rope_table(position, 1, 24, 10_000.0, "cpu"),
+        strict=True,
+    ):
+        assert made.shape == expected.shape
+        torch.testing.assert_close(made, expected, rtol=0, atol=3e-7)
 
 
 @needs_compiler
