@@ -105,7 +105,16 @@ template <class T> INLINE T exp2_of(T x) {
     return (T)((decltype(whole))y + (whole << 23));
 }
 
-// The lines of a tile to come, its keys' and then its values', fetched some at a time while another is computed with.
+// Lines of a tile to come, fetched some at a time while another is computed with: one after the other, or a tile's keys'
+// and then its values'.
+struct Lines {
+    const float *at;
+
+    INLINED void fetch(int lines) {
+        UNROLL for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at, 0, INTO);
+    }
+};
+
 struct Ahead {
     const float *at, *end, *values, *values_end;
 
@@ -118,14 +127,16 @@ struct Ahead {
     }
 };
 
+constexpr int shares(int lines, int steps) { return (lines + steps - 1) / steps; }
+
 constexpr int L = lanes(NATIVE);
 typedef Vector<L>::type vec;
 constexpr int MV = divisor(M, REGISTERS / 8), EV = divisor(E / L, 4);  // outputs kept in registers
 constexpr int VALUE_STEPS = N * (M / MV) * (E / L / EV);
 
 // Values times weights, added to the outputs (M, E).
-template <int LINES_A_STEP, class F>
-INLINE void add_values(F weight, const float *v, int live, Ahead &ahead, float *out) {
+template <int LINES_A_STEP, class F, class A>
+INLINE void add_values(F weight, const float *v, int live, A ahead, float *out) {
     for (int e = 0; e < E; e += EV * L)
         for (int m = 0; m < M; m += MV) {
             vec a[MV][EV];
@@ -151,7 +162,7 @@ struct Few {
     // About the cycles that a step of the scores' loop takes, one of the values', and all of them.
     static constexpr int SCORE = D / 2 + 3 * L / 2, VALUE = std::max(2, MV * EV / 2);
     static constexpr int CYCLES = N / L * M * SCORE + VALUE_STEPS * VALUE;
-    static constexpr int lines(int cycles) { return (cycles * LINES + CYCLES - 1) / CYCLES; }
+    static constexpr int lines(int cycles) { return shares(cycles * LINES, CYCLES); }
 
     alignas(64) float q[M * D], scores[M][N], out[M * E] = {};
     float top[M];
@@ -198,7 +209,7 @@ struct Few {
 struct Many {
     static constexpr int J = (M - 1) / QUERIES + 1;
     static constexpr int NK = divisor(N, std::max(1, REGISTERS / 2 / J));  // tokens whose scores are kept in registers
-    static constexpr int STEPS = N / NK * D + VALUE_STEPS, LINES_A_STEP = (LINES + STEPS - 1) / STEPS;
+    static constexpr int VALUE_LINES = SHARED ? 0 : N * E / LINE;
     typedef Vector<QUERIES>::type many;
 
     alignas(64) float q[D * M], out[M * E] = {};
@@ -211,10 +222,11 @@ struct Many {
     }
 
     INLINED void tile(const float *k, const float *v, int live, Ahead ahead) {
+        Lines keys = {ahead.at}, values = {ahead.values};
         for (int n = 0; n < live; n += NK) {
             many a[NK][J] = {};
             for (int d = 0; d < D; d++) {
-                ahead.fetch(LINES_A_STEP);
+                keys.fetch(shares(NK, LINE));
                 UNROLL for (int i = 0; i < NK; i++)
                     UNROLL for (int j = 0; j < J; j++)
                         a[i][j] += *(many *)&q[d * M + j * QUERIES] * k[std::min(n + i, live - 1) * D + d];
@@ -238,7 +250,8 @@ struct Many {
             UNROLL for (int n = 0; n < N; n++) added[n % 2] += scores[n][j] = exp2_of(scores[n][j] - top[j]);
             totals[j] += added[0] + added[1];
         }
-        add_values<LINES_A_STEP>([&](int m, int n) INLINED { return ((float *)scores[n])[m]; }, v, live, ahead, out);
+        constexpr int LINES_A_STEP = shares(VALUE_LINES, VALUE_STEPS);
+        add_values<LINES_A_STEP>([&](int m, int n) INLINED { return ((float *)scores[n])[m]; }, v, live, values, out);
     }
 
     float top_of(int m) const { return top[m / QUERIES][m % QUERIES]; }

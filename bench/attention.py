@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archs.attention import attend
 from archs.cache import zeros
+from archs.graph import Calls
 from eval.speed import ROOF_BYTES, reads
 from train.module import matmul_flops_per_s
 
@@ -33,9 +34,13 @@ REPLAYED = 20  # calls at least in one CUDA graph: launches are then not what is
 
 
 def in_a_row(calls: list[Callable[[], object]], device: str) -> tuple[Callable[[], object], int]:
-    """(All calls, how many they are); on a GPU a CUDA graph, of several rounds if they are few."""
+    """(All calls, how many they are), recorded as a decode step is; in a CUDA graph several rounds if they are few."""
     if device == "cpu":
-        return lambda: [call() for call in calls], len(calls)
+        recorded = Calls()
+        with recorded:
+            for call in calls:
+                call()
+        return recorded.replay, len(calls)
     calls = calls * -(-REPLAYED // len(calls))
     calls[0]()
     torch.cuda.synchronize()
@@ -99,7 +104,8 @@ def main() -> None:
         for label, step in (roofs | todo).items():
             each = [functools.partial(step, q, k, v) for k, v in layers] if label in todo else [step]
             try:
-                steps[label], calls[label] = in_a_row(each, device)
+                read = device == "cpu" and label in roofs
+                steps[label], calls[label] = (step, 1) if read else in_a_row(each, device)
             except Exception as e:
                 print(f"{label}: {e}".splitlines()[0][:200], file=sys.stderr)
         times = in_turns(steps, device, args.repeats)
