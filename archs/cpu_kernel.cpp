@@ -441,7 +441,7 @@ extern "C" void rotate(const float *x, const float *cosine, const float *sine, f
         }
 }
 
-// x (rows, width), rows that far from each other; out is contiguous.
+// x (rows, width), rows that far from each other; out is contiguous. Without a weight it is 1.
 extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, long step, float eps,
                          int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > 1 << 14)
@@ -451,9 +451,22 @@ extern "C" void rms_norm(const float *x, const float *weight, float *out, long r
 #pragma omp simd reduction(+ : square)
         for (long j = 0; j < width; j++) square += p[j] * p[j];
         float scale = 1 / std::sqrt(square / width + eps);
+        float *o = out + i * width;
+        for (long j = 0; j < width; j++) o[j] = p[j] * scale;
+        if (weight)
 #pragma omp simd
-        for (long j = 0; j < width; j++) out[i * width + j] = p[j] * scale * weight[j];
+            for (long j = 0; j < width; j++) o[j] *= weight[j];
     }
+}
+
+// out (B, H, a_size + b_size): a (B, H, a_size) and b (B, H, b_size) side by side; strides of batch and head.
+extern "C" void join(const float *a, const float *b, float *out, long B, long H, long a_size, long b_size, long a_batch,
+                     long a_head, long b_batch, long b_head) {
+    for (long i = 0; i < B; i++)
+        for (long h = 0; h < H; h++) {
+            const float *x = a + i * a_batch + h * a_head, *y = b + i * b_batch + h * b_head;
+            out = std::copy(y, y + b_size, std::copy(x, x + a_size, out));
+        }
 }
 
 // out (count, width): rows of a table (rows, width) by their numbers; how many of those there are no rows for.

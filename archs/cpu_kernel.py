@@ -67,6 +67,7 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
     built.rms_norm.argtypes = [pointer] * 3 + [whole] * 3 + [ctypes.c_float, ctypes.c_int]
     built.rms_norm.restype = None
     built.head_linear.argtypes, built.head_linear.restype = [pointer] * 3 + [whole] * 8 + [ctypes.c_int] * 2, None
+    built.join.argtypes, built.join.restype = [pointer] * 3 + [whole] * 8, None
     built.add.argtypes, built.add.restype = [pointer] * 3 + [whole], None
     built.retention.argtypes, built.retention.restype = [pointer] * 6 + [whole] * 6 + [ctypes.c_int], None
     built.read_all.argtypes, built.read_all.restype = [pointer, whole, ctypes.c_int], ctypes.c_float
@@ -220,11 +221,11 @@ def rotate_one(x_BH1D: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
     return out, partial(build().rotate, *places, B, H, D // 2, *x_BH1D.stride()[:2], row)
 
 
-@operator("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
-def rms_norm(x_NW: Tensor, weight: Tensor, eps: float) -> Prepared:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (RMSNorm, arXiv 1910.07467)."""
+@operator("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
+def rms_norm(x_NW: Tensor, weight: Tensor | None, eps: float) -> Prepared:
+    """x / sqrt(mean(x^2) + eps), times a weight, over the last dimension (RMSNorm, arXiv 1910.07467)."""
     out = x_NW.new_empty(x_NW.shape)
-    places = x_NW.data_ptr(), weight.data_ptr(), out.data_ptr()
+    places = x_NW.data_ptr(), None if weight is None else weight.data_ptr(), out.data_ptr()
     return out, partial(build().rms_norm, *places, *x_NW.shape, x_NW.stride(0), eps, torch.get_num_threads())
 
 
@@ -238,6 +239,15 @@ def head_linear(x_BH1K: Tensor, weight_HKF: Tensor) -> Prepared:
     steps = *x_BH1K.stride()[:2], weight_HKF.stride(0), weight_HKF.stride(2 if transposed else 1)
     places = x_BH1K.data_ptr(), weight_HKF.data_ptr(), out.data_ptr()
     return out, partial(build().head_linear, *places, B, H, K, F, *steps, transposed, torch.get_num_threads())
+
+
+@operator("join(Tensor a, Tensor b) -> Tensor")
+def join(a_BH1D: Tensor, b_BH1E: Tensor) -> Prepared:
+    """One token's vectors side by side, (B, H, 1, D + E)."""
+    B, H, _, D = a_BH1D.shape
+    out = a_BH1D.new_empty(B, H, 1, D + b_BH1E.shape[3])
+    places = a_BH1D.data_ptr(), b_BH1E.data_ptr(), out.data_ptr()
+    return out, partial(build().join, *places, B, H, D, b_BH1E.shape[3], *a_BH1D.stride()[:2], *b_BH1E.stride()[:2])
 
 
 @operator("add(Tensor x, Tensor y) -> Tensor")

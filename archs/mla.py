@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, last, merge_heads, rotate, split_heads
 from archs.cache import FullCache
-from archs.cpu_kernel import head_linear, takes_heads
+from archs.cpu_kernel import head_linear, join, takes, takes_heads
 from archs.decoder import Decoder, Linear, Options, RMSNorm, mean_seen, option
 
 
@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
         q_rope_BHTP = rotate(q_rope_BHTP, q_rope)
         latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.kv_rank, o.rope_dim), dim=-1)
         latent_B1TR, k_rope_B1TP = self.kv_norm(latent_BTR)[:, None], rotate(k_rope_BTP[:, None], rope)
-        kept_B1SX = torch.cat((latent_B1TR, k_rope_B1TP.to(latent_BTR.dtype)), -1)
+        kept_B1SX = side_by_side(latent_B1TR, k_rope_B1TP.to(latent_BTR.dtype))
         queries, seen = (q_nope_BHTN, q_rope_BHTP), None
         if cache:
             (kept_B1SX,), seen = cache.append(start, kept_B1SX)
@@ -99,9 +99,14 @@ class LatentAttention(nn.Module):
         up_HXR = self.kv_up.weight.view(o.heads, o.nope_dim + o.v_dim, o.kv_rank)
         k_up_HNR, v_up_HER = up_HXR.split((o.nope_dim, o.v_dim), dim=1)
         q_latent_BHTR = times_each_head(q_nope_BHTN, k_up_HNR)
-        q_BHTX = torch.cat((q_latent_BHTR, q_rope_BHTP), dim=-1)
+        q_BHTX = side_by_side(q_latent_BHTR, q_rope_BHTP)
         latent_BHTR = attend(q_BHTX, kept_B1SX, None, self.scale, seen, o.kv_rank)
         return times_each_head(latent_BHTR, v_up_HER.mT)
+
+
+def side_by_side(a_BHTX: Tensor, b_BHTX: Tensor) -> Tensor:
+    one = a_BHTX.shape[2] == a_BHTX.stride(3) == b_BHTX.stride(3) == 1 and takes(a_BHTX, b_BHTX)
+    return join(a_BHTX, b_BHTX) if one else torch.cat((a_BHTX, b_BHTX), dim=-1)
 
 
 def times_each_head(x_BHTK: Tensor, weight_HKF: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads
 from archs.cache import Cache, FullCache, StateCache, WindowCache
 from archs.cpu_kernel import retention, takes_retention
-from archs.decoder import NORM_EPS, Decoder, Linear, Options, RMSNorm, kv_heads_divide, mean_seen, option
+from archs.decoder import Decoder, Linear, Options, RMSNorm, kv_heads_divide, mean_seen, normed, option
 from archs.grouped import GroupedAttention
 
 DECAY_TEMPERATURE = 16  # tau of the paper's equation for gamma
@@ -130,7 +130,7 @@ class GatedRetention(nn.Module):
             inputs = q_BHTD, k_BHTD, v_BHTD.float(), log_decay_BHT, state
             one = cache and x_BTW.shape[1] == 1
             out_BHTD, state = retention_recurrent(*inputs) if one else retention_chunkwise(*inputs, CHUNK)
-            out_BHTD = F.rms_norm(out_BHTD, (self.head_dim,), eps=NORM_EPS)
+            out_BHTD = normed(out_BHTD)
         if cache:
             cache.state.copy_(state)
         return self.out(merge_heads(out_BHTD.to(gate_BHTD.dtype) * F.silu(gate_BHTD)))

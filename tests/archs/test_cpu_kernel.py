@@ -18,6 +18,7 @@ from archs.cpu_kernel import (
     build,
     compiler,
     head_linear,
+    join,
     linear,
     put,
     reader,
@@ -114,6 +115,7 @@ def test_rms_norm_is_torchs(shape):
     x, weight = x[:, 0, :20], weight[:20]  # rows with gaps between them
     expected = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rms_norm(x, None, 1e-6), torch.nn.functional.rms_norm(x, weight.shape, eps=1e-6))
     assert not takes(x, weight.requires_grad_())
 
 
@@ -177,6 +179,12 @@ def test_one_position_has_the_tables_of_many(position):
     ):
         assert made.shape == expected.shape
         torch.testing.assert_close(made, expected, rtol=0, atol=3e-7)
+
+
+@needs_compiler
+def test_vectors_are_joined_as_torch_does():
+    a, b = torch.randn(2, 1, 3, 7).transpose(1, 2)[..., :4], torch.randn(2, 3, 1, 5)
+    assert torch.equal(join(a, b), torch.cat((a, b), dim=-1))
 
 
 @needs_compiler
