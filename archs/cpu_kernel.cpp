@@ -258,10 +258,18 @@ struct Many {
     float total_of(int m) const { return totals[m / QUERIES][m % QUERIES]; }
 };
 
-// Some of a KV head's tokens.
+// Some of a KV head's tokens, from `first` on: one after the other in memory, or in blocks of `size` tokens that a table
+// numbers, in which tiles end where blocks do.
 struct Part {
     const float *k, *v;
-    long tokens;
+    const long *table;
+    long size, k_block, v_block, first, tokens;
+
+    INLINED const float *key(long s) const { return at(k, k_block, first + s); }
+    INLINED const float *value(long s) const { return at(v, v_block, first + s); }
+    INLINED const float *at(const float *x, long block, long s) const {
+        return table ? x + table[s / size] * block + s % size * D : x + s * D;
+    }
 };
 
 // Softmax attention of M queries over a part: weighted means of values (M, E), and log2 of the weights' sums (M). While
@@ -271,10 +279,10 @@ template <class F> INLINE void attend(const float *queries, float scale, Part pa
     long whole = (part.tokens + N - 1) / N * N;
     for (long s = 0; s < part.tokens; s += N) {
         Part to_come = s + AHEAD < whole ? part : next();
-        long far = s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole;
-        const float *keys = to_come.k + far * D, *values = SHARED ? keys : to_come.v + far * D;
+        long far = std::min(s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole, to_come.tokens - 1);
+        const float *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
         Ahead ahead = {keys, keys + N * D, values, values + N * D};
-        const float *k = part.k + s * D, *v = part.v + s * D;
+        const float *k = part.key(s), *v = SHARED ? k : part.value(s);
         if (part.tokens - s >= N) seen.tile(k, v, N, ahead);  // a constant: the common case is unrolled
         else seen.tile(k, v, part.tokens - s, ahead);
     }
@@ -286,31 +294,46 @@ template <class F> INLINE void attend(const float *queries, float scale, Part pa
 }
 
 // q (B, G, M, D) and out (B, G, M, E), without gaps within a sequence; strides in floats, of batch and KV head. S tokens
-// are held, or as many as there are up to `position`.
+// are held, or as many as there are up to `position`, one for all or with `position_step` 1 one for each sequence. With a
+// table (B, blocks) they lie in blocks of `size` tokens, and strides of the batch are those of blocks.
 extern "C" void split_kv(const float *q, const float *k, const float *v, float *out, long q_batch, long k_batch,
                          long k_head, long v_batch, long v_head, long B, long G, long S, const long *position,
-                         float scale, int threads) {
-    if (position) S = std::min(S, *position + 1);
-    long heads = B * G;
+                         long position_step, const long *table, long blocks, long size, float scale, int threads) {
+    const long room = S, heads = B * G;
+    auto held = [&](long b) { return position ? std::min(room, position[b * position_step] + 1) : room; };
+    if (position) S = 0;
+    for (long b = 0; position && b < B; b++) S = std::max(S, held(b));
     long splits = std::max(1L, std::min((8 * threads + heads - 1) / heads, S / 256));
     long per_split = ((S + splits - 1) / splits + N - 1) / N * N;
     splits = (S + per_split - 1) / per_split;
     long count = heads * splits;
     auto part = [&](long i) {
         long b = i / splits / G, g = i / splits % G, first = i % splits * per_split;
-        return Part{k + b * k_batch + g * k_head + first * D, v + b * v_batch + g * v_head + first * D,
-                    std::min(per_split, S - first)};
+        return Part{k + (table ? 0 : b * k_batch) + g * k_head,
+                    v + (table ? 0 : b * v_batch) + g * v_head,
+                    table ? table + b * blocks : nullptr,
+                    size,
+                    k_batch,
+                    v_batch,
+                    first,
+                    std::min(per_split, held(b) - first)};
     };
     std::vector<float> means(splits > 1 ? count * M * E : 0), weights(count * M);
     std::atomic<long> taken(0);
 #pragma omp parallel num_threads(threads)
     for (long i; (i = taken++) < count;) {
+        const Part now = part(i);
+        if (now.tokens <= 0) {  // of a sequence shorter than others
+            std::fill_n(&weights[i * M], M, -INFINITY);
+            continue;
+        }
         auto next = [&] {
             long n = taken;
-            return part(n < count ? n : i);
+            Part to_come = part(n < count ? n : i);
+            return to_come.tokens > 0 ? to_come : now;
         };
         long h = i / splits;
-        attend(q + h / G * q_batch + h % G * M * D, scale * 1.44269504f, part(i), next,
+        attend(q + h / G * q_batch + h % G * M * D, scale * 1.44269504f, now, next,
                splits > 1 ? &means[i * M * E] : out + i * M * E, &weights[i * M]);
     }
     if (splits == 1) return;

@@ -55,7 +55,8 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
             warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
             return None
     pointer, whole = ctypes.c_void_p, ctypes.c_long
-    built.split_kv.argtypes = [pointer] * 4 + [whole] * 8 + [pointer, ctypes.c_float, ctypes.c_int]
+    of_blocks = [pointer, whole, pointer, whole, whole]
+    built.split_kv.argtypes = [pointer] * 4 + [whole] * 8 + of_blocks + [ctypes.c_float, ctypes.c_int]
     built.split_kv.restype = None
     built.put.argtypes, built.put.restype = [pointer] * 3 + [whole] * 7, None
     built.linear.argtypes, built.linear.restype = [pointer] * 3 + [whole] * 3 + [ctypes.c_int], None
@@ -150,20 +151,31 @@ def operator(schema: str) -> Callable[[Callable[..., Prepared]], Callable]:
     return define
 
 
-@operator("split_kv(Tensor q, Tensor k, Tensor v, float scale, Tensor? position) -> Tensor")
-def split_kv(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, position: Tensor | None) -> Prepared:
+@operator("split_kv(Tensor q, Tensor k, Tensor v, float scale, Tensor? position=None, Tensor? table=None) -> Tensor")
+def split_kv(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    scale: float,
+    position: Tensor | None = None,
+    table_BN: Tensor | None = None,
+) -> Prepared:
     """Attention of one token over S tokens, or those up to `position`, query head h using KV head h // (H/G).
 
-    Returns (B, H, 1, E). Queries have no gaps within a sequence, keys and values none between tokens.
+    Returns (B, H, 1, E). Queries have no gaps within a sequence, keys and values none between tokens. The position is
+    that of all (1), or one for each sequence (B). With a table each sequence's tokens are in the blocks it numbers, of
+    keys (P, G, C, D) and values (P, G, C, E): C is a multiple of 16, or there is one block.
     """
     B, H, T, D = q_BHTD.shape
-    G, S, E = v_BGSE.shape[1:]
+    G, C, E = v_BGSE.shape[1:]
+    blocks = 1 if table_BN is None else table_BN.shape[1]
     out_BHTE = q_BHTD.new_empty(B, H, T, E)
     places = [x.data_ptr() for x in (q_BHTD, k_BGSD, v_BGSE, out_BHTE)]
     strides = q_BHTD.stride(0), *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
-    held = None if position is None else position.data_ptr()
-    attend = build(H // G, D, E).split_kv
-    return out_BHTE, partial(attend, *places, *strides, B, G, S, held, scale, torch.get_num_threads())
+    held = (None, 0) if position is None else (position.data_ptr(), int(len(position) > 1))
+    table = None if table_BN is None else table_BN.data_ptr(), blocks, C
+    sizes = *strides, B, G, blocks * C, *held, *table
+    return out_BHTE, partial(build(H // G, D, E).split_kv, *places, *sizes, scale, torch.get_num_threads())
 
 
 @operator("put(Tensor(a!) stream, Tensor new, Tensor position) -> ()")
@@ -268,9 +280,10 @@ def retention(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor,
 
 
 @register_flop_formula(split_kv.overloadpacket)
-def _attention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+def _attention_flops(q_shape, k_shape, v_shape, scale, position=None, table_shape=None, *, out_shape=None) -> int:
     B, H, T, D = q_shape
-    return 2 * B * H * T * v_shape[2] * (D + v_shape[3])
+    blocks = 1 if table_shape is None else table_shape[1]
+    return 2 * B * H * T * blocks * v_shape[2] * (D + v_shape[3])
 
 
 @register_flop_formula(linear.overloadpacket)

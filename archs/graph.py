@@ -59,7 +59,7 @@ class RecordedStep:
     """The decode step of a cache, with the position on the device; recorded anew when the model's weights have moved.
 
     On a GPU the first step runs as it is (kernels are compiled, workspaces made) and the second is recorded; on a CPU
-    the first is.
+    the first is. Hooks on modules see the steps that are not replayed. A copy of a cache records its own.
     """
 
     def __init__(self, batch_size: int, device: torch.device):
@@ -71,6 +71,9 @@ class RecordedStep:
         self.ran: tuple | None = None  # the model that last did, by where its weights are
         self.replay: Callable[[], object] | None = None
         self.backend = "split-kv triton, cuda graph" if device.type == "cuda" else "split-kv c++, recorded"
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # it holds addresses
 
     def __call__(self, model: "Decoder", tokens_B: Tensor, cache: "Cache") -> Tensor:
         on_gpu = tokens_B.is_cuda

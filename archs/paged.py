@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from archs.attention import attend
-from archs.cache import Cache, FullCache, StateCache, with_tensors
+from archs.cache import Cache, FullCache, StateCache, with_tensors, zeros
+from archs.cpu_kernel import split_kv, takes_attention
 from archs.decoder import Decoder
 
 COPIED = {"cpu": 2**22}  # bytes of keys copied together at once, to be read while they are in the cores' caches
@@ -64,7 +65,7 @@ class PagedCache:
         constant = model.new_parts(sequences, blocks * block_size, dtype, "meta")
         parts = [pool if isinstance(pool, FullCache) else rows for pool, rows in zip(pools, constant, strict=True)]
         with torch.inference_mode(False):
-            parts = with_tensors(parts, lambda t: torch.zeros_like(t, device=self.device))
+            parts = with_tensors(parts, lambda t: zeros(*t.shape, dtype=t.dtype, device=self.device))
         self.storages = Cache(parts, blocks, block_size)
         self.block_size, self.block_count = block_size, blocks
         self.free_blocks, self.free_rows = list(range(blocks))[::-1], list(range(sequences))[::-1]
@@ -253,8 +254,16 @@ class Blocks:
         return [stream[block, :, offset].transpose(1, 2) for stream in self.streams]
 
     def attend(self, q_BH1D: Tensor, scale: float | None, value_size: int | None) -> Tensor:
-        """Of one token of each sequence on all that it holds; (B, H, 1, E). A few sequences at a time."""
+        """Of one token of each sequence on all that it holds; (B, H, 1, E).
+
+        On a CPU our kernel reads the blocks where they lie; else they are copied together, a few sequences at a time.
+        """
         stream, out = self.streams[0], []
+        if self.block_size % 16 == 0 or self.table_BN.shape[1] == 1:
+            k, v = stream, self.streams[1] if len(self.streams) == 2 else stream[..., :value_size]
+            if takes_attention(q_BH1D, k, v):
+                position_B = torch.tensor(self.ends) - 1
+                return split_kv(q_BH1D, k, v, scale or q_BH1D.shape[3] ** -0.5, position_B, self.table_BN.contiguous())
         most = stream[0].nbytes * self.table_BN.shape[1]
         some = max(1, COPIED.get(q_BH1D.device.type, most * len(q_BH1D)) // most)
         for first in range(0, len(q_BH1D), some):

@@ -10,8 +10,8 @@ uniform up to the context, and the documents of a corpus, cut at the context. Wi
 counted.
 
 Timed is `model.decode` of the whole batch, one token for each sequence, over zeros in place of a prompt's keys and
-values. Buffers are read where they lie; blocks are copied together first, a few sequences at a time, and then read by
-the same attention. That a buffer is copied when it doubles is not in the time of a step.
+values. Buffers are read where they lie, and on a CPU so are blocks, by the same attention; on a GPU they are copied
+together first, a few sequences at a time. That a buffer is copied when it doubles is not in the time of a step.
 """
 
 # Before torch, whose threads it tells how to wait.

@@ -69,7 +69,7 @@ def test_one_token_attends_to_all_that_is_held(shape, held):
     q, k, v = inputs(shape, 2, held)
     with torch.inference_mode():
         assert takes_attention(q, k, v)
-        got = split_kv(q, k, v, 0.2, None)
+        got = split_kv(q, k, v, 0.2)
         # Of all slots, by a position; also by one beyond them, and with gaps between sequences' queries.
         parts = [torch.as_strided(x, (*x.shape[:2], x.shape[2] + 16, x.shape[3]), x.stride()) for x in (k, v)]
         by_position = split_kv(q, *parts, 0.2, torch.tensor([held - 1]))
@@ -87,10 +87,33 @@ def test_long_sequences_are_split_among_threads(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = split_kv(q, k, v, 0.3, None)
+        got = split_kv(q, k, v, 0.3)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got, by_definition(q, k, v, scale=0.3), rtol=1e-5, atol=2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", ["gqa", "queries that fill vectors", "mla"])
+@pytest.mark.parametrize("lengths", [(1, 33, 48), (1500, 40, 900)], ids=["short", "split"])
+def test_sequences_of_their_own_lengths_in_blocks(shape, lengths):
+    """Blocks in any order, NaN in those of no sequence and behind a sequence's last token."""
+    H, G, D, E = SHAPES[shape]
+    size, most = 16, -(-max(lengths) // 16)
+    q = torch.randn(3, H, 1, D)
+    k = torch.full((3 * most + 4, G, size, D), math.nan)
+    v = torch.full((3 * most + 4, G, size, E), math.nan) if E else k[..., :100]
+    table = torch.randperm(3 * most + 4)[: 3 * most].view(3, most)
+    expected = []
+    for b, length in enumerate(lengths):
+        held = [torch.randn(1, G, length, x.shape[3]) for x in ((k, v) if E else (k,))]
+        for t in range(length):
+            for pool, x in zip((k, v), held, strict=False):
+                pool[table[b, t // size], :, t % size] = x[0, :, t]
+        keys, values = held if E else (held[0], held[0][..., :100])
+        expected.append(by_definition(q[b : b + 1], keys, values, scale=0.2))
+    got = split_kv(q, k, v, 0.2, torch.tensor(lengths) - 1, table)
+    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-5, atol=2e-6)
 
 
 @needs_compiler
@@ -99,7 +122,7 @@ def test_weights_of_any_size(scale):
     """Scores of hundreds: a weight of e^-300 is 0 and nothing overflows; a scale of nearly 0 gives the mean."""
     q, k, v = inputs(SHAPES["gqa"], 2, 77)
     expected = by_definition(q.double(), k.double(), v.double(), scale=scale).float()
-    torch.testing.assert_close(split_kv(q, k, v, scale, None), expected, rtol=1e-4, atol=1e-4 if scale > 1 else 1e-6)
+    torch.testing.assert_close(split_kv(q, k, v, scale), expected, rtol=1e-4, atol=1e-4 if scale > 1 else 1e-6)
 
 
 @needs_compiler
@@ -277,7 +300,7 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
     build.cache_clear()
     for shape in ("mha", "queries that fill vectors"):
         q, k, v = inputs(SHAPES[shape], 2, 100)
-        got = split_kv(q, k, v, 0.2, None)
+        got = split_kv(q, k, v, 0.2)
         torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
     x, w = torch.randn(5, 64), torch.randn(48, 64)
     torch.testing.assert_close(linear(x, w), F.linear(x, w), rtol=1e-5, atol=1e-5)

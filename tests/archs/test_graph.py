@@ -1,5 +1,10 @@
 """A recorded decode step equals the step as it is: of every variant, and of operators of every kind."""
 
+import copy
+import gc
+import io
+import weakref
+
 import pytest
 import torch
 from test_laws import each_variant, make
@@ -65,6 +70,34 @@ def test_what_changes_between_steps_is_seen(mode):
     before = kept.clone()
     model.decode(tokens[:, 12], cache)
     assert torch.equal(kept, before)  # a step's logits are the caller's
+
+
+def test_a_copied_cache_goes_its_own_way():
+    model = make("mha", {})
+    tokens, cache = torch.randint(97, (2, 12)), model.new_cache(2, 12)
+    model.prefill(tokens[:, :6], cache)
+    model.decode(tokens[:, 6], cache)
+    saved = io.BytesIO()
+    torch.save(cache, saved)
+    for other in (copy.deepcopy(cache), torch.load(io.BytesIO(saved.getvalue()), weights_only=False)):
+        before = [stream.clone() for part in cache.parts for stream in part.streams]
+        torch.testing.assert_close(model.decode(tokens[:, 7], other), model(tokens[:, :8])[:, -1])
+        assert other.length == cache.length + 1
+        after = [stream for part in cache.parts for stream in part.streams]
+        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_a_cache_that_nobody_holds_is_freed_with_its_recording():
+    model = make("mha", {})
+    cache = model.new_cache(1, 9)
+    model.decode(torch.tensor([5]), cache)
+    stream = weakref.ref(cache.parts[0].streams[0])
+    gc.disable()
+    try:
+        del cache
+        assert stream() is None
+    finally:
+        gc.enable()
 
 
 def test_what_counts_operators_sees_a_step_that_is_not_replayed():

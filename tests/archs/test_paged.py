@@ -60,10 +60,11 @@ def assert_near(logits, expected):
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("block_size", [BLOCK, 16], ids=["copied", "read where they lie"])
 @pytest.mark.parametrize(("arch", "own"), CASES)
-def test_sequences_of_different_lengths_decode_as_each_alone(arch, own):
+def test_sequences_of_different_lengths_decode_as_each_alone(arch, own, block_size):
     model, texts = random_model(arch, own), texts_of()
-    cache = PagedCache(model, sequences=5, blocks=25, block_size=BLOCK)
+    cache = PagedCache(model, sequences=5, blocks=25, block_size=block_size)
     for _ in range(2):
         poison(cache)
         sequences = [cache.admit() for _ in PROMPTS]
@@ -114,7 +115,7 @@ def test_bytes_are_those_of_whole_blocks_and_no_block_is_in_two_tables(arch, own
     assert all(len(sequence.blocks) == math.ceil(sequence.length / BLOCK) for sequence in sequences)
 
 
-@pytest.mark.parametrize(("block_size", "copied"), [(1, 2**22), (16, 1), (16, 2**13), (64, 2**14)])
+@pytest.mark.parametrize(("block_size", "copied"), [(1, 2**22), (12, 1), (12, 2**13), (16, 2**22), (64, 2**14)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neither_the_size_of_blocks_nor_how_many_are_copied_together_changes_anything(
     block_size, dtype, copied, monkeypatch
