@@ -11,6 +11,7 @@ Shapes: B batch, G KV heads, S cached tokens, T new tokens, D head size.
 
 import contextlib
 import copy
+import functools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +126,10 @@ class Cache:
         self.max_tokens = max_tokens
         self.length = 0
         self.step: Any = None
+
+    @functools.cached_property
+    def dtypes(self) -> set[torch.dtype]:
+        return {t.dtype for t in _tensors(self.parts)}
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,8 @@
 // among threads (Flash-Decoding, Dao et al. 2023). Memory sets the pace only if it is never waited for: while one tile
 // is computed with, one to come is fetched, some lines at each step of the inner loops.
 //
-// Constants of a build: M queries a KV head, D key size, E value size. Of a KV head there are D floats from one token to the next in keys and in values; where E is less, values are the keys' first columns.
+// Constants of a build: M queries a KV head, D key size, E value size. Of a KV head there are D floats from one token to
+// the next in keys and in values; where E is less, values are the keys' first columns.
 
 #include <algorithm>
 #include <atomic>

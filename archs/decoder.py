@@ -109,6 +109,7 @@ def normed(x: Tensor, weight: Tensor | None = None) -> Tensor:
     """RMSNorm over the last dimension; on a CPU, where torch's is seven passes, ours where no gradient is wanted."""
     if not takes(x, *([] if weight is None else [weight])):
         return F.rms_norm(x, x.shape[-1:], weight, NORM_EPS)
+    x = x if x.stride(-1) == 1 else x.contiguous()
     return rms_norm(x.reshape(-1, x.shape[-1]), weight, NORM_EPS).view(x.shape)
 
 
@@ -126,7 +127,8 @@ class Embedding(nn.Embedding):
     """torch's; on a CPU ours for few tokens."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        ours = tokens.numel() <= FEW and takes(self.weight)
+        few = tokens.dtype == torch.int64 and tokens.numel() <= FEW
+        ours = few and self.weight.is_contiguous() and takes(self.weight)
         return take(self.weight, tokens.contiguous()) if ours else super().forward(tokens)
 
 
@@ -248,11 +250,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_B: Tensor, cache: Cache) -> Tensor:
-        """Appends one token to each sequence; logits (B, V). A cache's first step is recorded, and replayed (graph.py).
-
-        The recording holds the addresses of the weights: they may change in place.
-        """
-        if not (cache.static and records(self.embed.weight)):
+        """Appends one token to each sequence; logits (B, V). A cache's steps are recorded and replayed (graph.py)."""
+        if not records(self.embed.weight, cache):
             return self.prefill(tokens_B[:, None], cache)
         cache.check_room(len(tokens_B), 1)
         cache.step = cache.step or RecordedStep(cache.batch_size, tokens_B.device)

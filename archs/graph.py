@@ -26,15 +26,17 @@ if TYPE_CHECKING:
     from archs.decoder import Decoder
 
 
-def records(weight: Tensor) -> bool:
-    """Whether decode steps of a model with this weight are recorded: where the kernels are there that read a position.
+def records(weight: Tensor, cache: "Cache") -> bool:
+    """Whether decode steps are recorded: on a static cache, where the kernels are there that read a position.
 
-    Not while something looks on at the operators: of a replay it would see none.
+    On a CPU that is in fp32, and not while a dispatch mode looks on at the operators: of a replay it would see none.
     """
+    if not cache.static:
+        return False
     if weight.is_cuda:
         return graphs_decode(weight.device)
     watched = _get_current_dispatch_mode() is not None or torch.is_autocast_enabled("cpu")
-    return not watched and takes(weight)
+    return not watched and takes(weight) and cache.dtypes == {torch.float32}
 
 
 @functools.cache
@@ -56,7 +58,7 @@ def graphs_decode(device: torch.device) -> bool:
 
 
 class RecordedStep:
-    """The decode step of a cache, with the position on the device; recorded anew when the model's weights have moved.
+    """The decode step of a cache, with the position on the device; recorded anew when a weight of the model has moved.
 
     On a GPU the first step runs as it is (kernels are compiled, workspaces made) and the second is recorded; on a CPU
     the first is. Hooks on modules see the steps that are not replayed. A copy of a cache records its own.
@@ -68,7 +70,8 @@ class RecordedStep:
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.at = 0  # what `position` holds
         self.held = None if device.type == "cuda" else ctypes.c_int64.from_address(self.position.data_ptr())
-        self.ran: tuple | None = None  # the model that last did, by where its weights are
+        self.model: Decoder | None = None
+        self.ran: tuple | None = None  # what the last step ran on
         self.replay: Callable[[], object] | None = None
         self.backend = "split-kv triton, cuda graph" if device.type == "cuda" else "split-kv c++, recorded"
 
@@ -84,8 +87,11 @@ class RecordedStep:
             elif self.at != cache.length:
                 self.position.fill_(cache.length)
             self.at = -1  # unknown, should the step fail
-            weight = model.embed.weight
-            runs = weight.data_ptr(), weight.dtype, model.training, torch.get_num_threads()
+            if self.model is not model:
+                self.model, self.ran = model, None
+                self.weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]
+            places = [held[name].data_ptr() for held, name in self.weights if held[name] is not None]
+            runs = places, model.training, torch.get_num_threads()
             if self.ran != runs:
                 self.ran, self.replay = None, None
                 if on_gpu:
@@ -114,6 +120,7 @@ class RecordedStep:
 
     def _record_calls(self, model: "Decoder", cache: "Cache") -> None:
         """Runs the step, too."""
+        model.rope(self.tokens_B[:, None], self.position)  # makes what is kept from step to step
         calls = Calls()
         with torch.inference_mode(False), torch.no_grad(), calls:  # inference mode's tensors live in it alone
             self.logits_BV = self._step(model, cache)
@@ -147,13 +154,16 @@ class Calls(TorchDispatchMode):
 
 
 def again(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Any) -> Callable[[], object] | None:
-    """A call of an operator that puts into `result` what it finds; None for a view."""
-    if func._schema.is_mutable:
-        return partial(func, *args, **kwargs)
-    made = tree_leaves(result)
+    """A call of an operator that puts into `result` what it finds; None for a view. TypeError for a number."""
+    made = [x for x in tree_leaves(result) if x is not None]
+    if not all(isinstance(x, Tensor) for x in made):
+        raise TypeError(
+            f"{func} gives Python a value, which a recorded decode step would not see change: keep it in a tensor, or "
+            "have the model's new_cache set `static = False` on its caches, and nothing is recorded"
+        )
     given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
     if all(x.untyped_storage()._cdata in given for x in made):
-        return None
+        return partial(func, *args, **kwargs) if func._schema.is_mutable or not made else None
     if filling := filling_overload(func):
         return partial(filling, *args, **kwargs, out=result)
 

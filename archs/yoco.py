@@ -131,7 +131,7 @@ class GatedRetention(nn.Module):
             one = cache and x_BTW.shape[1] == 1
             out_BHTD, state = retention_recurrent(*inputs) if one else retention_chunkwise(*inputs, CHUNK)
             out_BHTD = normed(out_BHTD)
-        if cache:
+        if cache and state is not cache.state:
             cache.state.copy_(state)
         return self.out(merge_heads(out_BHTD.to(gate_BHTD.dtype) * F.silu(gate_BHTD)))
 

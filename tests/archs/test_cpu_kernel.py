@@ -31,7 +31,7 @@ from archs.cpu_kernel import (
     takes_few,
     takes_heads,
 )
-from archs.decoder import RMSNorm
+from archs.decoder import Embedding, RMSNorm
 
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
 # query heads, KV heads, key size, value size (None: the values are the first columns of the keys)
@@ -135,6 +135,9 @@ def test_rms_norm_is_torchs(shape):
     with torch.no_grad():
         assert takes(x, weight)
         torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-6)
+        for strided in (torch.randn(shape[-1], 4).T, torch.randn(4, 1).expand(4, shape[-1])):
+            expected = torch.nn.functional.rms_norm(strided, shape[-1:], weight, eps=1e-6)
+            torch.testing.assert_close(norm(strided), expected, rtol=1e-5, atol=1e-6)
     x, weight = x[:, 0, :20], weight[:20]  # rows with gaps between them
     expected = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected, rtol=1e-5, atol=1e-6)
@@ -186,6 +189,10 @@ def test_rows_are_taken_by_their_numbers():
     table = torch.randn(9, 5)
     index = torch.tensor([[8], [0], [3]])
     assert torch.equal(take(table, index), F.embedding(index, table))
+    embedding = Embedding(9, 5, _weight=table, _freeze=True)
+    assert torch.equal(embedding(index), embedding(index.int()))
+    transposed = Embedding(5, 9, _weight=table.T, _freeze=True)
+    assert torch.equal(transposed(index % 5), F.embedding(index % 5, table.T))
     for missing in (9, -1):
         with pytest.raises(IndexError, match="1 of the numbers"):
             take(table, torch.tensor([3, missing]))
