@@ -3,7 +3,7 @@
 Attention of one new token over a static cache: torch's kernel computes and waits for memory by turns, this one fetches
 ahead (cpu_kernel.cpp says how). Products of few rows with a weight matrix: torch's takes twice as long as reading it.
 RMSNorm and rotary positions: many operators in torch, which take longer to start than to run. And a read of memory, the
-roof. A build takes a second or two and lasts as long as the process; where there is no compiler, torch's take over.
+roof. A build takes a second or two and is kept in the user's cache folder; without a compiler, torch's take over.
 
 Shapes: B batch, H query heads, G KV heads, M = H/G, S cached tokens, D key size, E value size; K inputs and F outputs
 of a matrix.
@@ -11,6 +11,7 @@ of a matrix.
 
 import ctypes
 import functools
+import hashlib
 import math
 import os
 import shutil
@@ -42,18 +43,18 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
     """cpu_kernel.cpp for M queries a KV head, or None (after a warning, unless it is for want of a compiler)."""
     if not compiler():
         return None
-    with tempfile.TemporaryDirectory(prefix="kvfrontier-") as folder:
-        path = Path(folder) / "kernel.so"
-        sizes = [f"-D{name}={value}" for name, value in (("M", M), ("D", D), ("E", E))]
-        command = [compiler(), *FLAGS, *sizes, "-o", str(path), str(SOURCE)]
+    sizes = [f"-D{name}={value}" for name, value in (("M", M), ("D", D), ("E", E))]
+    try:
         try:
-            subprocess.run(command, capture_output=True, check=True)
-            built = ctypes.CDLL(str(path))
-        except (subprocess.CalledProcessError, OSError) as e:
-            said = e.stderr.decode(errors="replace") if isinstance(e, subprocess.CalledProcessError) else str(e)
-            reason = (said.strip().splitlines() or ["no message"])[0]
-            warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
-            return None
+            built = _load(kept(), sizes)
+        except (OSError, RuntimeError):  # no home, a folder that cannot be written, or nothing run from
+            with tempfile.TemporaryDirectory(prefix="kvfrontier-") as folder:
+                built = _load(Path(folder), sizes)
+    except (subprocess.CalledProcessError, OSError) as e:
+        said = e.stderr.decode(errors="replace") if isinstance(e, subprocess.CalledProcessError) else str(e)
+        reason = (said.strip().splitlines() or ["no message"])[0]
+        warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
+        return None
     pointer, whole = ctypes.c_void_p, ctypes.c_long
     of_blocks = [pointer, whole, pointer, whole, whole]
     built.split_kv.argtypes = [pointer] * 4 + [whole] * 8 + of_blocks + [ctypes.c_float, ctypes.c_int]
@@ -73,6 +74,25 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
     built.retention.argtypes, built.retention.restype = [pointer] * 6 + [whole] * 6 + [ctypes.c_int], None
     built.read_all.argtypes, built.read_all.restype = [pointer, whole, ctypes.c_int], ctypes.c_float
     return built
+
+
+def kept() -> Path:
+    """Where libraries stay that were built: $XDG_CACHE_HOME/kvfrontier/kernels, else ~/.cache/kvfrontier/kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfrontier" / "kernels"
+
+
+def _load(folder: Path, sizes: list[str]) -> ctypes.CDLL:
+    """Built, unless the folder has one of the same source, flags, compiler and processor."""
+    command = [compiler(), *FLAGS, *sizes]
+    macros = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
+    key = hashlib.sha256(b"\0".join((macros, " ".join(command).encode(), SOURCE.read_bytes()))).hexdigest()[:24]
+    path = folder / f"{key}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            subprocess.run([*command, "-o", f"{new}/new.so", str(SOURCE)], capture_output=True, check=True)
+            os.replace(f"{new}/new.so", path)  # whole, whoever else builds it
+    return ctypes.CDLL(str(path))
 
 
 def _all_there(missing: int, *call: Any) -> None:

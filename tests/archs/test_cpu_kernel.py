@@ -295,6 +295,31 @@ def test_without_a_working_compiler_attention_is_torchs(monkeypatch, tmp_path):
     build.cache_clear()
 
 
+@needs_compiler
+def test_a_library_is_built_once_for_all_processes(monkeypatch, tmp_path):
+    """Anew for other flags; in a folder that cannot be made, for this process."""
+    said = tmp_path / "said"
+    wrapped = tmp_path / "c++"
+    wrapped.write_text(f'#!/bin/sh\ncase "$*" in *-dM*) ;; *) echo built >> {said};; esac\nexec {compiler()} "$@"\n')
+    wrapped.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapped))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def builds() -> int:
+        build.cache_clear()
+        q, k, v = inputs(SHAPES["gqa"], 1, 9)
+        torch.testing.assert_close(split_kv(q, k, v, 0.2), by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+        return said.read_text().count("built")
+
+    assert [builds(), builds()] == [1, 1]
+    monkeypatch.setattr(cpu_kernel, "FLAGS", [*cpu_kernel.FLAGS, "-DOTHER"])
+    assert [builds(), builds()] == [2, 2]
+    assert len(list((tmp_path / "cache").rglob("*"))) == 4  # two folders, two libraries
+    monkeypatch.setenv("XDG_CACHE_HOME", str(said / "below a file"))
+    assert builds() == 3
+    build.cache_clear()
+
+
 SANITIZED = ["-fsanitize=undefined", "-fno-sanitize-recover", "-Werror"]
 
 
