@@ -299,7 +299,7 @@ template <class F> INLINE void attend(const float *queries, float scale, Part pa
 // table (B, blocks) they lie in blocks of `size` tokens, and strides of the batch are those of blocks.
 extern "C" void split_kv(const float *q, const float *k, const float *v, float *out, long q_batch, long k_batch,
                          long k_head, long v_batch, long v_head, long B, long G, long S, const long *position,
-                         long position_step, const long *table, long blocks, long size, float scale, int threads) {
+                         long position_step, const long *table, long blocks, long size, float scale, long threads) {
     const long room = S, heads = B * G;
     auto held = [&](long b) { return position ? std::min(room, position[b * position_step] + 1) : room; };
     if (position) S = 0;
@@ -409,7 +409,7 @@ template <int R = 8> static void column_products(In x, In w, Out out, long rows,
 }
 
 // out (rows, F) = x (rows, K) w^T of w (F, K); K and F are multiples of 16.
-extern "C" void linear(const float *x, const float *w, float *out, long rows, long K, long F, int threads) {
+extern "C" void linear(const float *x, const float *w, float *out, long rows, long K, long F, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (K * F > 1 << 14)
     for (long f = 0; f < F; f += 16) products({x, K}, {w, K}, {out, F}, rows, f, f + 16, K);
 }
@@ -417,7 +417,7 @@ extern "C" void linear(const float *x, const float *w, float *out, long rows, lo
 // out (B, H, F) = x (B, H, K) w of each head's own w: (K, F), or with `transposed` (F, K); K and F are multiples of 16,
 // steps those of x's sequences and heads, and of w's heads and rows.
 extern "C" void head_linear(const float *x, const float *w, float *out, long B, long H, long K, long F, long x_batch,
-                            long x_head, long w_head, long w_row, int transposed, int threads) {
+                            long x_head, long w_head, long w_row, long transposed, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (H * K * F > 1 << 14)
     for (long h = 0; h < H; h++) {
         In rows = {x + h * x_head, x_batch}, weights = {w + h * w_head, w_row};
@@ -430,7 +430,7 @@ extern "C" void head_linear(const float *x, const float *w, float *out, long B, 
 // out (rows, K) = (silu(x gate^T) * (x up^T)) down^T of x (rows, K), gate and up (F, K) and down (K, F); K and F are
 // multiples of 16.
 extern "C" void swiglu(const float *x, const float *gate_up, const float *down, float *out, long rows, long K, long F,
-                       int threads) {
+                       long threads) {
     std::vector<float> gate(rows * F), up(rows * F);
 #pragma omp parallel num_threads(threads)
     {
@@ -467,7 +467,7 @@ extern "C" void rotate(const float *x, const float *cosine, const float *sine, f
 
 // x (rows, width), rows that far from each other; out is contiguous. Without a weight it is 1.
 extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, long step, float eps,
-                         int threads) {
+                         long threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > 1 << 14)
     for (long i = 0; i < rows; i++) {
         const float *p = x + i * step;
@@ -517,7 +517,7 @@ extern "C" void add(const float *x, const float *y, float *out, long n) {
 // One token of gated retention: the state (B, H, D, D) fades by `decay` (B, H) and takes in k^T v, out is q times it;
 // q, k, v (B, H, D) have no gaps within a sequence, out has none. A token's own q k is summed in double precision.
 extern "C" void retention(const float *q, const float *k, const float *v, const float *decay, float *state, float *out,
-                          long B, long H, long size, long q_batch, long k_batch, long v_batch, int threads) {
+                          long B, long H, long size, long q_batch, long k_batch, long v_batch, long threads) {
 #pragma omp parallel for num_threads(threads) if (B * H * size * size > 1 << 14)
     for (long i = 0; i < B * H; i++) {
         const long b = i / H, h = i % H * size;
@@ -537,7 +537,7 @@ extern "C" void retention(const float *q, const float *k, const float *v, const 
 }
 
 // Reads n floats, a multiple of 2 * 65536, in two places at a time and fetched ahead: what the memory can give.
-extern "C" float read_all(const float *x, long n, int threads) {
+extern "C" float read_all(const float *x, long n, long threads) {
     float total = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(dynamic)
     for (long i = 0; i < n / 2; i += 65536) {

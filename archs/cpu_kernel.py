@@ -55,24 +55,8 @@ def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
         reason = (said.strip().splitlines() or ["no message"])[0]
         warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
         return None
-    pointer, whole = ctypes.c_void_p, ctypes.c_long
-    of_blocks = [pointer, whole, pointer, whole, whole]
-    built.split_kv.argtypes = [pointer] * 4 + [whole] * 8 + of_blocks + [ctypes.c_float, ctypes.c_int]
-    built.split_kv.restype = None
-    built.put.argtypes, built.put.restype = [pointer] * 3 + [whole] * 7, None
-    built.linear.argtypes, built.linear.restype = [pointer] * 3 + [whole] * 3 + [ctypes.c_int], None
-    built.swiglu.argtypes, built.swiglu.restype = [pointer] * 4 + [whole] * 3 + [ctypes.c_int], None
-    built.take.argtypes, built.take.restype = [pointer] * 3 + [whole] * 3, whole
     built.take.errcheck = _all_there
-    built.rope.argtypes, built.rope.restype = [pointer] * 4 + [whole], None
-    built.rotate.argtypes, built.rotate.restype = [pointer] * 4 + [whole] * 6, None
-    built.rms_norm.argtypes = [pointer] * 3 + [whole] * 3 + [ctypes.c_float, ctypes.c_int]
-    built.rms_norm.restype = None
-    built.head_linear.argtypes, built.head_linear.restype = [pointer] * 3 + [whole] * 8 + [ctypes.c_int] * 2, None
-    built.join.argtypes, built.join.restype = [pointer] * 3 + [whole] * 8, None
-    built.add.argtypes, built.add.restype = [pointer] * 3 + [whole], None
-    built.retention.argtypes, built.retention.restype = [pointer] * 6 + [whole] * 6 + [ctypes.c_int], None
-    built.read_all.argtypes, built.read_all.restype = [pointer, whole, ctypes.c_int], ctypes.c_float
+    built.read_all.restype = ctypes.c_float
     return built
 
 
@@ -100,10 +84,21 @@ def _all_there(missing: int, *call: Any) -> None:
         raise IndexError(f"{missing} of the numbers are of no row of the table")
 
 
+def bound(function: Callable, *arguments: Tensor | float | None) -> Callable[[], Any]:
+    """A call of a function in C: tensors are given by address, whole numbers as long, others as float."""
+
+    def in_c(x: Tensor | float | None) -> Any:
+        if x is None or isinstance(x, Tensor):
+            return ctypes.c_void_p(None if x is None else x.data_ptr())
+        return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_long(x)
+
+    return partial(function, *map(in_c, arguments))
+
+
 def reader(x: Tensor) -> Callable[[], float] | None:
     """Reads all of x as fast as the kernel could, returns the sum; for 2^17 fp32 numbers, or a multiple, on a CPU."""
     built = build()
-    return built and (lambda: built.read_all(x.data_ptr(), x.numel(), torch.get_num_threads()))
+    return built and bound(built.read_all, x, x.numel(), torch.get_num_threads())
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -190,20 +185,18 @@ def split_kv(
     G, C, E = v_BGSE.shape[1:]
     blocks = 1 if table_BN is None else table_BN.shape[1]
     out_BHTE = q_BHTD.new_empty(B, H, T, E)
-    places = [x.data_ptr() for x in (q_BHTD, k_BGSD, v_BGSE, out_BHTE)]
-    strides = q_BHTD.stride(0), *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
-    held = (None, 0) if position is None else (position.data_ptr(), int(len(position) > 1))
-    table = None if table_BN is None else table_BN.data_ptr(), blocks, C
-    sizes = *strides, B, G, blocks * C, *held, *table
-    return out_BHTE, partial(build(H // G, D, E).split_kv, *places, *sizes, scale, torch.get_num_threads())
+    tensors = q_BHTD, k_BGSD, v_BGSE, out_BHTE
+    sizes = q_BHTD.stride(0), *k_BGSD.stride()[:2], *v_BGSE.stride()[:2], B, G, blocks * C
+    held = position, position is not None and len(position) > 1, table_BN, blocks, C
+    return out_BHTE, bound(build(H // G, D, E).split_kv, *tensors, *sizes, *held, scale, torch.get_num_threads())
 
 
 @operator("put(Tensor(a!) stream, Tensor new, Tensor position) -> ()")
 def put(stream_BGSD: Tensor, new_BG1D: Tensor, position: Tensor) -> Prepared:
     """Writes one token's vectors into the slot that `position` says."""
-    places = [x.data_ptr() for x in (stream_BGSD, new_BG1D, position)]
+    B, G, _, D = new_BG1D.shape
     strides = *stream_BGSD.stride()[:2], *new_BG1D.stride()[:2]
-    return None, partial(build().put, *places, *new_BG1D.shape[:2], new_BG1D.shape[3], *strides)
+    return None, bound(build().put, stream_BGSD, new_BG1D, position, B, G, D, *strides)
 
 
 @operator("linear(Tensor x, Tensor weight) -> Tensor")
@@ -211,8 +204,7 @@ def linear(x: Tensor, weight_FK: Tensor) -> Prepared:
     """x (..., K) weight^T; (..., F). x is contiguous."""
     F, K = weight_FK.shape
     out = x.new_empty(*x.shape[:-1], F)
-    places = x.data_ptr(), weight_FK.data_ptr(), out.data_ptr()
-    return out, partial(build().linear, *places, x.numel() // K, K, F, torch.get_num_threads())
+    return out, bound(build().linear, x, weight_FK, out, x.numel() // K, K, F, torch.get_num_threads())
 
 
 @operator("swiglu(Tensor x, Tensor gate_up, Tensor down) -> Tensor")
@@ -223,24 +215,21 @@ def swiglu(x: Tensor, gate_up_GK: Tensor, down_KF: Tensor) -> Prepared:
     """
     K, F = down_KF.shape
     out = torch.empty_like(x)
-    places = x.data_ptr(), gate_up_GK.data_ptr(), down_KF.data_ptr(), out.data_ptr()
-    return out, partial(build().swiglu, *places, x.numel() // K, K, F, torch.get_num_threads())
+    return out, bound(build().swiglu, x, gate_up_GK, down_KF, out, x.numel() // K, K, F, torch.get_num_threads())
 
 
 @operator("take(Tensor table, Tensor index) -> Tensor")
 def take(table_VW: Tensor, index: Tensor) -> Prepared:
     """Rows of a table, (..., W); both arguments contiguous. IndexError for a number of no row."""
     out = table_VW.new_empty(*index.shape, table_VW.shape[1])
-    places = [x.data_ptr() for x in (table_VW, index, out)]
-    return out, partial(build().take, *places, index.numel(), *table_VW.shape)
+    return out, bound(build().take, table_VW, index, out, index.numel(), *table_VW.shape)
 
 
 @operator("rope(Tensor position, Tensor frequencies) -> (Tensor, Tensor)")
 def rope(position: Tensor, frequencies: Tensor) -> Prepared:
     """Cosine and sine (1, D/2) of one position times the frequencies."""
-    table = [frequencies.new_empty(1, len(frequencies)) for _ in range(2)]
-    places = [x.data_ptr() for x in (position, frequencies, *table)]
-    return tuple(table), partial(build().rope, *places, len(frequencies))
+    table = frequencies.new_empty(1, len(frequencies)), frequencies.new_empty(1, len(frequencies))
+    return table, bound(build().rope, position, frequencies, *table, len(frequencies))
 
 
 @operator("rotate(Tensor x, Tensor cosine, Tensor sine) -> Tensor")
@@ -248,17 +237,16 @@ def rotate_one(x_BH1D: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
     """Rotary positions of one token, by tables (1, D/2) or (B, 1, 1, D/2); (B, H, 1, D)."""
     B, H, _, D = x_BH1D.shape
     out = x_BH1D.new_empty(B, H, 1, D)
-    places = [x.data_ptr() for x in (x_BH1D, cosine, sine, out)]
     row = cosine.expand(B, 1, 1, D // 2).stride(0)  # 0 where one serves all
-    return out, partial(build().rotate, *places, B, H, D // 2, *x_BH1D.stride()[:2], row)
+    return out, bound(build().rotate, x_BH1D, cosine, sine, out, B, H, D // 2, *x_BH1D.stride()[:2], row)
 
 
 @operator("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
 def rms_norm(x_NW: Tensor, weight: Tensor | None, eps: float) -> Prepared:
     """x / sqrt(mean(x^2) + eps), times a weight, over the last dimension (RMSNorm, arXiv 1910.07467)."""
     out = x_NW.new_empty(x_NW.shape)
-    places = x_NW.data_ptr(), None if weight is None else weight.data_ptr(), out.data_ptr()
-    return out, partial(build().rms_norm, *places, *x_NW.shape, x_NW.stride(0), eps, torch.get_num_threads())
+    sizes = *x_NW.shape, x_NW.stride(0)
+    return out, bound(build().rms_norm, x_NW, weight, out, *sizes, eps, torch.get_num_threads())
 
 
 @operator("head_linear(Tensor x, Tensor weight) -> Tensor")
@@ -269,8 +257,8 @@ def head_linear(x_BH1K: Tensor, weight_HKF: Tensor) -> Prepared:
     out = x_BH1K.new_empty(B, H, 1, F)
     transposed = weight_HKF.stride(2) != 1
     steps = *x_BH1K.stride()[:2], weight_HKF.stride(0), weight_HKF.stride(2 if transposed else 1)
-    places = x_BH1K.data_ptr(), weight_HKF.data_ptr(), out.data_ptr()
-    return out, partial(build().head_linear, *places, B, H, K, F, *steps, transposed, torch.get_num_threads())
+    sizes = B, H, K, F, *steps, transposed
+    return out, bound(build().head_linear, x_BH1K, weight_HKF, out, *sizes, torch.get_num_threads())
 
 
 @operator("join(Tensor a, Tensor b) -> Tensor")
@@ -278,15 +266,15 @@ def join(a_BH1D: Tensor, b_BH1E: Tensor) -> Prepared:
     """One token's vectors side by side, (B, H, 1, D + E)."""
     B, H, _, D = a_BH1D.shape
     out = a_BH1D.new_empty(B, H, 1, D + b_BH1E.shape[3])
-    places = a_BH1D.data_ptr(), b_BH1E.data_ptr(), out.data_ptr()
-    return out, partial(build().join, *places, B, H, D, b_BH1E.shape[3], *a_BH1D.stride()[:2], *b_BH1E.stride()[:2])
+    sizes = B, H, D, b_BH1E.shape[3], *a_BH1D.stride()[:2], *b_BH1E.stride()[:2]
+    return out, bound(build().join, a_BH1D, b_BH1E, out, *sizes)
 
 
 @operator("add(Tensor x, Tensor y) -> Tensor")
 def add(x: Tensor, y: Tensor) -> Prepared:
     """Of the same shape, both contiguous."""
     out = torch.empty_like(x)
-    return out, partial(build().add, x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel())
+    return out, bound(build().add, x, y, out, x.numel())
 
 
 @operator("retention(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor(a!) state) -> Tensor")
@@ -294,9 +282,9 @@ def retention(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor,
     """One token of gated retention, which changes the state; (B, H, 1, D). Queries, keys and values have no gaps."""
     B, H, _, D = q_BH1D.shape
     out = q_BH1D.new_empty(B, H, 1, D)
-    places = [x.data_ptr() for x in (q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD, out)]
-    batches = [x.stride(0) for x in (q_BH1D, k_BH1D, v_BH1D)]
-    return out, partial(build().retention, *places, B, H, D, *batches, torch.get_num_threads())
+    tensors = q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD, out
+    batches = [x.stride(0) for x in tensors[:3]]
+    return out, bound(build().retention, *tensors, B, H, D, *batches, torch.get_num_threads())
 
 
 @register_flop_formula(split_kv.overloadpacket)

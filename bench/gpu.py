@@ -22,9 +22,10 @@ VARIANTS += ["yoco kv_heads=4 window=256", "yoco kv_heads=4 self_decoder=gret"]
 LATENT = ["--kv-rank", "256", "--rope-dim", "32"]
 LONG = ["--batch", "16", "--context", "65536"]
 TRAINING_124M = [*SHAPE_124M, "--context", "1024", "--batch", "32"]
+TESTS = [f"tests/archs/test_{name}.py" for name in ("cuda", "split_kv", "graph")]
 PARTS: dict[str, list[tuple[str, int, list[str]]]] = {  # name, seconds at most, command
     "1": [
-        ("tests", 130, ["-m", "pytest", "-q", "tests/archs/test_cuda.py", "tests/archs/test_split_kv.py"]),
+        ("tests", 130, ["-m", "pytest", "-q", *TESTS]),
         ("attention-8k", 110, ["bench/attention.py", "--dtype", "bf16", "--batch", "64", *LATENT]),
         ("attention-64k", 110, ["bench/attention.py", "--dtype", "bf16", *LONG, *LATENT]),
         ("roof", 200, ["bench/roof.py", *SHAPE_124M, *VARIANTS, "--batch", "128", "--context", "8192"]),
