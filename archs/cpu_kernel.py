@@ -85,7 +85,7 @@ def _all_there(missing: int, *call: Any) -> None:
 
 
 def bound(function: Callable, *arguments: Tensor | float | None) -> Callable[[], Any]:
-    """A call of a function in C: tensors are given by address, whole numbers as long, others as float."""
+    """A call of a function in C: tensors are given by address, and to be kept, whole numbers as long, others as float."""
 
     def in_c(x: Tensor | float | None) -> Any:
         if x is None or isinstance(x, Tensor):
@@ -98,7 +98,7 @@ def bound(function: Callable, *arguments: Tensor | float | None) -> Callable[[],
 def reader(x: Tensor) -> Callable[[], float] | None:
     """Reads all of x as fast as the kernel could, returns the sum; for 2^17 fp32 numbers, or a multiple, on a CPU."""
     built = build()
-    return built and bound(built.read_all, x, x.numel(), torch.get_num_threads())
+    return built and (lambda: bound(built.read_all, x, x.numel(), torch.get_num_threads())())
 
 
 def takes(*tensors: Tensor) -> bool:
