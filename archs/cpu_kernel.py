@@ -85,7 +85,7 @@ def _all_there(missing: int, *call: Any) -> None:
 
 
 def bound(function: Callable, *arguments: Tensor | float | None) -> Callable[[], Any]:
-    """A call of a function in C: tensors are given by address, and to be kept, whole numbers as long, others as float."""
+    """A call of a function in C: tensors by address (keep them), whole numbers as long, others as float."""
 
     def in_c(x: Tensor | float | None) -> Any:
         if x is None or isinstance(x, Tensor):
