@@ -259,7 +259,7 @@ class Blocks:
         On a CPU our kernel reads the blocks where they lie; else they are copied together, a few sequences at a time.
         """
         stream, out = self.streams[0], []
-        if self.block_size % 16 == 0 or self.table_BN.shape[1] == 1:
+        if self.block_size % 16 == 0 or self.table_BN.shape[1] == 1:  # whole tiles of the kernel's
             k, v = stream, self.streams[1] if len(self.streams) == 2 else stream[..., :value_size]
             if takes_attention(q_BH1D, k, v):
                 position_B = torch.tensor(self.ends) - 1
