@@ -376,18 +376,29 @@ typedef Rows<const float> In;
 typedef Rows<float> Out;
 
 // Products of R rows of x with `last - first` rows of w, as many at a time as a vector has lanes; then of what rows of x
-// remain. w is read from memory once, then from the first cache.
+// remain. w is read from memory once, then from the first cache. There are a vector's worth of columns and of rows of w
+// at least; what is left of them is taken with some before it, and those count once.
 template <int R = NATIVE / 2> static void products(In x, In w, Out out, long rows, long first, long last, long K) {
     constexpr int C = NATIVE / R;
+    const long whole = K / NATIVE * NATIVE, end = K - NATIVE;
+    native lane;
+    for (int i = 0; i < NATIVE; i++) lane[i] = i;
     for (; rows >= R; rows -= R, x.at = x[R], out.at = out[R])
-        for (long f = first; f < last; f += C) {
+        for (long next = first; next < last; next += C) {
+            const long f = std::min(next, last - C);
             native a[NATIVE] = {};
-            for (long k = 0; k < K; k += NATIVE)
+            for (long k = 0; k < whole; k += NATIVE)
                 UNROLL for (int c = 0; c < C; c++) {
                     const float *row = w[f + c] + k;
                     __builtin_prefetch(row + 2048, 0, 2);
                     UNROLL for (int r = 0; r < R; r++) a[r * C + c] += load<native>(x[r] + k) * load<native>(row);
                 }
+            if (whole < K)
+                UNROLL for (int c = 0; c < C; c++)
+                    UNROLL for (int r = 0; r < R; r++) {
+                        native left = load<native>(x[r] + end);
+                        a[r * C + c] += (lane < (float)(whole - end) ? native{} : left) * load<native>(w[f + c] + end);
+                    }
             native found = sums(a);
             UNROLL for (int i = 0; i < NATIVE; i++) out[i / C][f + i % C] = found[i];
         }
@@ -408,10 +419,13 @@ template <int R = 8> static void column_products(In x, In w, Out out, long rows,
         if (rows) column_products<R / 2>(x, w, out, rows, K, F);
 }
 
-// out (rows, F) = x (rows, K) w^T of w (F, K); K and F are multiples of 16.
+// Blocks of 16 columns, the last of up to 31: where block i ends.
+static long end_of(long i, long F) { return i == F / 16 - 1 ? F : i * 16 + 16; }
+
+// out (rows, F) = x (rows, K) w^T of w (F, K); K and F are 16 or more.
 extern "C" void linear(const float *x, const float *w, float *out, long rows, long K, long F, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (K * F > 1 << 14)
-    for (long f = 0; f < F; f += 16) products({x, K}, {w, K}, {out, F}, rows, f, f + 16, K);
+    for (long i = 0; i < F / 16; i++) products({x, K}, {w, K}, {out, F}, rows, i * 16, end_of(i, F), K);
 }
 
 // out (B, H, F) = x (B, H, K) w of each head's own w: (K, F), or with `transposed` (F, K); K and F are multiples of 16,
@@ -427,26 +441,31 @@ extern "C" void head_linear(const float *x, const float *w, float *out, long B, 
     }
 }
 
-// out (rows, K) = (silu(x gate^T) * (x up^T)) down^T of x (rows, K), gate and up (F, K) and down (K, F); K and F are
-// multiples of 16.
+// out (rows, K) = (silu(x gate^T) * (x up^T)) down^T of x (rows, K), gate and up (F, K) and down (K, F); K and F are 16 or
+// more.
 extern "C" void swiglu(const float *x, const float *gate_up, const float *down, float *out, long rows, long K, long F,
                        long threads) {
     std::vector<float> gate(rows * F), up(rows * F);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (long f = 0; f < F; f += 16) {
-            products({x, K}, {gate_up, K}, {gate.data(), F}, rows, f, f + 16, K);
-            products({x, K}, {gate_up + F * K, K}, {up.data(), F}, rows, f, f + 16, K);
-            for (long i = f; i < rows * F; i += F)
-                for (long j = i; j < i + 16; j += NATIVE) {
+        for (long i = 0; i < F / 16; i++) {
+            const long first = i * 16, last = end_of(i, F);
+            products({x, K}, {gate_up, K}, {gate.data(), F}, rows, first, last, K);
+            products({x, K}, {gate_up + F * K, K}, {up.data(), F}, rows, first, last, K);
+            for (long row = 0; row < rows * F; row += F) {
+                long j = row + first;
+                for (; j <= row + last - NATIVE; j += NATIVE) {
                     native a = load<native>(&gate[j]), b = load<native>(&up[j]);
                     native e = exp2_of((a < 0 ? a : -a) * 1.44269504f);
                     store(&gate[j], a * (a < 0 ? e : e * 0 + 1) / (1 + e) * b);
                 }
+                for (; j < row + last; j++) gate[j] *= up[j] / (1 + std::exp(-gate[j]));
+            }
         }
 #pragma omp for schedule(static)
-        for (long k = 0; k < K; k += 16) products({gate.data(), F}, {down, F}, {out, K}, rows, k, k + 16, F);
+        for (long i = 0; i < K / 16; i++)
+            products({gate.data(), F}, {down, F}, {out, K}, rows, i * 16, end_of(i, K), F);
     }
 }
 

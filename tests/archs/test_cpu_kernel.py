@@ -147,7 +147,7 @@ def test_rms_norm_is_torchs(shape):
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 31])
-@pytest.mark.parametrize(("width", "hidden"), [(16, 48), (256, 704)])
+@pytest.mark.parametrize(("width", "hidden"), [(16, 48), (256, 704), (17, 16), (40, 31), (128, 427)])
 def test_products_of_few_rows_are_torchs(rows, width, hidden):
     """Against fp64; also gates of -100 and 100, at which silu is 0 and its argument."""
     x, gate_up, down = torch.randn(rows, 1, width), torch.randn(2 * hidden, width), torch.randn(width, hidden)
@@ -228,7 +228,7 @@ def test_other_products_are_left_to_torch():
     x, w = torch.randn(4, 1, 32), torch.randn(48, 32)
     assert takes_few(x, w)
     assert not takes_few(x.expand(-1, 9, -1), w)  # 36 rows
-    assert not takes_few(x, w[:40])
+    assert not takes_few(x, w[:15])
     assert not takes_few(x, w.T)
     assert not takes_few(x.bfloat16(), w.bfloat16())
     assert not takes_few(x, w.clone().requires_grad_())
