@@ -29,16 +29,19 @@ constexpr int lanes(int native) { return D % native || E % native ? lanes(native
 constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
 
 constexpr bool SHARED = D != E;
-constexpr int LINE = 16;                                // floats in a cache line
-constexpr int N = 16;                                   // tokens in a tile
-constexpr int LINES = N * (SHARED ? D : D + E) / LINE;  // of a tile
-constexpr int AHEAD = std::max(1, 128 / LINES) * N;     // tokens from what is computed with to what is fetched: 8 KiB
+constexpr int LINE = 16;  // floats in a cache line
+constexpr int N = 16;     // tokens in a tile
+constexpr int KEY_LINES = N * D / LINE, VALUE_LINES = SHARED ? 0 : N * E / LINE;  // of a tile
+constexpr int LINES = KEY_LINES + VALUE_LINES;
 // Queries in a vector, if they fill it; a half vector where memory sets the pace anyway.
 constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;
 constexpr bool MANY = M % QUERIES == 0;
-constexpr int INTO = MANY ? 3 : 2;                      // the first cache where computing takes longer, else the second
+
+// Where computing takes longer, 8 KiB ahead into the first cache, else 16 KiB into the second.
+constexpr int INTO = MANY ? 3 : 2, AHEAD = std::max(1, (MANY ? 128 : 256) / LINES) * N;  // tokens from use to fetch
 
 #define UNROLL _Pragma("GCC unroll 32")
+#define SOME _Pragma("GCC unroll 4")
 #define INLINED __attribute__((always_inline))
 #define INLINE static inline INLINED
 
@@ -51,6 +54,15 @@ template <class T> using Lanes = std::make_integer_sequence<int, width<T>>;
 
 template <class T> INLINE T load(const float *x) { return *(const typename Vector<width<T>>::loose *)x; }
 template <class T> INLINE void store(float *x, T a) { *(typename Vector<width<T>>::loose *)x = a; }
+
+// In a register, so that it is loaded once and not by each instruction that takes it from memory.
+template <class T> INLINE T held(T a) {
+#if defined(__x86_64__)
+    if constexpr (width<T> >= 4) asm("" : "+v"(a));
+#endif
+    return a;
+}
+
 template <class T> INLINE T larger(T a, T b) { return a > b ? a : b; }
 
 template <class T, int... I> INLINE T pick(T a, T b, std::integer_sequence<int, I...>) {
@@ -71,9 +83,10 @@ template <class T, int W = width<T> / 2> INLINE float sum(T a) {
     else return sum<T, W / 2>(a + cross<W>(a, Lanes<T>()));
 }
 
-template <class T, int W = width<T> / 2> INLINE float maximum(T a) {
-    if constexpr (W == 0) return a[0];
-    else return maximum<T, W / 2>(larger(a, cross<W>(a, Lanes<T>())));
+// The largest of each FROM-th lane among TO lanes, in all of them.
+template <int FROM, int TO, class T> INLINE T largest(T a) {
+    if constexpr (FROM >= TO) return a;
+    else return largest<2 * FROM, TO>(larger(a, cross<FROM>(a, Lanes<T>())));
 }
 
 // Of two rows of a matrix: columns whose bit W is OF, the other row's in the places whose bit W is set.
@@ -106,8 +119,7 @@ template <class T> INLINE T exp2_of(T x) {
     return (T)((decltype(whole))y + (whole << 23));
 }
 
-// Lines of a tile to come, fetched some at a time while another is computed with: one after the other, or a tile's keys'
-// and then its values'.
+// Keys or values of a tile to come, fetched some lines at a time while another is computed with.
 struct Lines {
     const float *at;
 
@@ -116,147 +128,131 @@ struct Lines {
     }
 };
 
-struct Ahead {
-    const float *at, *end, *values, *values_end;
-
-    INLINED void fetch(int lines) {
-        UNROLL for (int i = 0; i < lines; i++) {
-            __builtin_prefetch(at, 0, INTO);
-            at += LINE;
-            if (at >= end) at = values, end = values_end;
-        }
-    }
-};
-
 constexpr int shares(int lines, int steps) { return (lines + steps - 1) / steps; }
 
 constexpr int L = lanes(NATIVE);
 typedef Vector<L>::type vec;
-constexpr int MV = divisor(M, REGISTERS / 8), EV = divisor(E / L, 4);  // outputs kept in registers
-constexpr int VALUE_STEPS = N * (M / MV) * (E / L / EV);
-
-// Values times weights, added to the outputs (M, E).
-template <int LINES_A_STEP, class F, class A>
-INLINE void add_values(F weight, const float *v, int live, A ahead, float *out) {
-    for (int e = 0; e < E; e += EV * L)
-        for (int m = 0; m < M; m += MV) {
-            vec a[MV][EV];
-            UNROLL for (int i = 0; i < MV; i++)
-                UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(out + (m + i) * E + e + j * L);
-            for (int n = 0; n < live; n++) {
-                ahead.fetch(LINES_A_STEP);
-                UNROLL for (int i = 0; i < MV; i++)
-                    UNROLL for (int j = 0; j < EV; j++)
-                        a[i][j] += weight(m + i, n) * load<vec>(v + n * D + e + j * L);
-            }
-            UNROLL for (int i = 0; i < MV; i++)
-                UNROLL for (int j = 0; j < EV; j++) store(out + (m + i) * E + e + j * L, a[i][j]);
-        }
-}
 
 // What queries have seen so far: a bound on their scores, the sum of the weights 2^(score - top) and the weighted sum of
 // values, which fade when a score is above the bound. It is then put so far above that this is seldom.
 constexpr float ABOVE = 8;
 
-// `tile` adds the first `live` of N tokens. Few queries: a score is the sum of a vector that lies along a key.
-struct Few {
-    // About the cycles that a step of the scores' loop takes, one of the values', and all of them.
-    static constexpr int SCORE = D / 2 + 3 * L / 2, VALUE = std::max(2, MV * EV / 2);
-    static constexpr int CYCLES = N / L * M * SCORE + VALUE_STEPS * VALUE;
-    static constexpr int lines(int cycles) { return shares(cycles * LINES, CYCLES); }
+// A vector of scores is that of MS queries with NS tokens. For many queries it lies along them, and nothing is summed
+// across it; for few it is made of the sums of vectors that lie along a key.
+constexpr int MS = MANY ? QUERIES : M % 4 == 0 && L >= 4 ? 4 : M % 2 == 0 && L >= 2 ? 2 : 1, NS = MANY ? 1 : L / MS;
 
-    alignas(64) float q[M * D], scores[M][N], out[M * E] = {};
-    float top[M];
-    vec totals[M] = {};
-
-    INLINED Few(const float *queries, float scale) {
-        for (int i = 0; i < M * D; i++) q[i] = queries[i] * scale;
-        std::fill(top, top + M, -INFINITY);
-    }
-
-    INLINED void tile(const float *k, const float *v, int live, Ahead ahead) {
-        for (int n = 0; n < live; n += L)
-            for (int m = 0; m < M; m++) {
-                vec a[L];
-                UNROLL for (int i = 0; i < L; i++) {
-                    ahead.fetch(lines(SCORE) * (i + 1) / L - lines(SCORE) * i / L);
-                    const float *key = k + std::min(n + i, live - 1) * D;
-                    a[i] = load<vec>(key) * load<vec>(q + m * D);
-                    UNROLL for (int d = L; d < D; d += L) a[i] += load<vec>(key + d) * load<vec>(q + m * D + d);
-                }
-                *(vec *)&scores[m][n] = sums(a);
-            }
-        for (int m = 0; m < M; m++) {
-            std::fill(scores[m] + live, scores[m] + N, -INFINITY);
-            vec *x = (vec *)scores[m], most = x[0];
-            UNROLL for (int j = 1; j < N / L; j++) most = larger(most, x[j]);
-            float highest = maximum(most);
-            if (highest > top[m]) {
-                float fade = std::exp2(top[m] - highest - ABOVE);
-                top[m] = highest + ABOVE;
-                totals[m] *= fade;
-                for (int e = 0; e < E; e++) out[m * E + e] *= fade;
-            }
-            UNROLL for (int j = 0; j < N / L; j++) totals[m] += x[j] = exp2_of(x[j] - top[m]);
-        }
-        add_values<lines(VALUE)>([&](int m, int n) INLINED { return scores[m][n]; }, v, live, ahead, out);
-    }
-
-    float top_of(int m) const { return top[m]; }
-    float total_of(int m) const { return sum(totals[m]); }
-};
-
-// The same for many queries: vectors of scores lie along them, so that nothing is summed across a vector.
-struct Many {
-    static constexpr int J = (M - 1) / QUERIES + 1;
-    static constexpr int NK = divisor(N, std::max(1, REGISTERS / 2 / J));  // tokens whose scores are kept in registers
-    static constexpr int VALUE_LINES = SHARED ? 0 : N * E / LINE;
-    typedef Vector<QUERIES>::type many;
+struct Seen {
+    typedef Vector<MS * NS>::type Scores;
+    static constexpr int J = M / MS, NJ = N / NS;
 
     alignas(64) float q[D * M], out[M * E] = {};
-    many scores[N][J], top[J], totals[J] = {};
+    Scores scores[NJ][J], top[J], totals[J] = {};
 
-    INLINED Many(const float *queries, float scale) {
+    INLINED Seen(const float *queries, float scale) {
         for (int m = 0; m < M; m++)
-            for (int d = 0; d < D; d++) q[d * M + m] = queries[m * D + d] * scale;
-        std::fill(top, top + J, many{} - 3e38f);
+            for (int d = 0; d < D; d++) q[MANY ? d * M + m : m * D + d] = queries[m * D + d] * scale;
+        std::fill(top, top + J, Scores{} - 3e38f);
     }
 
-    INLINED void tile(const float *k, const float *v, int live, Ahead ahead) {
-        Lines keys = {ahead.at}, values = {ahead.values};
-        for (int n = 0; n < live; n += NK) {
-            many a[NK][J] = {};
-            for (int d = 0; d < D; d++) {
-                keys.fetch(shares(NK, LINE));
-                UNROLL for (int i = 0; i < NK; i++)
-                    UNROLL for (int j = 0; j < J; j++)
-                        a[i][j] += *(many *)&q[d * M + j * QUERIES] * k[std::min(n + i, live - 1) * D + d];
-            }
-            UNROLL for (int i = 0; i < NK; i++)
-                UNROLL for (int j = 0; j < J; j++) scores[n + i][j] = a[i][j];
-        }
-        std::fill(scores[live], scores[N], many{} - INFINITY);
+    static constexpr int lane(int m, int n) { return m % MS * NS + n % NS; }
+    INLINED float &score(int m, int n) { return ((float *)&scores[n / NS][m / MS])[lane(m, n)]; }
+
+    // Adds the first `live` of N tokens.
+    INLINED void tile(const float *k, const float *v, int live, Lines keys_ahead, Lines values_ahead) {
+        if constexpr (MANY) along_queries<0>(k, live, keys_ahead);
+        else along_keys(k, live, keys_ahead);
+        for (int n = live; n < N; n++)
+            for (int m = 0; m < M; m++) score(m, n) = -INFINITY;
         UNROLL for (int j = 0; j < J; j++) {
-            many most[2] = {scores[0][j], scores[1][j]}, added[2] = {};
-            UNROLL for (int n = 2; n < N; n++) most[n % 2] = larger(most[n % 2], scores[n][j]);
-            many highest = larger(most[0], most[1]);
-            if (maximum(highest - top[j]) > 0) {
+            Scores most[2] = {scores[0][j], scores[NJ - 1][j]}, added[2] = {};
+            UNROLL for (int n = 1; n < NJ - 1; n++) most[n % 2] = larger(most[n % 2], scores[n][j]);
+            Scores highest = largest<1, NS>(larger(most[0], most[1]));
+            if (largest<NS, MS * NS>(highest - top[j])[0] > 0) {
                 highest = larger(highest + ABOVE, top[j]);
-                many fade = exp2_of(top[j] - highest);
+                Scores fade = exp2_of(top[j] - highest);
                 top[j] = highest;
                 totals[j] *= fade;
-                for (int i = 0; i < QUERIES; i++)
-                    for (int e = 0; e < E; e++) out[(j * QUERIES + i) * E + e] *= fade[i];
+                for (int m = 0; m < MS; m++)
+                    for (int e = 0; e < E; e++) out[(j * MS + m) * E + e] *= fade[m * NS];
             }
-            UNROLL for (int n = 0; n < N; n++) added[n % 2] += scores[n][j] = exp2_of(scores[n][j] - top[j]);
+            UNROLL for (int n = 0; n < NJ; n++) added[n % 2] += scores[n][j] = exp2_of(scores[n][j] - top[j]);
             totals[j] += added[0] + added[1];
         }
-        constexpr int LINES_A_STEP = shares(VALUE_LINES, VALUE_STEPS);
-        add_values<LINES_A_STEP>([&](int m, int n) INLINED { return ((float *)scores[n])[m]; }, v, live, values, out);
+        add_values(v, live, values_ahead);
     }
 
-    float top_of(int m) const { return top[m / QUERIES][m % QUERIES]; }
-    float total_of(int m) const { return totals[m / QUERIES][m % QUERIES]; }
+    // Scores of token `n` and those after it, of as many at a time as registers hold.
+    template <int n> INLINED void along_queries(const float *k, int live, Lines ahead) {
+        constexpr int T = std::clamp((REGISTERS < 32 ? 12 : 16) / J, 1, N - n), STEP = divisor(D, 4);
+        if (n >= live) return;
+        Scores a[T][J] = {};
+        for (int d = 0; d < D; d += STEP) {
+            ahead.fetch(shares(T * STEP, LINE));
+            UNROLL for (int i = d; i < d + STEP; i++) {
+                Scores x[J];
+                UNROLL for (int j = 0; j < J; j++) x[j] = held(*(Scores *)&q[i * M + j * MS]);
+                UNROLL for (int t = 0; t < T; t++)
+                    UNROLL for (int j = 0; j < J; j++) a[t][j] += x[j] * k[std::min(n + t, live - 1) * D + i];
+            }
+        }
+        UNROLL for (int t = 0; t < T; t++)
+            UNROLL for (int j = 0; j < J; j++) scores[n + t][j] = a[t][j];
+        if constexpr (n + T < N) along_queries<n + T>(k, live, ahead);
+    }
+
+    INLINED void along_keys(const float *k, int live, Lines ahead) {
+        constexpr int STEPS = NJ * J * (MS > 1 ? D / L : NS);
+        for (int n = 0; n < live; n += NS)
+            for (int m = 0; m < M; m += MS) {
+                vec a[L] = {};
+                auto key = [&](int t, int d) INLINED { return load<vec>(k + std::min(n + t, live - 1) * D + d); };
+                if constexpr (MS == 1)
+                    UNROLL for (int t = 0; t < NS; t++) {
+                        ahead.fetch(shares(KEY_LINES, STEPS));
+                        UNROLL for (int d = 0; d < D; d += L) a[t] += load<vec>(q + m * D + d) * key(t, d);
+                    }
+                else
+                    SOME for (int d = 0; d < D; d += L) {
+                        ahead.fetch(shares(KEY_LINES, STEPS));
+                        vec x[MS];
+                        UNROLL for (int i = 0; i < MS; i++) x[i] = held(load<vec>(q + (m + i) * D + d));
+                        UNROLL for (int t = 0; t < NS; t++) {
+                            vec y = held(key(t, d));
+                            UNROLL for (int i = 0; i < MS; i++) a[lane(i, t)] += x[i] * y;
+                        }
+                    }
+                store((float *)&scores[n / NS][m / MS], sums(a));
+            }
+    }
+
+    // Values times weights, some of the outputs (M, E) at a time in registers.
+    INLINED void add_values(const float *v, int live, Lines ahead) {
+        constexpr bool WIDE = REGISTERS < 32 && M % 4;  // of 16 registers 8 hold outputs, of 32 16
+        constexpr int MV = divisor(M, WIDE ? 2 : 4), EV = divisor(E / L, REGISTERS < 32 && !WIDE ? 2 : 4);
+        constexpr int STEPS = N * (M / MV) * (E / L / EV);
+        for (int e = 0; e < E; e += EV * L)
+            for (int m = 0; m < M; m += MV) {
+                vec a[MV][EV];
+                UNROLL for (int i = 0; i < MV; i++)
+                    UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(out + (m + i) * E + e + j * L);
+                SOME for (int n = 0; n < live; n++) {
+                    ahead.fetch(shares(VALUE_LINES, STEPS));
+                    vec x[EV];
+                    UNROLL for (int j = 0; j < EV; j++) x[j] = held(load<vec>(v + n * D + e + j * L));
+                    UNROLL for (int i = 0; i < MV; i++)
+                        UNROLL for (int j = 0; j < EV; j++) a[i][j] += score(m + i, n) * x[j];
+                }
+                UNROLL for (int i = 0; i < MV; i++)
+                    UNROLL for (int j = 0; j < EV; j++) store(out + (m + i) * E + e + j * L, a[i][j]);
+            }
+    }
+
+    float top_of(int m) const { return top[m / MS][lane(m, 0)]; }
+    float total_of(int m) const {
+        float total = 0;
+        for (int n = 0; n < NS; n++) total += totals[m / MS][lane(m, n)];
+        return total;
+    }
 };
 
 // Some of a KV head's tokens, from `first` on: one after the other in memory, or in blocks of `size` tokens that a table
@@ -276,16 +272,15 @@ struct Part {
 // Softmax attention of M queries over a part: weighted means of values (M, E), and log2 of the weights' sums (M). While
 // the last tiles are computed with, the first ones of what `next` says is next are fetched.
 template <class F> INLINE void attend(const float *queries, float scale, Part part, F next, float *out, float *weight) {
-    std::conditional_t<MANY, Many, Few> seen(queries, scale);
+    Seen seen(queries, scale);
     long whole = (part.tokens + N - 1) / N * N;
     for (long s = 0; s < part.tokens; s += N) {
         Part to_come = s + AHEAD < whole ? part : next();
         long far = std::min(s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole, to_come.tokens - 1);
         const float *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
-        Ahead ahead = {keys, keys + N * D, values, values + N * D};
         const float *k = part.key(s), *v = SHARED ? k : part.value(s);
-        if (part.tokens - s >= N) seen.tile(k, v, N, ahead);  // a constant: the common case is unrolled
-        else seen.tile(k, v, part.tokens - s, ahead);
+        if (part.tokens - s >= N) seen.tile(k, v, N, {keys}, {values});  // a constant: the common case is unrolled
+        else seen.tile(k, v, part.tokens - s, {keys}, {values});
     }
     for (int m = 0; m < M; m++) {
         float total = seen.total_of(m), share = 1 / total;
