@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from archs.cpu_kernel import causal, rotate_one, split_kv, takes, takes_attention, takes_causal
 from archs.cpu_kernel import rope as rope_of_one
-from archs.cpu_kernel import rotate_one, split_kv, takes, takes_attention
 
 Rope = tuple[Tensor, Tensor]
 # For one query on a GPU: cuDNN, torch's choice on Hopper, makes a plan for each length.
@@ -135,6 +135,8 @@ def attend(
     if seen is not None and not masked:
         out = attend_on_device(q[:, :, 0], k_BGSD, v_BGSE, seen, scale or D**-0.5, value_size)
         return out[:, :, None].to(q_BHTD.dtype)
+    if T > 1 and takes_causal(q, k_BGSD, v):
+        return causal(q, dense(k_BGSD), dense(v), scale or D**-0.5).to(q_BHTD.dtype)
     v = k_BGSD if v_BGSE is None else v_BGSE  # the columns too many are cut off: equal sizes keep the fast kernels
     if T == 1:
         out = sdpa(q.reshape(B, G, H // G, D), k_BGSD, v, attn_mask=seen, scale=scale).reshape(B, H, 1, -1)
@@ -142,6 +144,11 @@ def attend(
         mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         out = sdpa(q, k_BGSD, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=H != G)
     return out[..., :value_size].to(q_BHTD.dtype)
+
+
+def dense(x_BGSD: Tensor) -> Tensor:
+    """Without gaps between tokens."""
+    return x_BGSD if x_BGSD.stride()[2:] == (x_BGSD.shape[3], 1) else x_BGSD.contiguous()
 
 
 def attend_window(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, window: int) -> Tensor:

@@ -5,8 +5,8 @@
 // among threads (Flash-Decoding, Dao et al. 2023). Memory sets the pace only if it is never waited for: while one tile
 // is computed with, one to come is fetched, some lines at each step of the inner loops.
 //
-// Constants of a build: M queries a KV head, D key size, E value size. Of a KV head there are D floats from one token to
-// the next in keys and in values; where E is less, values are the keys' first columns.
+// Constants of a build: M queries that go together, D key size, E value size, and whether values are SHARED, the keys'
+// first columns. In keys and values there is nothing between one token of a KV head and the next.
 
 #include <algorithm>
 #include <atomic>
@@ -28,7 +28,7 @@ constexpr int NATIVE = 4, REGISTERS = 16;
 constexpr int lanes(int native) { return D % native || E % native ? lanes(native / 2) : native; }
 constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
 
-constexpr bool SHARED = D != E;
+constexpr int NEXT = SHARED ? D : E;  // floats from one token's values to the next
 constexpr int LINE = 16;  // floats in a cache line
 constexpr int N = 16;     // tokens in a tile
 constexpr int KEY_LINES = N * D / LINE, VALUE_LINES = SHARED ? 0 : N * E / LINE;  // of a tile
@@ -148,21 +148,29 @@ struct Seen {
     alignas(64) float q[D * M], out[M * E] = {};
     Scores scores[NJ][J], top[J], totals[J] = {};
 
-    INLINED Seen(const float *queries, float scale) {
+    // Of M queries that are `step` floats apart there are `live`; the others' places are filled with the last.
+    INLINED Seen(const float *queries, long step, int live, float scale) {
         for (int m = 0; m < M; m++)
-            for (int d = 0; d < D; d++) q[MANY ? d * M + m : m * D + d] = queries[m * D + d] * scale;
+            for (int d = 0; d < D; d++) {
+                q[MANY ? d * M + m : m * D + d] = queries[std::min(m, live - 1) * step + d] * scale;
+            }
         std::fill(top, top + J, Scores{} - 3e38f);
     }
 
     static constexpr int lane(int m, int n) { return m % MS * NS + n % NS; }
     INLINED float &score(int m, int n) { return ((float *)&scores[n / NS][m / MS])[lane(m, n)]; }
 
-    // Adds the first `live` of N tokens.
-    INLINED void tile(const float *k, const float *v, int live, Lines keys_ahead, Lines values_ahead) {
+    // Adds the first `live` of N tokens, of which query m sees only the first `sees` + m.
+    INLINED void tile(const float *k, const float *v, int live, int sees, Lines keys_ahead, Lines values_ahead) {
         if constexpr (MANY) along_queries<0>(k, live, keys_ahead);
         else along_keys(k, live, keys_ahead);
-        for (int n = live; n < N; n++)
-            for (int m = 0; m < M; m++) score(m, n) = -INFINITY;
+        if (live < N || sees < N)
+            for (int j = 0; j < J; j++) {
+                Scores seen;
+                for (int m = 0; m < MS; m++)
+                    for (int n = 0; n < NS; n++) seen[lane(m, n)] = std::min(live, sees + j * MS + m) - n;
+                for (int n = 0; n < NJ; n++) scores[n][j] = seen > (float)(n * NS) ? scores[n][j] : Scores{} - INFINITY;
+            }
         UNROLL for (int j = 0; j < J; j++) {
             Scores most[2] = {scores[0][j], scores[NJ - 1][j]}, added[2] = {};
             UNROLL for (int n = 1; n < NJ - 1; n++) most[n % 2] = larger(most[n % 2], scores[n][j]);
@@ -238,7 +246,7 @@ struct Seen {
                 SOME for (int n = 0; n < live; n++) {
                     ahead.fetch(shares(VALUE_LINES, STEPS));
                     vec x[EV];
-                    UNROLL for (int j = 0; j < EV; j++) x[j] = held(load<vec>(v + n * D + e + j * L));
+                    UNROLL for (int j = 0; j < EV; j++) x[j] = held(load<vec>(v + n * NEXT + e + j * L));
                     UNROLL for (int i = 0; i < MV; i++)
                         UNROLL for (int j = 0; j < EV; j++) a[i][j] += score(m + i, n) * x[j];
                 }
@@ -262,25 +270,25 @@ struct Part {
     const long *table;
     long size, k_block, v_block, first, tokens;
 
-    INLINED const float *key(long s) const { return at(k, k_block, first + s); }
-    INLINED const float *value(long s) const { return at(v, v_block, first + s); }
-    INLINED const float *at(const float *x, long block, long s) const {
-        return table ? x + table[s / size] * block + s % size * D : x + s * D;
+    INLINED const float *key(long s) const { return at(k, k_block, first + s, D); }
+    INLINED const float *value(long s) const { return at(v, v_block, first + s, NEXT); }
+    INLINED const float *at(const float *x, long block, long s, long row) const {
+        return table ? x + table[s / size] * block + s % size * row : x + s * row;
     }
 };
 
 // Softmax attention of M queries over a part: weighted means of values (M, E), and log2 of the weights' sums (M). While
 // the last tiles are computed with, the first ones of what `next` says is next are fetched.
 template <class F> INLINE void attend(const float *queries, float scale, Part part, F next, float *out, float *weight) {
-    Seen seen(queries, scale);
+    Seen seen(queries, D, M, scale);
     long whole = (part.tokens + N - 1) / N * N;
     for (long s = 0; s < part.tokens; s += N) {
         Part to_come = s + AHEAD < whole ? part : next();
         long far = std::min(s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole, to_come.tokens - 1);
         const float *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
         const float *k = part.key(s), *v = SHARED ? k : part.value(s);
-        if (part.tokens - s >= N) seen.tile(k, v, N, {keys}, {values});  // a constant: the common case is unrolled
-        else seen.tile(k, v, part.tokens - s, {keys}, {values});
+        if (part.tokens - s >= N) seen.tile(k, v, N, N, {keys}, {values});  // a constant: the common case is unrolled
+        else seen.tile(k, v, part.tokens - s, N, {keys}, {values});
     }
     for (int m = 0; m < M; m++) {
         float total = seen.total_of(m), share = 1 / total;
@@ -346,6 +354,34 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
             }
             for (int e = 0; e < E; e++) o[e] /= total;
         }
+}
+
+// Causal attention of the last T of S tokens, M queries of a head at a time: q (B, H, T, D), strides of batch, head and
+// token, k (B, G, S, D) and v (B, G, S, E), strides of batch and head; out (B, T, H, E) is contiguous.
+extern "C" void causal(const float *q, const float *k, const float *v, float *out, long q_batch, long q_head,
+                       long q_token, long k_batch, long k_head, long v_batch, long v_head, long B, long H, long G, long T,
+                       long S, float scale, long threads) {
+    const long blocks = (T + M - 1) / M;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long i = 0; i < B * H * blocks; i++) {
+        const long b = i / blocks / H, h = i / blocks % H, t = (blocks - 1 - i % blocks) * M, first = S - T + t;
+        const int rows = std::min<long>(M, T - t);
+        const long tokens = first + rows;
+        const float *keys = k + b * k_batch + h / (H / G) * k_head, *values = v + b * v_batch + h / (H / G) * v_head;
+        Seen seen(q + b * q_batch + h * q_head + t * q_token, q_token, rows, scale * 1.44269504f);
+        for (long s = 0; s < tokens; s += N) {
+            const long far = s + AHEAD < tokens ? s + AHEAD : 0;
+            const Lines ahead = {keys + far * D}, values_ahead = {values + far * NEXT};
+            const float *key = keys + s * D, *value = values + s * NEXT;
+            const int sees = std::min<long>(N, first + 1 - s);
+            if (tokens - s >= N) seen.tile(key, value, N, sees, ahead, values_ahead);
+            else seen.tile(key, value, tokens - s, sees, ahead, values_ahead);
+        }
+        for (int m = 0; m < rows; m++) {
+            float share = 1 / seen.total_of(m), *o = out + ((b * T + t + m) * H + h) * E;
+            for (int e = 0; e < E; e++) o[e] = seen.out[m * E + e] * share;
+        }
+    }
 }
 
 // One token's vectors x (B, G, D) into slot `position` of a stream (B, G, S, D); strides of batch and KV head.
@@ -436,6 +472,23 @@ extern "C" void head_linear(const float *x, const float *w, float *out, long B, 
     }
 }
 
+// out = silu(gate) * up.
+static void gated(const float *gate, const float *up, float *out, long n) {
+    long i = 0;
+    for (; i <= n - NATIVE; i += NATIVE) {
+        native a = load<native>(gate + i), b = load<native>(up + i);
+        native e = exp2_of((a < 0 ? a : -a) * 1.44269504f);
+        store(out + i, a * (a < 0 ? e : e * 0 + 1) / (1 + e) * b);
+    }
+    for (; i < n; i++) out[i] = gate[i] * (up[i] / (1 + std::exp(-gate[i])));
+}
+
+// The same of rows (rows, 2 F) that hold gate and up; out (rows, F).
+extern "C" void gated_rows(const float *x, float *out, long rows, long F, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * F > 1 << 14)
+    for (long i = 0; i < rows; i++) gated(x + i * 2 * F, x + i * 2 * F + F, out + i * F, F);
+}
+
 // out (rows, K) = (silu(x gate^T) * (x up^T)) down^T of x (rows, K), gate and up (F, K) and down (K, F); K and F are 16 or
 // more.
 extern "C" void swiglu(const float *x, const float *gate_up, const float *down, float *out, long rows, long K, long F,
@@ -448,15 +501,7 @@ extern "C" void swiglu(const float *x, const float *gate_up, const float *down, 
             const long first = i * 16, last = end_of(i, F);
             products({x, K}, {gate_up, K}, {gate.data(), F}, rows, first, last, K);
             products({x, K}, {gate_up + F * K, K}, {up.data(), F}, rows, first, last, K);
-            for (long row = 0; row < rows * F; row += F) {
-                long j = row + first;
-                for (; j <= row + last - NATIVE; j += NATIVE) {
-                    native a = load<native>(&gate[j]), b = load<native>(&up[j]);
-                    native e = exp2_of((a < 0 ? a : -a) * 1.44269504f);
-                    store(&gate[j], a * (a < 0 ? e : e * 0 + 1) / (1 + e) * b);
-                }
-                for (; j < row + last; j++) gate[j] *= up[j] / (1 + std::exp(-gate[j]));
-            }
+            for (long i = first; i < rows * F; i += F) gated(&gate[i], &up[i], &gate[i], last - first);
         }
 #pragma omp for schedule(static)
         for (long i = 0; i < K / 16; i++)

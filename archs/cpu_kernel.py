@@ -30,6 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FEW = 32  # rows; torch's products are as fast with more
+TOGETHER = "(2 * NATIVE)"  # queries of a prompt
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -39,11 +40,15 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def build(M: int = 1, D: int = 64, E: int = 64) -> ctypes.CDLL | None:
-    """cpu_kernel.cpp for M queries a KV head, or None (after a warning, unless it is for want of a compiler)."""
+def build(M: int | str = 1, D: int = 64, E: int = 64, shared: bool | None = None) -> ctypes.CDLL | None:
+    """cpu_kernel.cpp for M queries at a time, or None (after a warning, unless it is for want of a compiler).
+
+    Values are the keys' first columns, or not, if `shared` does not say so, as where sizes differ.
+    """
     if not compiler():
         return None
-    sizes = [f"-D{name}={value}" for name, value in (("M", M), ("D", D), ("E", E))]
+    shared = D != E if shared is None else shared
+    sizes = [f"-D{name}={value}" for name, value in (("M", M), ("D", D), ("E", E), ("SHARED", int(shared)))]
     try:
         try:
             built = _load(kept(), sizes)
@@ -115,6 +120,12 @@ def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
     (H, T, D), (G, _, E) = q_BHTD.shape[1:], v_BGSE.shape[1:]
     fits = T == 1 and q_BHTD[0].is_contiguous() and k_BGSD.stride()[2:] == v_BGSE.stride()[2:] == (D, 1)
     return fits and takes(q_BHTD, k_BGSD, v_BGSE) and build(H // G, D, E) is not None
+
+
+def takes_causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
+    """Whether `causal` takes these, once keys and values have no gaps between tokens."""
+    D, E = k_BGSD.shape[3], v_BGSE.shape[3]
+    return q_BHTD.stride(3) == 1 and takes(q_BHTD, k_BGSD, v_BGSE) and build(TOGETHER, D, E, False) is not None
 
 
 def takes_few(x: Tensor, *weights: Tensor) -> bool:
@@ -191,6 +202,21 @@ def split_kv(
     return out_BHTE, bound(build(H // G, D, E).split_kv, *tensors, *sizes, *held, scale, torch.get_num_threads())
 
 
+@operator("causal(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
+def causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float) -> Prepared:
+    """Causal attention of the last T of S tokens, query head h using KV head h // (H/G).
+
+    Returns (B, H, T, E), laid out as (B, T, H, E). Keys and values have no gaps between tokens.
+    """
+    B, H, T, D = q_BHTD.shape
+    G, S, E = v_BGSE.shape[1:]
+    out_BTHE = q_BHTD.new_empty(B, T, H, E)
+    strides = *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
+    sizes = B, H, G, T, S, scale, torch.get_num_threads()
+    call = bound(build(TOGETHER, D, E, False).causal, q_BHTD, k_BGSD, v_BGSE, out_BTHE, *strides, *sizes)
+    return out_BTHE.transpose(1, 2), call
+
+
 @operator("put(Tensor(a!) stream, Tensor new, Tensor position) -> ()")
 def put(stream_BGSD: Tensor, new_BG1D: Tensor, position: Tensor) -> Prepared:
     """Writes one token's vectors into the slot that `position` says."""
@@ -216,6 +242,14 @@ def swiglu(x: Tensor, gate_up_GK: Tensor, down_KF: Tensor) -> Prepared:
     K, F = down_KF.shape
     out = torch.empty_like(x)
     return out, bound(build().swiglu, x, gate_up_GK, down_KF, out, x.numel() // K, K, F, torch.get_num_threads())
+
+
+@operator("gated(Tensor gate_up) -> Tensor")
+def gated(gate_up: Tensor) -> Prepared:
+    """silu(gate) * up of the halves of (..., 2 F), which is contiguous; (..., F)."""
+    F = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], F)
+    return out, bound(build().gated_rows, gate_up, out, out.numel() // F, F, torch.get_num_threads())
 
 
 @operator("take(Tensor table, Tensor index) -> Tensor")
@@ -292,6 +326,11 @@ def _attention_flops(q_shape, k_shape, v_shape, scale, position=None, table_shap
     B, H, T, D = q_shape
     blocks = 1 if table_shape is None else table_shape[1]
     return 2 * B * H * T * blocks * v_shape[2] * (D + v_shape[3])
+
+
+@register_flop_formula(causal.overloadpacket)
+def _causal_flops(q_shape, k_shape, v_shape, scale, *, out_shape=None) -> int:
+    return 2 * math.prod(q_shape[:3]) * k_shape[2] * (k_shape[3] + v_shape[3])
 
 
 @register_flop_formula(linear.overloadpacket)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
-from archs.cpu_kernel import FEW, add, linear, rms_norm, swiglu, take, takes, takes_few
+from archs.cpu_kernel import FEW, add, gated, linear, rms_norm, swiglu, take, takes, takes_few
 from archs.graph import RecordedStep, records
 
 NORM_EPS = 1e-6
@@ -154,7 +154,10 @@ class FFN(nn.Module):
         gate_up, down = self.gate_up.weight, self.down.weight
         if takes_few(x_BTW, gate_up, down):
             return swiglu(x_BTW.contiguous(), gate_up, down)
-        gate, up = self.gate_up(x_BTW).chunk(2, dim=-1)
+        gate_up = self.gate_up(x_BTW)
+        if gate_up.is_contiguous() and takes(gate_up):
+            return self.down(gated(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
