@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from archs.cpu_kernel import causal, rotate_one, split_kv, takes, takes_attention, takes_causal
+from archs.cpu_kernel import causal, split_kv, takes, takes_attention, takes_causal
 from archs.cpu_kernel import rope as rope_of_one
+from archs.cpu_kernel import rotate as turned
 
 Rope = tuple[Tensor, Tensor]
 # For one query on a GPU: cuDNN, torch's choice on Hopper, makes a plan for each length.
@@ -57,8 +58,8 @@ def last(rope: Rope) -> Rope:
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Applies rotary positions; dimension i is paired with i + D/2, as Llama does. Also to (N, D), a table row each."""
     cos, sin = rope
-    if x_BHTD.dim() == 4 and x_BHTD.shape[2] == x_BHTD.stride(3) == 1 and takes(x_BHTD, cos, sin):
-        return rotate_one(x_BHTD, cos, sin)
+    if x_BHTD.dim() == 4 and x_BHTD.stride(3) == cos.stride(-1) == 1 and takes(x_BHTD, cos, sin):
+        return turned(x_BHTD, cos, sin)
     a, b = x_BHTD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
 
@@ -154,13 +155,16 @@ def dense(x_BGSD: Tensor) -> Tensor:
 def attend_window(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, window: int) -> Tensor:
     """As `attend`, but each token sees only itself and the window - 1 before it; S - T may be at most window - 1.
 
-    Queries go in blocks of `window`, each against its own and the previous block of keys: time and memory grow with
-    T x 2 window, not with T x S.
+    For torch's kernels queries go in blocks of `window`, each against its own and the previous block of keys: time and
+    memory grow with T x 2 window, not with T x S.
     """
     B, H, T, D = q_BHTD.shape
     G, S = k_BGSD.shape[1:3]
     if window >= S:
         return attend(q_BHTD, k_BGSD, v_BGSE)
+    q = q_BHTD.to(k_BGSD.dtype)
+    if takes_causal(q, k_BGSD, v_BGSE):
+        return causal(q, dense(k_BGSD), dense(v_BGSE), D**-0.5, window).to(q_BHTD.dtype)
     before, blocks = S - T, -(-T // window)
     tail = blocks * window - T
 
@@ -168,7 +172,7 @@ def attend_window(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, window: int) -
         x = F.pad(x_BGSD, (0, 0, window - before, tail)).reshape(B * G, blocks + 1, window, -1)
         return torch.cat((x[:, :-1], x[:, 1:]), dim=2).transpose(0, 1)
 
-    q = F.pad(q_BHTD.to(k_BGSD.dtype), (0, 0, 0, tail)).reshape(B * H, blocks, window, D).transpose(0, 1)
+    q = F.pad(q, (0, 0, 0, tail)).reshape(B * H, blocks, window, D).transpose(0, 1)
     ones = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
     mask = (ones.triu(1) & ones.tril(window)).repeat(blocks, 1, 1, 1)
     mask[0, :, :, : window - before] = False  # padding before the first key

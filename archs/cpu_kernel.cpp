@@ -160,16 +160,23 @@ struct Seen {
     static constexpr int lane(int m, int n) { return m % MS * NS + n % NS; }
     INLINED float &score(int m, int n) { return ((float *)&scores[n / NS][m / MS])[lane(m, n)]; }
 
-    // Adds the first `live` of N tokens, of which query m sees only the first `sees` + m.
-    INLINED void tile(const float *k, const float *v, int live, int sees, Lines keys_ahead, Lines values_ahead) {
+    // Adds the first `live` of N tokens, of which query m sees only those from `hidden` + m to `sees` + m.
+    INLINED void tile(const float *k, const float *v, int live, Lines keys_ahead, Lines values_ahead, int sees = N,
+                      int hidden = -M) {
         if constexpr (MANY) along_queries<0>(k, live, keys_ahead);
         else along_keys(k, live, keys_ahead);
-        if (live < N || sees < N)
+        if (live < N || sees < N || hidden > -M)
             for (int j = 0; j < J; j++) {
-                Scores seen;
+                Scores from, to;
                 for (int m = 0; m < MS; m++)
-                    for (int n = 0; n < NS; n++) seen[lane(m, n)] = std::min(live, sees + j * MS + m) - n;
-                for (int n = 0; n < NJ; n++) scores[n][j] = seen > (float)(n * NS) ? scores[n][j] : Scores{} - INFINITY;
+                    for (int n = 0; n < NS; n++) {
+                        from[lane(m, n)] = hidden + j * MS + m - n;
+                        to[lane(m, n)] = std::min(live, sees + j * MS + m) - n;
+                    }
+                for (int n = 0; n < NJ; n++) {
+                    scores[n][j] = from <= (float)(n * NS) ? scores[n][j] : Scores{} - INFINITY;
+                    scores[n][j] = to > (float)(n * NS) ? scores[n][j] : Scores{} - INFINITY;
+                }
             }
         UNROLL for (int j = 0; j < J; j++) {
             Scores most[2] = {scores[0][j], scores[NJ - 1][j]}, added[2] = {};
@@ -287,8 +294,8 @@ template <class F> INLINE void attend(const float *queries, float scale, Part pa
         long far = std::min(s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole, to_come.tokens - 1);
         const float *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
         const float *k = part.key(s), *v = SHARED ? k : part.value(s);
-        if (part.tokens - s >= N) seen.tile(k, v, N, N, {keys}, {values});  // a constant: the common case is unrolled
-        else seen.tile(k, v, part.tokens - s, N, {keys}, {values});
+        if (part.tokens - s >= N) seen.tile(k, v, N, {keys}, {values});  // a constant: the common case is unrolled
+        else seen.tile(k, v, part.tokens - s, {keys}, {values});
     }
     for (int m = 0; m < M; m++) {
         float total = seen.total_of(m), share = 1 / total;
@@ -356,26 +363,27 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
         }
 }
 
-// Causal attention of the last T of S tokens, M queries of a head at a time: q (B, H, T, D), strides of batch, head and
-// token, k (B, G, S, D) and v (B, G, S, E), strides of batch and head; out (B, T, H, E) is contiguous.
+// Causal attention of the last T of S tokens to themselves and the `window` - 1 before them, M queries of a head at a time:
+// q (B, H, T, D), strides of batch, head and token, k (B, G, S, D) and v (B, G, S, E), strides of batch and head; out
+// (B, T, H, E) is contiguous.
 extern "C" void causal(const float *q, const float *k, const float *v, float *out, long q_batch, long q_head,
                        long q_token, long k_batch, long k_head, long v_batch, long v_head, long B, long H, long G, long T,
-                       long S, float scale, long threads) {
+                       long S, long window, float scale, long threads) {
     const long blocks = (T + M - 1) / M;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long i = 0; i < B * H * blocks; i++) {
         const long b = i / blocks / H, h = i / blocks % H, t = (blocks - 1 - i % blocks) * M, first = S - T + t;
         const int rows = std::min<long>(M, T - t);
-        const long tokens = first + rows;
+        const long tokens = first + rows, start = std::max(0L, first + 1 - window) / N * N;
         const float *keys = k + b * k_batch + h / (H / G) * k_head, *values = v + b * v_batch + h / (H / G) * v_head;
         Seen seen(q + b * q_batch + h * q_head + t * q_token, q_token, rows, scale * 1.44269504f);
-        for (long s = 0; s < tokens; s += N) {
-            const long far = s + AHEAD < tokens ? s + AHEAD : 0;
+        for (long s = start; s < tokens; s += N) {
+            const long far = s + AHEAD < tokens ? s + AHEAD : start;
             const Lines ahead = {keys + far * D}, values_ahead = {values + far * NEXT};
             const float *key = keys + s * D, *value = values + s * NEXT;
-            const int sees = std::min<long>(N, first + 1 - s);
-            if (tokens - s >= N) seen.tile(key, value, N, sees, ahead, values_ahead);
-            else seen.tile(key, value, tokens - s, sees, ahead, values_ahead);
+            const int sees = std::min<long>(N, first + 1 - s), hidden = std::max<long>(-M, first + 1 - window - s);
+            if (tokens - s >= N) seen.tile(key, value, N, ahead, values_ahead, sees, hidden);
+            else seen.tile(key, value, tokens - s, ahead, values_ahead, sees, hidden);
         }
         for (int m = 0; m < rows; m++) {
             float share = 1 / seen.total_of(m), *o = out + ((b * T + t + m) * H + h) * E;
@@ -509,19 +517,46 @@ extern "C" void swiglu(const float *x, const float *gate_up, const float *down, 
     }
 }
 
-// x (B, H, D), with strides of batch and head, with each pair of dimensions i and i + D/2 turned; out is contiguous. One
-// position, or one for each sequence: the tables are (D/2) or (B, D/2).
-extern "C" void rotate(const float *x, const float *cosine, const float *sine, float *out, long B, long H, long half,
-                       long x_batch, long x_head, long table_batch) {
-    for (long b = 0; b < B; b++)
-        for (long h = 0; h < H; h++, out += 2 * half) {
-            const float *p = x + b * x_batch + h * x_head, *c = cosine + b * table_batch, *s = sine + b * table_batch;
+// x (B, H, T, D), with strides of batch, head and token, with each pair of dimensions i and i + D/2 turned; out is
+// contiguous. The tables are rows of D/2, with strides of batch and token.
+extern "C" void rotate(const float *x, const float *cosine, const float *sine, float *out, long B, long H, long T,
+                       long half, long x_batch, long x_head, long x_token, long table_batch, long table_token,
+                       long threads) {
+#pragma omp parallel for num_threads(threads) if (B * H * T * half > 1 << 14)
+    for (long i = 0; i < B * H; i++) {
+        const long b = i / H, h = i % H;
+        for (long t = 0; t < T; t++) {
+            const float *p = x + b * x_batch + h * x_head + t * x_token;
+            const float *c = cosine + b * table_batch + t * table_token, *s = sine + b * table_batch + t * table_token;
+            float *o = out + (i * T + t) * 2 * half;
 #pragma omp simd
-            for (long i = 0; i < half; i++) {
-                out[i] = p[i] * c[i] - p[i + half] * s[i];
-                out[i + half] = p[i + half] * c[i] + p[i] * s[i];
+            for (long d = 0; d < half; d++) {
+                o[d] = p[d] * c[d] - p[d + half] * s[d];
+                o[d + half] = p[d + half] * c[d] + p[d] * s[d];
             }
         }
+    }
+}
+
+// Chunks of gated retention: scores (count, C, C), in place, times what remains of a token C rows later, the difference of
+// two sums of log decays (count, C); on the diagonal a token's own q k, of q and k (count, C, D), summed in double
+// precision; after it 0.
+extern "C" void fade(float *scores, const float *q, const float *k, const float *log_decay, long count, long C, long size,
+                     long threads) {
+#pragma omp parallel for num_threads(threads) if (count * C * C > 1 << 14)
+    for (long i = 0; i < count * C; i++) {
+        float *row = scores + i * C;
+        const long n = i % C;
+        const float *total = log_decay + i - n, own_total = log_decay[i];
+        long m = 0;
+        for (; m <= n - NATIVE; m += NATIVE)
+            store(row + m, load<native>(row + m) * exp2_of((own_total - load<native>(total + m)) * 1.44269504f));
+        for (; m < n; m++) row[m] *= std::exp(own_total - total[m]);
+        double own = 0;
+        for (long d = 0; d < size; d++) own += (double)q[i * size + d] * k[i * size + d];
+        row[n] = own;
+        std::fill(row + n + 1, row + C, 0.0f);
+    }
 }
 
 // x (rows, width), rows that far from each other; out is contiguous. Without a weight it is 1.

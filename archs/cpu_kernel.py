@@ -202,17 +202,18 @@ def split_kv(
     return out_BHTE, bound(build(H // G, D, E).split_kv, *tensors, *sizes, *held, scale, torch.get_num_threads())
 
 
-@operator("causal(Tensor q, Tensor k, Tensor v, float scale) -> Tensor")
-def causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float) -> Prepared:
+@operator("causal(Tensor q, Tensor k, Tensor v, float scale, int? window=None) -> Tensor")
+def causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int | None = None) -> Prepared:
     """Causal attention of the last T of S tokens, query head h using KV head h // (H/G).
 
+    With a window each token sees only itself and the window - 1 before it.
     Returns (B, H, T, E), laid out as (B, T, H, E). Keys and values have no gaps between tokens.
     """
     B, H, T, D = q_BHTD.shape
     G, S, E = v_BGSE.shape[1:]
     out_BTHE = q_BHTD.new_empty(B, T, H, E)
     strides = *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
-    sizes = B, H, G, T, S, scale, torch.get_num_threads()
+    sizes = B, H, G, T, S, S if window is None else window, scale, torch.get_num_threads()
     call = bound(build(TOGETHER, D, E, False).causal, q_BHTD, k_BGSD, v_BGSE, out_BTHE, *strides, *sizes)
     return out_BTHE.transpose(1, 2), call
 
@@ -267,12 +268,25 @@ def rope(position: Tensor, frequencies: Tensor) -> Prepared:
 
 
 @operator("rotate(Tensor x, Tensor cosine, Tensor sine) -> Tensor")
-def rotate_one(x_BH1D: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
-    """Rotary positions of one token, by tables (1, D/2) or (B, 1, 1, D/2); (B, H, 1, D)."""
-    B, H, _, D = x_BH1D.shape
-    out = x_BH1D.new_empty(B, H, 1, D)
-    row = cosine.expand(B, 1, 1, D // 2).stride(0)  # 0 where one serves all
-    return out, bound(build().rotate, x_BH1D, cosine, sine, out, B, H, D // 2, *x_BH1D.stride()[:2], row)
+def rotate(x_BHTD: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
+    """Rotary positions by tables that broadcast to (B, 1, T, D/2), whose rows have no gaps; (B, H, T, D)."""
+    B, H, T, D = x_BHTD.shape
+    out = x_BHTD.new_empty(B, H, T, D)
+    rows = cosine.expand(B, 1, T, D // 2).stride()
+    strides = *x_BHTD.stride()[:3], rows[0], rows[2]
+    call = bound(build().rotate, x_BHTD, cosine, sine, out, B, H, T, D // 2, *strides, torch.get_num_threads())
+    return out, call
+
+
+@operator("fade(Tensor(a!) scores, Tensor q, Tensor k, Tensor log_decay) -> ()")
+def fade(scores_NCC: Tensor, q_NCD: Tensor, k_NCD: Tensor, log_decay_NC: Tensor) -> Prepared:
+    """Of a chunk's scores those of earlier tokens fade, by summed log decays; a token's own is summed in fp64, others go.
+
+    All are contiguous, N is any number of dimensions.
+    """
+    C, D = q_NCD.shape[-2:]
+    sizes = log_decay_NC.numel() // C, C, D, torch.get_num_threads()
+    return None, bound(build().fade, scores_NCC, q_NCD, k_NCD, log_decay_NC, *sizes)
 
 
 @operator("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
@@ -329,8 +343,8 @@ def _attention_flops(q_shape, k_shape, v_shape, scale, position=None, table_shap
 
 
 @register_flop_formula(causal.overloadpacket)
-def _causal_flops(q_shape, k_shape, v_shape, scale, *, out_shape=None) -> int:
-    return 2 * math.prod(q_shape[:3]) * k_shape[2] * (k_shape[3] + v_shape[3])
+def _causal_flops(q_shape, k_shape, v_shape, scale, window=None, *, out_shape=None) -> int:
+    return 2 * math.prod(q_shape[:3]) * min(k_shape[2], window or k_shape[2]) * (k_shape[3] + v_shape[3])
 
 
 @register_flop_formula(linear.overloadpacket)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads
 from archs.cache import Cache, FullCache, StateCache, WindowCache
-from archs.cpu_kernel import retention, takes_retention
+from archs.cpu_kernel import fade, retention, takes, takes_retention
 from archs.decoder import Decoder, Linear, Options, RMSNorm, kv_heads_divide, mean_seen, normed, option
 from archs.grouped import GroupedAttention
 
@@ -71,9 +71,14 @@ def retention_chunkwise(
     q, k, v = (F.pad(x, (0, 0, 0, tail)).unflatten(2, (-1, C)) for x in (q_BHTD, k_BHTD, v_BHTD))
     total_BHNC = F.pad(log_decay_BHT, (0, tail)).unflatten(2, (-1, C)).cumsum(-1)
     whole_BHN = total_BHNC[..., -1:]
-    not_before = torch.ones(C, C, dtype=torch.bool, device=q.device).triu()
-    decay_BHNCC = (total_BHNC[..., :, None] - total_BHNC[..., None, :]).masked_fill(not_before, float("-inf")).exp()
-    out_BHNCD = (q @ k.mT * decay_BHNCC) @ v + own(q, k) * v
+    scores_BHNCC = q @ k.mT
+    if takes(scores_BHNCC, q, k, total_BHNC):
+        fade(scores_BHNCC, q.contiguous(), k.contiguous(), total_BHNC.contiguous())
+        out_BHNCD = scores_BHNCC @ v
+    else:
+        not_before = torch.ones(C, C, dtype=torch.bool, device=q.device).triu()
+        decay_BHNCC = (total_BHNC[..., :, None] - total_BHNC[..., None, :]).masked_fill(not_before, float("-inf")).exp()
+        out_BHNCD = (scores_BHNCC * decay_BHNCC) @ v + own(q, k) * v
     added_BHNDD = (k * (whole_BHN - total_BHNC).exp()[..., None]).mT @ v
     states = [state_BHDD]
     for added_BHDD, fade_BH11 in zip(added_BHNDD.unbind(2), whole_BHN.exp()[..., None].unbind(2), strict=True):

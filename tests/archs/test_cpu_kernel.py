@@ -16,7 +16,10 @@ from archs.cache import HUGE_PAGE, zeros
 from archs.cpu_kernel import (
     add,
     build,
+    causal,
     compiler,
+    fade,
+    gated,
     head_linear,
     join,
     linear,
@@ -28,6 +31,7 @@ from archs.cpu_kernel import (
     take,
     takes,
     takes_attention,
+    takes_causal,
     takes_few,
     takes_heads,
 )
@@ -78,6 +82,21 @@ def test_one_token_attends_to_all_that_is_held(shape, held):
     expected = by_definition(q, k, v, scale=0.2)
     for found in (got, by_position, beyond):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", ["mha", "vectors of four", "vectors of one", "queries that fill vectors"])
+@pytest.mark.parametrize(("tokens", "held"), [(1, 1), (5, 5), (16, 16), (33, 33), (100, 100), (2, 40), (37, 101)])
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 40, 500])
+def test_many_tokens_attend_to_those_before_them(shape, tokens, held, window):
+    """Nothing beyond what is held is read; keys and values of two sizes, strides of a projection."""
+    H, G, D, E = SHAPES[shape]
+    torch.manual_seed(held)
+    q, k, v = torch.randn(2, tokens, H, D).transpose(1, 2), *inputs((H, G, D, E + 3), 2, held)[1:]
+    with torch.inference_mode():
+        assert takes_causal(q, k, v)
+        got = causal(q, k, v, 0.2, window)
+    torch.testing.assert_close(got, by_definition(q, k, v, window, 0.2), rtol=1e-5, atol=2e-6)
 
 
 @needs_compiler
@@ -247,6 +266,36 @@ def test_one_token_is_turned_as_many_are(positions):
     torch.testing.assert_close(got, rotate(x.requires_grad_(), rope).detach(), rtol=1e-5, atol=1e-6)
 
 
+@needs_compiler
+@pytest.mark.parametrize("size", [2, 6, 64])
+def test_many_tokens_are_turned_as_torch_does(size):
+    x, rope = torch.randn(3, 40, 5, 2 * size).transpose(1, 2)[..., size:], rope_table(11, 40, size, 10_000.0, "cpu")
+    got = rotate(x, rope)
+    torch.testing.assert_close(got, rotate(x.requires_grad_(), rope).detach(), rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 50, 46), (200, 1366)])
+def test_a_gate_is_torchs(shape):
+    x = torch.randn(shape) * 30
+    gate, up = x.double().chunk(2, dim=-1)
+    torch.testing.assert_close(gated(x), (F.silu(gate) * up).float(), rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_scores_fade_with_distance(chunk):
+    """Down to e^-1000, and a token's own product of large numbers that cancel."""
+    q, k = torch.randn(3, 5, chunk, 9), torch.randn(3, 5, chunk, 9)
+    q[..., 0], q[..., 1], k[..., 0], k[..., 1] = 1e3, 1e3, 1e3, -1e3
+    log_decay = -torch.rand(3, 5, chunk).cumsum(-1) * torch.tensor([1e-3, 1.0, 30.0])[:, None, None]
+    scores = torch.randn(3, 5, chunk, chunk)
+    expected = (scores * (log_decay[..., :, None] - log_decay[..., None, :]).exp()).tril(-1)
+    expected += (q.double() * k.double()).sum(-1).float().diag_embed()
+    fade(scores, q, k, log_decay)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_cache_is_zero_and_holds_its_own_bytes_alone(dtype):
     """Whatever pages it stands in; with what it was made from out of reach."""
@@ -334,6 +383,9 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
         q, k, v = inputs(SHAPES[shape], 2, 100)
         got = split_kv(q, k, v, 0.2)
         torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
+        prompt = torch.randn(2, len(q[0]), 50, q.shape[3])
+        got = causal(prompt, k, v, 0.2, 20)
+        torch.testing.assert_close(got, by_definition(prompt, k, v, 20, 0.2), rtol=1e-5, atol=2e-6)
     x, w = torch.randn(5, 64), torch.randn(48, 64)
     torch.testing.assert_close(linear(x, w), F.linear(x, w), rtol=1e-5, atol=1e-5)
     build.cache_clear()

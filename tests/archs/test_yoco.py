@@ -33,6 +33,8 @@ def test_parallel_chunkwise_and_recurrent_retention_agree(chunk):
     q, k, v, log_decay, state = inputs(21)
     out, last = retention_chunkwise(q, k, v, log_decay, state, chunk)
     torch.testing.assert_close(out, by_definition(q, k, v, log_decay, state), rtol=1e-4, atol=1e-4)
+    in_torch, _ = retention_chunkwise(q.clone().requires_grad_(), k, v, log_decay, state, chunk)
+    torch.testing.assert_close(out, in_torch.detach(), rtol=1e-5, atol=1e-5)
     for t in range(21):
         one = slice(t, t + 1)
         part = q[:, :, one], k[:, :, one], v[:, :, one], log_decay[:, :, one]
