@@ -5,8 +5,9 @@
 // among threads (Flash-Decoding, Dao et al. 2023). Memory sets the pace only if it is never waited for: while one tile
 // is computed with, one to come is fetched, some lines at each step of the inner loops.
 //
-// Constants of a build: M queries that go together, D key size, E value size, and whether values are SHARED, the keys'
-// first columns. In keys and values there is nothing between one token of a KV head and the next.
+// Constants of a build, one for each: D key size, E value size and M, the queries of a KV head, of one token's attention;
+// D and E alone, of a prompt's; without them, all else. In keys and values there is nothing between one token of a KV head
+// and the next. One token's values are the keys' first columns where sizes differ.
 
 #include <algorithm>
 #include <atomic>
@@ -25,30 +26,17 @@ constexpr int NATIVE = 4, REGISTERS = 32;
 constexpr int NATIVE = 4, REGISTERS = 16;
 #endif
 
-constexpr int lanes(int native) { return D % native || E % native ? lanes(native / 2) : native; }
-constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
-
-constexpr int NEXT = SHARED ? D : E;  // floats from one token's values to the next
-constexpr int LINE = 16;  // floats in a cache line
-constexpr int N = 16;     // tokens in a tile
-constexpr int KEY_LINES = N * D / LINE, VALUE_LINES = SHARED ? 0 : N * E / LINE;  // of a tile
-constexpr int LINES = KEY_LINES + VALUE_LINES;
-// Queries in a vector, if they fill it; a half vector where memory sets the pace anyway.
-constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;
-constexpr bool MANY = M % QUERIES == 0;
-
-// Where computing takes longer, 8 KiB ahead into the first cache, else 16 KiB into the second.
-constexpr int INTO = MANY ? 3 : 2, AHEAD = std::max(1, (MANY ? 128 : 256) / LINES) * N;  // tokens from use to fetch
-
 #define UNROLL _Pragma("GCC unroll 32")
 #define SOME _Pragma("GCC unroll 4")
 #define INLINED __attribute__((always_inline))
 #define INLINE static inline INLINED
+constexpr int LINE = 16;  // floats in a cache line
 
 template <int L> struct Vector {
     typedef float type __attribute__((vector_size(4 * L)));
     typedef float loose __attribute__((vector_size(4 * L), aligned(4)));
 };
+typedef Vector<NATIVE>::type native;
 template <class T> constexpr int width = sizeof(T) / 4;
 template <class T> using Lanes = std::make_integer_sequence<int, width<T>>;
 
@@ -119,6 +107,28 @@ template <class T> INLINE T exp2_of(T x) {
     return (T)((decltype(whole))y + (whole << 23));
 }
 
+#ifdef D  // attention
+#ifdef M
+constexpr bool SHARED = D != E;
+#else
+constexpr int M = 2 * NATIVE;
+constexpr bool SHARED = false;
+#endif
+
+constexpr int lanes(int native) { return D % native || E % native ? lanes(native / 2) : native; }
+constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
+
+constexpr int NEXT = SHARED ? D : E;  // floats from one token's values to the next
+constexpr int N = 16;     // tokens in a tile
+constexpr int KEY_LINES = N * D / LINE, VALUE_LINES = SHARED ? 0 : N * E / LINE;  // of a tile
+constexpr int LINES = KEY_LINES + VALUE_LINES;
+// Queries in a vector, if they fill it; a half vector where memory sets the pace anyway.
+constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;
+constexpr bool MANY = M % QUERIES == 0;
+
+// Where computing takes longer, 8 KiB ahead into the first cache, else 16 KiB into the second.
+constexpr int INTO = MANY ? 3 : 2, AHEAD = std::max(1, (MANY ? 128 : 256) / LINES) * N;  // tokens from use to fetch
+
 // Keys or values of a tile to come, fetched some lines at a time while another is computed with.
 struct Lines {
     const float *at;
@@ -133,6 +143,11 @@ constexpr int shares(int lines, int steps) { return (lines + steps - 1) / steps;
 constexpr int L = lanes(NATIVE);
 typedef Vector<L>::type vec;
 
+INLINE const float *with_zeros(const float *x, long floats, float *room, long all) {
+    std::fill(std::copy(x, x + floats, room), room + all, 0.0f);
+    return room;
+}
+
 // What queries have seen so far: a bound on their scores, the sum of the weights 2^(score - top) and the weighted sum of
 // values, which fade when a score is above the bound. It is then put so far above that this is seldom.
 constexpr float ABOVE = 8;
@@ -146,6 +161,7 @@ struct Seen {
     static constexpr int J = M / MS, NJ = N / NS;
 
     alignas(64) float q[D * M], out[M * E] = {};
+    alignas(64) float few_keys[N * D], few_values[SHARED ? 1 : N * E];
     Scores scores[NJ][J], top[J], totals[J] = {};
 
     // Of M queries that are `step` floats apart there are `live`; the others' places are filled with the last.
@@ -160,12 +176,17 @@ struct Seen {
     static constexpr int lane(int m, int n) { return m % MS * NS + n % NS; }
     INLINED float &score(int m, int n) { return ((float *)&scores[n / NS][m / MS])[lane(m, n)]; }
 
-    // Adds the first `live` of N tokens, of which query m sees only those from `hidden` + m to `sees` + m.
-    INLINED void tile(const float *k, const float *v, int live, Lines keys_ahead, Lines values_ahead, int sees = N,
-                      int hidden = -M) {
-        if constexpr (MANY) along_queries<0>(k, live, keys_ahead);
-        else along_keys(k, live, keys_ahead);
-        if (live < N || sees < N || hidden > -M)
+    // Adds N tokens, or the first `live`, of which query m sees only those from `hidden` + m to `sees` + m.
+    INLINED void tile(const float *k, const float *v, long live, Lines keys_ahead, Lines values_ahead, long sees = N,
+                      long hidden = -M) {
+        if (live < N) {
+            k = with_zeros(k, live * D, few_keys, N * D);
+            if (!SHARED) v = with_zeros(v, live * E, few_values, N * E);
+        }
+        if (SHARED) v = k;
+        if constexpr (MANY) along_queries<0>(k, keys_ahead);
+        else along_keys(k, keys_ahead);
+        if (live < N || sees < N || hidden > 1 - M)
             for (int j = 0; j < J; j++) {
                 Scores from, to;
                 for (int m = 0; m < MS; m++)
@@ -193,13 +214,12 @@ struct Seen {
             UNROLL for (int n = 0; n < NJ; n++) added[n % 2] += scores[n][j] = exp2_of(scores[n][j] - top[j]);
             totals[j] += added[0] + added[1];
         }
-        add_values(v, live, values_ahead);
+        add_values(v, values_ahead);
     }
 
     // Scores of token `n` and those after it, of as many at a time as registers hold.
-    template <int n> INLINED void along_queries(const float *k, int live, Lines ahead) {
+    template <int n> INLINED void along_queries(const float *k, Lines ahead) {
         constexpr int T = std::clamp((REGISTERS < 32 ? 12 : 16) / J, 1, N - n), STEP = divisor(D, 4);
-        if (n >= live) return;
         Scores a[T][J] = {};
         for (int d = 0; d < D; d += STEP) {
             ahead.fetch(shares(T * STEP, LINE));
@@ -207,20 +227,20 @@ struct Seen {
                 Scores x[J];
                 UNROLL for (int j = 0; j < J; j++) x[j] = held(*(Scores *)&q[i * M + j * MS]);
                 UNROLL for (int t = 0; t < T; t++)
-                    UNROLL for (int j = 0; j < J; j++) a[t][j] += x[j] * k[std::min(n + t, live - 1) * D + i];
+                    UNROLL for (int j = 0; j < J; j++) a[t][j] += x[j] * k[(n + t) * D + i];
             }
         }
         UNROLL for (int t = 0; t < T; t++)
             UNROLL for (int j = 0; j < J; j++) scores[n + t][j] = a[t][j];
-        if constexpr (n + T < N) along_queries<n + T>(k, live, ahead);
+        if constexpr (n + T < N) along_queries<n + T>(k, ahead);
     }
 
-    INLINED void along_keys(const float *k, int live, Lines ahead) {
+    INLINED void along_keys(const float *k, Lines ahead) {
         constexpr int STEPS = NJ * J * (MS > 1 ? D / L : NS);
-        for (int n = 0; n < live; n += NS)
+        for (int n = 0; n < N; n += NS)
             for (int m = 0; m < M; m += MS) {
                 vec a[L] = {};
-                auto key = [&](int t, int d) INLINED { return load<vec>(k + std::min(n + t, live - 1) * D + d); };
+                auto key = [&](int t, int d) INLINED { return load<vec>(k + (n + t) * D + d); };
                 if constexpr (MS == 1)
                     UNROLL for (int t = 0; t < NS; t++) {
                         ahead.fetch(shares(KEY_LINES, STEPS));
@@ -241,7 +261,7 @@ struct Seen {
     }
 
     // Values times weights, some of the outputs (M, E) at a time in registers.
-    INLINED void add_values(const float *v, int live, Lines ahead) {
+    INLINED void add_values(const float *v, Lines ahead) {
         constexpr bool WIDE = REGISTERS < 32 && M % 4;  // of 16 registers 8 hold outputs, of 32 16
         constexpr int MV = divisor(M, WIDE ? 2 : 4), EV = divisor(E / L, REGISTERS < 32 && !WIDE ? 2 : 4);
         constexpr int STEPS = N * (M / MV) * (E / L / EV);
@@ -250,7 +270,7 @@ struct Seen {
                 vec a[MV][EV];
                 UNROLL for (int i = 0; i < MV; i++)
                     UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(out + (m + i) * E + e + j * L);
-                SOME for (int n = 0; n < live; n++) {
+                SOME for (int n = 0; n < N; n++) {
                     ahead.fetch(shares(VALUE_LINES, STEPS));
                     vec x[EV];
                     UNROLL for (int j = 0; j < EV; j++) x[j] = held(load<vec>(v + n * NEXT + e + j * L));
@@ -269,6 +289,8 @@ struct Seen {
         return total;
     }
 };
+
+#ifdef M
 
 // Some of a KV head's tokens, from `first` on: one after the other in memory, or in blocks of `size` tokens that a table
 // numbers, in which tiles end where blocks do.
@@ -293,9 +315,7 @@ template <class F> INLINE void attend(const float *queries, float scale, Part pa
         Part to_come = s + AHEAD < whole ? part : next();
         long far = std::min(s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole, to_come.tokens - 1);
         const float *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
-        const float *k = part.key(s), *v = SHARED ? k : part.value(s);
-        if (part.tokens - s >= N) seen.tile(k, v, N, {keys}, {values});  // a constant: the common case is unrolled
-        else seen.tile(k, v, part.tokens - s, {keys}, {values});
+        seen.tile(part.key(s), SHARED ? nullptr : part.value(s), part.tokens - s, {keys}, {values});
     }
     for (int m = 0; m < M; m++) {
         float total = seen.total_of(m), share = 1 / total;
@@ -363,6 +383,8 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
         }
 }
 
+#else
+
 // Causal attention of the last T of S tokens to themselves and the `window` - 1 before them, M queries of a head at a time:
 // q (B, H, T, D), strides of batch, head and token, k (B, G, S, D) and v (B, G, S, E), strides of batch and head; out
 // (B, T, H, E) is contiguous.
@@ -379,11 +401,9 @@ extern "C" void causal(const float *q, const float *k, const float *v, float *ou
         Seen seen(q + b * q_batch + h * q_head + t * q_token, q_token, rows, scale * 1.44269504f);
         for (long s = start; s < tokens; s += N) {
             const long far = s + AHEAD < tokens ? s + AHEAD : start;
-            const Lines ahead = {keys + far * D}, values_ahead = {values + far * NEXT};
-            const float *key = keys + s * D, *value = values + s * NEXT;
-            const int sees = std::min<long>(N, first + 1 - s), hidden = std::max<long>(-M, first + 1 - window - s);
-            if (tokens - s >= N) seen.tile(key, value, N, ahead, values_ahead, sees, hidden);
-            else seen.tile(key, value, tokens - s, ahead, values_ahead, sees, hidden);
+            const Lines ahead = {keys + far * D}, values_ahead = {values + far * E};
+            const long sees = first + 1 - s, hidden = sees - window;
+            seen.tile(keys + s * D, values + s * E, tokens - s, ahead, values_ahead, sees, hidden);
         }
         for (int m = 0; m < rows; m++) {
             float share = 1 / seen.total_of(m), *o = out + ((b * T + t + m) * H + h) * E;
@@ -391,6 +411,9 @@ extern "C" void causal(const float *q, const float *k, const float *v, float *ou
         }
     }
 }
+
+#endif
+#else
 
 // One token's vectors x (B, G, D) into slot `position` of a stream (B, G, S, D); strides of batch and KV head.
 extern "C" void put(float *stream, const float *x, const long *position, long B, long G, long size, long stream_batch,
@@ -401,8 +424,6 @@ extern "C" void put(float *stream, const float *x, const long *position, long B,
             std::copy(p, p + size, stream + b * stream_batch + g * stream_head + *position * size);
         }
 }
-
-typedef Vector<NATIVE>::type native;
 
 // A matrix's rows, that far from each other.
 template <class T> struct Rows {
@@ -646,3 +667,5 @@ extern "C" float read_all(const float *x, long n, long threads) {
     }
     return total;
 }
+
+#endif

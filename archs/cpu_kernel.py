@@ -30,7 +30,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FEW = 32  # rows; torch's products are as fast with more
-TOGETHER = "(2 * NATIVE)"  # queries of a prompt
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -40,15 +39,14 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def build(M: int | str = 1, D: int = 64, E: int = 64, shared: bool | None = None) -> ctypes.CDLL | None:
-    """cpu_kernel.cpp for M queries at a time, or None (after a warning, unless it is for want of a compiler).
+def build(D: int = 0, E: int = 0, M: int = 0) -> ctypes.CDLL | None:
+    """cpu_kernel.cpp, or None (after a warning, unless it is for want of a compiler).
 
-    Values are the keys' first columns, or not, if `shared` does not say so, as where sizes differ.
+    With sizes a prompt's attention alone, with M one token's; without, all else.
     """
     if not compiler():
         return None
-    shared = D != E if shared is None else shared
-    sizes = [f"-D{name}={value}" for name, value in (("M", M), ("D", D), ("E", E), ("SHARED", int(shared)))]
+    sizes = [f"-D{name}={value}" for name, value in (("D", D), ("E", E), ("M", M)) if value]
     try:
         try:
             built = _load(kept(), sizes)
@@ -60,8 +58,9 @@ def build(M: int | str = 1, D: int = 64, E: int = 64, shared: bool | None = None
         reason = (said.strip().splitlines() or ["no message"])[0]
         warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
         return None
-    built.take.errcheck = _all_there
-    built.read_all.restype = ctypes.c_float
+    if not D:
+        built.take.errcheck = _all_there
+        built.read_all.restype = ctypes.c_float
     return built
 
 
@@ -119,13 +118,13 @@ def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
     """Whether `split_kv` takes these: also one token, and no gaps between tokens or between queries."""
     (H, T, D), (G, _, E) = q_BHTD.shape[1:], v_BGSE.shape[1:]
     fits = T == 1 and q_BHTD[0].is_contiguous() and k_BGSD.stride()[2:] == v_BGSE.stride()[2:] == (D, 1)
-    return fits and takes(q_BHTD, k_BGSD, v_BGSE) and build(H // G, D, E) is not None
+    return fits and takes(q_BHTD, k_BGSD, v_BGSE) and build(D, E, H // G) is not None
 
 
 def takes_causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
     """Whether `causal` takes these, once keys and values have no gaps between tokens."""
     D, E = k_BGSD.shape[3], v_BGSE.shape[3]
-    return q_BHTD.stride(3) == 1 and takes(q_BHTD, k_BGSD, v_BGSE) and build(TOGETHER, D, E, False) is not None
+    return q_BHTD.stride(3) == 1 and takes(q_BHTD, k_BGSD, v_BGSE) and build(D, E) is not None
 
 
 def takes_few(x: Tensor, *weights: Tensor) -> bool:
@@ -199,7 +198,7 @@ def split_kv(
     tensors = q_BHTD, k_BGSD, v_BGSE, out_BHTE
     sizes = q_BHTD.stride(0), *k_BGSD.stride()[:2], *v_BGSE.stride()[:2], B, G, blocks * C
     held = position, position is not None and len(position) > 1, table_BN, blocks, C
-    return out_BHTE, bound(build(H // G, D, E).split_kv, *tensors, *sizes, *held, scale, torch.get_num_threads())
+    return out_BHTE, bound(build(D, E, H // G).split_kv, *tensors, *sizes, *held, scale, torch.get_num_threads())
 
 
 @operator("causal(Tensor q, Tensor k, Tensor v, float scale, int? window=None) -> Tensor")
@@ -214,7 +213,7 @@ def causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window:
     out_BTHE = q_BHTD.new_empty(B, T, H, E)
     strides = *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
     sizes = B, H, G, T, S, S if window is None else window, scale, torch.get_num_threads()
-    call = bound(build(TOGETHER, D, E, False).causal, q_BHTD, k_BGSD, v_BGSE, out_BTHE, *strides, *sizes)
+    call = bound(build(D, E).causal, q_BHTD, k_BGSD, v_BGSE, out_BTHE, *strides, *sizes)
     return out_BTHE.transpose(1, 2), call
 
 
@@ -280,7 +279,7 @@ def rotate(x_BHTD: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
 
 @operator("fade(Tensor(a!) scores, Tensor q, Tensor k, Tensor log_decay) -> ()")
 def fade(scores_NCC: Tensor, q_NCD: Tensor, k_NCD: Tensor, log_decay_NC: Tensor) -> Prepared:
-    """Of a chunk's scores those of earlier tokens fade, by summed log decays; a token's own is summed in fp64, others go.
+    """Scores of earlier tokens of a chunk fade by summed log decays; a token's own is summed in fp64; others are 0.
 
     All are contiguous, N is any number of dimensions.
     """
