@@ -58,7 +58,8 @@ def last(rope: Rope) -> Rope:
 def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Applies rotary positions; dimension i is paired with i + D/2, as Llama does. Also to (N, D), a table row each."""
     cos, sin = rope
-    if x_BHTD.dim() == 4 and x_BHTD.stride(3) == cos.stride(-1) == 1 and takes(x_BHTD, cos, sin):
+    rows = cos.stride(-1) == 1 and cos.shape == sin.shape and cos.stride() == sin.stride()
+    if x_BHTD.dim() == 4 and x_BHTD.stride(3) == 1 and rows and takes(x_BHTD, cos, sin):
         return turned(x_BHTD, cos, sin)
     a, b = x_BHTD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
@@ -121,8 +122,8 @@ def attend(
 
     Without values, the keys' first `value_size` columns are them. With `seen`, a position (1) on the device, one token
     sees the slots up to it, or all S; `seen` may also say which slots each sequence's one token sees: booleans
-    (B, 1, 1, S). The kernel is ours for one token on a CPU and for a position on a GPU, else torch's. A cache under a
-    technique, or in blocks, which stands for keys and values, attends itself.
+    (B, 1, 1, S). On a CPU the kernel is ours where no gradient is wanted, on a GPU for a position, else torch's. A
+    cache under a technique, or in blocks, which stands for keys and values, attends itself.
     """
     if not isinstance(k_BGSD, Tensor):
         return k_BGSD.attend(q_BHTD, scale, value_size)

@@ -1,9 +1,10 @@
-// A decode step's work on a CPU that memory sets the pace of, each byte read once; built by cpu_kernel.py.
+// Decode and prefill on a CPU, where torch waits for memory or for its own operators; built by cpu_kernel.py.
 //
-// Attention of one new token over a static cache: the queries of a KV head go through it together, a tile of N tokens at
-// a time, with a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867); of few long sequences each is split
-// among threads (Flash-Decoding, Dao et al. 2023). Memory sets the pace only if it is never waited for: while one tile
-// is computed with, one to come is fetched, some lines at each step of the inner loops.
+// Attention: queries that share keys go through them together, a tile of N tokens at a time, with a running softmax
+// (Milakov and Gimelshein 2018, arXiv 1805.02867). Of one new token over a static cache they are those of a KV head, and
+// few long sequences are each split among threads (Flash-Decoding, Dao et al. 2023); of a prompt they are successive ones
+// of a head (FlashAttention-2, Dao 2023, arXiv 2307.08691). Memory sets the pace only if it is never waited for: while one
+// tile is computed with, one to come is fetched, some lines at each step of the inner loops.
 //
 // Constants of a build, one for each: D key size, E value size and M, the queries of a KV head, of one token's attention;
 // D and E alone, of a prompt's; without them, all else. In keys and values there is nothing between one token of a KV head
@@ -96,7 +97,7 @@ template <int W = 1, class T> INLINE T sums(T *rows) {
 
 // 2^x of x <= 0: a polynomial for the fraction, |r| <= 1/2 (minimax, 2e-7), and the whole part into the exponent.
 template <class T> INLINE T exp2_of(T x) {
-    x = larger(x, T{} - 126);
+    x = larger(T{} - 126, x);  // in this order NaN stays
     auto whole = __builtin_convertvector(x - 0.5f, decltype(x < x));
     T r = x - __builtin_convertvector(whole, T);
     T y = r * 1.327647174e-3f + 9.675541540e-3f;
@@ -559,7 +560,7 @@ extern "C" void rotate(const float *x, const float *cosine, const float *sine, f
     }
 }
 
-// Chunks of gated retention: scores (count, C, C), in place, times what remains of a token C rows later, the difference of
+// Chunks of gated retention: scores (count, C, C), in place, times what remains of an earlier token, by the difference of
 // two sums of log decays (count, C); on the diagonal a token's own q k, of q and k (count, C, D), summed in double
 // precision; after it 0.
 extern "C" void fade(float *scores, const float *q, const float *k, const float *log_decay, long count, long C, long size,

@@ -1,9 +1,10 @@
 """What torch is slow at on a CPU, in C++ that is built for each shape when first needed.
 
-Attention of one new token over a static cache: torch's kernel computes and waits for memory by turns, this one fetches
-ahead (cpu_kernel.cpp says how). Products of few rows with a weight matrix: torch's takes twice as long as reading it.
-RMSNorm and rotary positions: many operators in torch, which take longer to start than to run. And a read of memory, the
-roof. A build takes a second or two and is kept in the user's cache folder; without a compiler, torch's take over.
+Attention of one new token over a static cache: torch's kernel computes and waits for memory by turns, ours fetches
+ahead (cpu_kernel.cpp says how). Of a prompt: torch's computes at half the rate of a matrix product. Products of few
+rows with a weight matrix: torch's takes twice as long as reading it. Norms, gates, rotary positions, retention's decay:
+several passes in torch, or operators that take longer to start than to run. And a read of memory, the roof. A build
+takes a second or two and is kept in the user's cache folder; without a compiler, torch's take over.
 
 Shapes: B batch, H query heads, G KV heads, M = H/G, S cached tokens, D key size, E value size; K inputs and F outputs
 of a matrix.
@@ -56,7 +57,7 @@ def build(D: int = 0, E: int = 0, M: int = 0) -> ctypes.CDLL | None:
     except (subprocess.CalledProcessError, OSError) as e:
         said = e.stderr.decode(errors="replace") if isinstance(e, subprocess.CalledProcessError) else str(e)
         reason = (said.strip().splitlines() or ["no message"])[0]
-        warnings.warn(f"decode goes without the C++ kernel, more slowly: {reason}", stacklevel=2)
+        warnings.warn(f"decode and prefill go without the C++ kernel, more slowly: {reason}", stacklevel=2)
         return None
     if not D:
         built.take.errcheck = _all_there
@@ -118,13 +119,16 @@ def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
     """Whether `split_kv` takes these: also one token, and no gaps between tokens or between queries."""
     (H, T, D), (G, _, E) = q_BHTD.shape[1:], v_BGSE.shape[1:]
     fits = T == 1 and q_BHTD[0].is_contiguous() and k_BGSD.stride()[2:] == v_BGSE.stride()[2:] == (D, 1)
-    return fits and takes(q_BHTD, k_BGSD, v_BGSE) and build(D, E, H // G) is not None
+    fits = fits and takes(q_BHTD, k_BGSD, v_BGSE)
+    if fits and D != E:  # values are columns of the keys
+        fits = v_BGSE.data_ptr() == k_BGSD.data_ptr() and v_BGSE.stride() == k_BGSD.stride()
+    return fits and build(D, E, H // G) is not None
 
 
 def takes_causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
-    """Whether `causal` takes these, once keys and values have no gaps between tokens."""
-    D, E = k_BGSD.shape[3], v_BGSE.shape[3]
-    return q_BHTD.stride(3) == 1 and takes(q_BHTD, k_BGSD, v_BGSE) and build(D, E) is not None
+    """Whether `causal` takes these, once keys and values have no gaps; of few tokens torch's is as fast."""
+    (T, D), E = q_BHTD.shape[2:], v_BGSE.shape[3]
+    return T >= 8 and q_BHTD.stride(3) == 1 and takes(q_BHTD, k_BGSD, v_BGSE) and build(D, E) is not None
 
 
 def takes_few(x: Tensor, *weights: Tensor) -> bool:

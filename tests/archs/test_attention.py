@@ -25,7 +25,7 @@ def wants_gradient(request):
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 9), (5, 5), (3, 8)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 9), (5, 5), (3, 8), (9, 9), (20, 33)])
 def test_attend_is_grouped_causal_attention(heads, T, S, wants_gradient):
     H, G = heads
     q, k, v = torch.randn(2, H, T, 8), torch.randn(2, G, S, 8), torch.randn(2, G, S, 6)
