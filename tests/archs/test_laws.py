@@ -61,14 +61,14 @@ def test_cached_logits_equal_the_full_forward(arch, options, seed, batch, layers
     with torch.inference_mode():
         full = model(tokens)
         got = cached_logits(model, tokens, chunks, model.new_cache(batch, length + draw.randint(0, 9)))
-    allowed = max(1e-5 * full.abs().max().item(), 4 * moved_by_rounding(model, tokens, full))  # of which one is a sample
+    allowed = max(1e-5 * full.abs().max().item(), 4 * moved_by_rounding(model, tokens, full))
     for t, logits in got.items():
         torch.testing.assert_close(logits, full[:, t], rtol=0, atol=allowed)
 
 
 @torch.inference_mode()
 def moved_by_rounding(model, tokens, full):
-    """How far logits move if weights are a rounding off: of retention almost nothing may be left, which is normed."""
+    """How far logits move, in one sample, if weights are a rounding off: almost nothing of retention may be normed."""
     moved = copy.deepcopy(model)
     for parameter in moved.parameters():
         parameter.mul_(1 + torch.randint(-1, 2, parameter.shape) * torch.finfo(torch.float32).eps)
