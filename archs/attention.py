@@ -137,7 +137,7 @@ def attend(
     if seen is not None and not masked:
         out = attend_on_device(q[:, :, 0], k_BGSD, v_BGSE, seen, scale or D**-0.5, value_size)
         return out[:, :, None].to(q_BHTD.dtype)
-    if T > 1 and takes_causal(q, k_BGSD, v):
+    if takes_causal(q, k_BGSD, v):
         return causal(q, dense(k_BGSD), dense(v), scale or D**-0.5).to(q_BHTD.dtype)
     v = k_BGSD if v_BGSE is None else v_BGSE  # the columns too many are cut off: equal sizes keep the fast kernels
     if T == 1:

@@ -120,7 +120,7 @@ constexpr int lanes(int native) { return D % native || E % native ? lanes(native
 constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
 
 constexpr int NEXT = SHARED ? D : E;  // floats from one token's values to the next
-constexpr int N = 16;     // tokens in a tile
+constexpr int N = 16;                 // tokens in a tile
 constexpr int KEY_LINES = N * D / LINE, VALUE_LINES = SHARED ? 0 : N * E / LINE;  // of a tile
 constexpr int LINES = KEY_LINES + VALUE_LINES;
 // Queries in a vector, if they fill it; a half vector where memory sets the pace anyway.
@@ -144,6 +144,7 @@ constexpr int shares(int lines, int steps) { return (lines + steps - 1) / steps;
 constexpr int L = lanes(NATIVE);
 typedef Vector<L>::type vec;
 
+// A tile's first tokens, where they do not fill it, and zeros behind them: nothing beyond them is read.
 INLINE const float *with_zeros(const float *x, long floats, float *room, long all) {
     std::fill(std::copy(x, x + floats, room), room + all, 0.0f);
     return room;
