@@ -122,7 +122,7 @@ def attend(
 
     Without values, the keys' first `value_size` columns are them. With `seen`, a position (1) on the device, one token
     sees the slots up to it, or all S; `seen` may also say which slots each sequence's one token sees: booleans
-    (B, 1, 1, S). On a CPU the kernel is ours where no gradient is wanted, on a GPU for a position, else torch's. A
+    (B, 1, 1, S). On a CPU the kernel is ours, for one token where no gradient is wanted, on a GPU for a position, else torch's. A
     cache under a technique, or in blocks, which stands for keys and values, attends itself.
     """
     if not isinstance(k_BGSD, Tensor):
@@ -137,8 +137,8 @@ def attend(
     if seen is not None and not masked:
         out = attend_on_device(q[:, :, 0], k_BGSD, v_BGSE, seen, scale or D**-0.5, value_size)
         return out[:, :, None].to(q_BHTD.dtype)
-    if takes_causal(q, k_BGSD, v):
-        return causal(q, dense(k_BGSD), dense(v), scale or D**-0.5).to(q_BHTD.dtype)
+    if (out := ours(q, k_BGSD, v, scale or D**-0.5)) is not None:
+        return out.to(q_BHTD.dtype)
     v = k_BGSD if v_BGSE is None else v_BGSE  # the columns too many are cut off: equal sizes keep the fast kernels
     if T == 1:
         out = sdpa(q.reshape(B, G, H // G, D), k_BGSD, v, attn_mask=seen, scale=scale).reshape(B, H, 1, -1)
@@ -148,9 +148,15 @@ def attend(
     return out[..., :value_size].to(q_BHTD.dtype)
 
 
-def dense(x_BGSD: Tensor) -> Tensor:
-    """Without gaps between tokens."""
-    return x_BGSD if x_BGSD.stride()[2:] == (x_BGSD.shape[3], 1) else x_BGSD.contiguous()
+def ours(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int | None = None) -> Tensor | None:
+    """A prompt's attention by the C++ kernel; None where it does not take these. Under autocast it is in fp32."""
+    q, k, v = q_BHTD, k_BGSD, v_BGSE
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = q.float(), k.float(), v.float()
+    if not takes_causal(q, k, v):
+        return None
+    k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
+    return causal(q, k, v, scale, window)[0]
 
 
 def attend_window(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, window: int) -> Tensor:
@@ -164,8 +170,8 @@ def attend_window(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, window: int) -
     if window >= S:
         return attend(q_BHTD, k_BGSD, v_BGSE)
     q = q_BHTD.to(k_BGSD.dtype)
-    if takes_causal(q, k_BGSD, v_BGSE):
-        return causal(q, dense(k_BGSD), dense(v_BGSE), D**-0.5, window).to(q_BHTD.dtype)
+    if (out := ours(q, k_BGSD, v_BGSE, D**-0.5, window)) is not None:
+        return out.to(q_BHTD.dtype)
     before, blocks = S - T, -(-T // window)
     tail = blocks * window - T
 

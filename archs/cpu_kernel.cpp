@@ -389,10 +389,10 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
 
 // Causal attention of the last T of S tokens to themselves and the `window` - 1 before them, M queries of a head at a time:
 // q (B, H, T, D), strides of batch, head and token, k (B, G, S, D) and v (B, G, S, E), strides of batch and head; out
-// (B, T, H, E) is contiguous.
-extern "C" void causal(const float *q, const float *k, const float *v, float *out, long q_batch, long q_head,
-                       long q_token, long k_batch, long k_head, long v_batch, long v_head, long B, long H, long G, long T,
-                       long S, long window, float scale, long threads) {
+// (B, T, H, E) and weight (B, H, T), log2 of the sum of a query's weights, are contiguous.
+extern "C" void causal(const float *q, const float *k, const float *v, float *out, float *weight, long q_batch,
+                       long q_head, long q_token, long k_batch, long k_head, long v_batch, long v_head, long B, long H,
+                       long G, long T, long S, long window, float scale, long threads) {
     const long blocks = (T + M - 1) / M;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long i = 0; i < B * H * blocks; i++) {
@@ -408,8 +408,110 @@ extern "C" void causal(const float *q, const float *k, const float *v, float *ou
             seen.tile(keys + s * D, values + s * E, tokens - s, ahead, values_ahead, sees, hidden);
         }
         for (int m = 0; m < rows; m++) {
-            float share = 1 / seen.total_of(m), *o = out + ((b * T + t + m) * H + h) * E;
+            float total = seen.total_of(m), share = 1 / total, *o = out + ((b * T + t + m) * H + h) * E;
+            weight[(b * H + h) * T + t + m] = seen.top_of(m) + std::log2(total);
             for (int e = 0; e < E; e++) o[e] = seen.out[m * E + e] * share;
+        }
+    }
+}
+
+// c (R, C) is, or with ADDS becomes larger by, a b of a (R, K) and b (K, C). b and c have no gaps, of a element (r, k) is
+// r * ROW + k * COLUMN from the first.
+template <int R, int C, int K, int ROW, int COLUMN, bool ADDS, class T>
+INLINE void product(const float *a, const float *b, float *c) {
+    constexpr int W = width<T>, RS = divisor(R, 4), CS = divisor(C / W, REGISTERS < 32 ? 2 : 4);
+    for (int x = 0; x < C; x += CS * W)
+        for (int r = 0; r < R; r += RS) {
+            T found[RS][CS] = {};
+            if (ADDS)
+                UNROLL for (int i = 0; i < RS; i++)
+                    UNROLL for (int j = 0; j < CS; j++) found[i][j] = load<T>(c + (r + i) * C + x + j * W);
+            SOME for (int k = 0; k < K; k++) {
+                T y[CS];
+                UNROLL for (int j = 0; j < CS; j++) y[j] = held(load<T>(b + k * C + x + j * W));
+                UNROLL for (int i = 0; i < RS; i++)
+                    UNROLL for (int j = 0; j < CS; j++) found[i][j] += a[(r + i) * ROW + k * COLUMN] * y[j];
+            }
+            UNROLL for (int i = 0; i < RS; i++)
+                UNROLL for (int j = 0; j < CS; j++) store(c + (r + i) * C + x + j * W, found[i][j]);
+        }
+}
+
+// Its gradients (FlashAttention-2, algorithm 2): of q (B, T, H, D), and each query head's own of k (B, S, H, D) and of v
+// (B, S, H, E); that of out has strides of batch, head and token.
+extern "C" void causal_backward(const float *grad, const float *q, const float *k, const float *v, const float *out,
+                                const float *weight, float *q_grad, float *k_grad, float *v_grad, long grad_batch,
+                                long grad_head, long grad_token, long q_batch, long q_head, long q_token, long k_batch,
+                                long k_head, long v_batch, long v_head, long B, long H, long G, long T, long S,
+                                long window, float scale, long threads) {
+    const long padded = (S + N - 1) / N * N;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sums(padded * (D + E));
+        float *k_sums = sums.data(), *v_sums = k_sums + padded * D;
+        alignas(64) float few_keys[N * D], few_values[N * E];
+        alignas(64) float queries[M * D], columns[D * M], means[M * E], mean_columns[E * M], sum[M * D];
+        alignas(64) float p[N * M], change[N * M];
+        alignas(64) native top[2], drift[2];
+        auto rows_of = [&](const float *x, long step, int size, int rows, float factor, float *in_rows, float *in_columns,
+                           float column_factor) {
+            for (int m = 0; m < M; m++)
+                for (int d = 0; d < size; d++) {
+                    float y = m < rows ? x[m * step + d] * factor : 0;
+                    in_rows[m * size + d] = y, in_columns[d * M + m] = y * column_factor;
+                }
+        };
+#pragma omp for schedule(dynamic)
+        for (long i = 0; i < B * H; i++) {
+            const long b = i / H, h = i % H, g = h / (H / G);
+            const float *keys = k + b * k_batch + g * k_head, *values = v + b * v_batch + g * v_head;
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            for (long t = 0; t < T; t += M) {
+                const int rows = std::min<long>(M, T - t);
+                const long first = S - T + t, tokens = first + rows, start = std::max(0L, first + 1 - window) / N * N;
+                const float *mean = grad + b * grad_batch + h * grad_head + t * grad_token;
+                rows_of(q + b * q_batch + h * q_head + t * q_token, q_token, D, rows, scale, queries, columns, 1.44269504f);
+                rows_of(mean, grad_token, E, rows, 1, means, mean_columns, 1);
+                for (int m = 0; m < M; m++) {
+                    const float *o = out + ((b * T + t + m) * H + h) * E;
+                    float along = 0;
+                    if (m < rows)
+                        for (int e = 0; e < E; e++) along += means[m * E + e] * o[e];
+                    ((float *)drift)[m] = along, ((float *)top)[m] = m < rows ? weight[i * T + t + m] : 0;
+                }
+                std::fill(sum, sum + M * D, 0.0f);
+                for (long s = start; s < tokens; s += N) {
+                    const bool whole = s + N <= S;
+                    const float *some = whole ? keys + s * D : with_zeros(keys + s * D, (S - s) * D, few_keys, N * D);
+                    const float *theirs = whole ? values + s * E : with_zeros(values + s * E, (S - s) * E, few_values, N * E);
+                    product<N, M, D, D, 1, false, native>(some, columns, p);
+                    product<N, M, E, E, 1, false, native>(theirs, mean_columns, change);
+                    const bool all = s + N - 1 <= first && s > first + M - 1 - window;
+                    UNROLL for (int j = 0; j < 2; j++) {
+                        native at;
+                        for (int l = 0; l < NATIVE; l++) at[l] = first - s + j * NATIVE + l;
+                        for (int n = 0; n < N; n++) {
+                            float *x = p + n * M + j * NATIVE, *y = change + n * M + j * NATIVE;
+                            native share = exp2_of(load<native>(x) - top[j]);
+                            native moves = share * (load<native>(y) - drift[j]);
+                            if (!all) {
+                                auto seen = (at >= (float)n) & (at - (float)window < (float)n);
+                                share = seen ? share : native{}, moves = seen ? moves : native{};
+                            }
+                            store(x, share), store(y, moves);
+                        }
+                    }
+                    product<N, E, M, M, 1, true, vec>(p, means, v_sums + s * E);
+                    product<N, D, M, M, 1, true, vec>(change, queries, k_sums + s * D);
+                    product<M, D, N, 1, M, true, vec>(change, some, sum);
+                }
+                for (int m = 0; m < rows; m++)
+                    for (int d = 0; d < D; d++) q_grad[((b * T + t + m) * H + h) * D + d] = sum[m * D + d] * scale;
+            }
+            for (long s = 0; s < S; s++) {
+                std::copy_n(k_sums + s * D, D, k_grad + ((b * S + s) * H + h) * D);
+                std::copy_n(v_sums + s * E, E, v_grad + ((b * S + s) * H + h) * E);
+            }
         }
     }
 }

@@ -126,9 +126,18 @@ def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
 
 
 def takes_causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
-    """Whether `causal` takes these, once keys and values have no gaps; of few tokens torch's is as fast."""
+    """Whether `causal` takes these, once keys and values have no gaps; of few tokens torch's is as fast.
+
+    It has gradients, and torch.compile takes it as it is.
+    """
     (T, D), E = q_BHTD.shape[2:], v_BGSE.shape[3]
-    return T >= 8 and q_BHTD.stride(3) == 1 and takes(q_BHTD, k_BGSD, v_BGSE) and build(D, E) is not None
+    ours = all(x.is_cpu and x.dtype == torch.float32 for x in (q_BHTD, k_BGSD, v_BGSE))
+    return ours and T >= 8 and q_BHTD.stride(3) == 1 and builds(D, E)
+
+
+@torch.compiler.assume_constant_result
+def builds(D: int, E: int) -> bool:
+    return build(D, E) is not None
 
 
 def takes_few(x: Tensor, *weights: Tensor) -> bool:
@@ -205,20 +214,79 @@ def split_kv(
     return out_BHTE, bound(build(D, E, H // G).split_kv, *tensors, *sizes, *held, scale, torch.get_num_threads())
 
 
-@operator("causal(Tensor q, Tensor k, Tensor v, float scale, int? window=None) -> Tensor")
+@operator("causal(Tensor q, Tensor k, Tensor v, float scale, int? window=None) -> (Tensor, Tensor)")
 def causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int | None = None) -> Prepared:
     """Causal attention of the last T of S tokens, query head h using KV head h // (H/G).
 
     With a window each token sees only itself and the window - 1 before it.
-    Returns (B, H, T, E), laid out as (B, T, H, E). Keys and values have no gaps between tokens.
+    Returns (B, H, T, E), laid out as (B, T, H, E), and of each query log2 of the sum of its weights 2^score (B, H, T).
+    Keys and values have no gaps between tokens. It has gradients.
     """
     B, H, T, D = q_BHTD.shape
     G, S, E = v_BGSE.shape[1:]
     out_BTHE = q_BHTD.new_empty(B, T, H, E)
     strides = *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
     sizes = B, H, G, T, S, S if window is None else window, scale, torch.get_num_threads()
-    call = bound(build(D, E).causal, q_BHTD, k_BGSD, v_BGSE, out_BTHE, *strides, *sizes)
-    return out_BTHE.transpose(1, 2), call
+    weight_BHT = q_BHTD.new_empty(B, H, T)
+    call = bound(build(D, E).causal, q_BHTD, k_BGSD, v_BGSE, out_BTHE, weight_BHT, *strides, *sizes)
+    return (out_BTHE.transpose(1, 2), weight_BHT), call
+
+
+@operator(
+    "causal_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor weight, float scale, "
+    "int? window=None) -> (Tensor, Tensor, Tensor)"
+)
+def causal_backward(
+    grad_BHTE: Tensor,
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    out_BHTE: Tensor,
+    weight_BHT: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Prepared:
+    """Gradients of `causal`: of queries, and of keys and values each query head's own, (B, H, S, D) and (B, H, S, E).
+
+    All are laid out as (B, tokens, H, size). The gradient of a result has no gaps within a query's.
+    """
+    B, H, T, D = q_BHTD.shape
+    G, S, E = v_BGSE.shape[1:]
+    found = [q_BHTD.new_empty(B, tokens, H, size) for tokens, size in ((T, D), (S, D), (S, E))]
+    tensors = grad_BHTE, q_BHTD, k_BGSD, v_BGSE, out_BHTE, weight_BHT, *found
+    strides = *grad_BHTE.stride()[:3], *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
+    sizes = B, H, G, T, S, S if window is None else window, scale, torch.get_num_threads()
+    return tuple(x.transpose(1, 2) for x in found), bound(build(D, E).causal_backward, *tensors, *strides, *sizes)
+
+
+@torch.library.register_fake(causal, lib=library)
+def _(q_BHTD, k_BGSD, v_BGSE, scale, window=None):
+    B, H, T, _ = q_BHTD.shape
+    return q_BHTD.new_empty(B, T, H, v_BGSE.shape[3]).transpose(1, 2), q_BHTD.new_empty(B, H, T)
+
+
+@torch.library.register_fake(causal_backward, lib=library)
+def _(grad_BHTE, q_BHTD, k_BGSD, v_BGSE, out_BHTE, weight_BHT, scale, window=None):
+    B, H, T, D = q_BHTD.shape
+    S, E = v_BGSE.shape[2:]
+    return tuple(q_BHTD.new_empty(B, tokens, H, size).transpose(1, 2) for tokens, size in ((T, D), (S, D), (S, E)))
+
+
+def _keeps(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.how = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, grad_BHTE: Tensor, _) -> tuple:
+    q_BHTD, k_BGSD, *rest = ctx.saved_tensors
+    grad_BHTE = grad_BHTE if grad_BHTE.stride(3) == 1 else grad_BHTE.contiguous()
+    q_grad, *grads = causal_backward(grad_BHTE, q_BHTD, k_BGSD, *rest, *ctx.how)
+    H, G = q_BHTD.shape[1], k_BGSD.shape[1]
+    return q_grad, *(x if H == G else x.unflatten(1, (G, H // G)).sum(2) for x in grads), None, None
+
+
+torch.library.register_autograd(causal, _gradients, setup_context=_keeps, lib=library)
 
 
 @operator("put(Tensor(a!) stream, Tensor new, Tensor position) -> ()")
