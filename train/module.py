@@ -1,7 +1,7 @@
 """Training of one language model as a LightningModule that works with any Trainer.
 
 AdamW with decay on matrices alone, linear warm-up and a cosine to a tenth, clipped gradients: nanoGPT's conventions.
-The blocks and the loss are compiled where the run is long enough to gain by it.
+The blocks, and the loss on a GPU, are compiled where the run is long enough to gain by it.
 Everything logged stands at the number of tokens seen, in every logger the Trainer has, under names that are the same
 for every variant.
 """
@@ -16,6 +16,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from archs import build
@@ -116,15 +117,15 @@ class LanguageModel(L.LightningModule):
             self._compiles = True
 
     def teardown(self, stage: str) -> None:
-        """The blocks are as they were: decode would compile them again for each length."""
-        for block in self.model.blocks:
-            block._compiled_call_impl = None
+        """The parts are as they were: decode would compile them again for each length."""
+        for part in (*self.model.blocks, self.model.norm):
+            part._compiled_call_impl = None
         self._token_nats, self._compiles = token_nats, False
 
     def compile_parts(self, **how: Any) -> None:
-        """Compiles each block, alike ones together, and the loss; `how` goes to torch.compile."""
-        for block in self.model.blocks:
-            block.compile(dynamic=False, **how)
+        """Compiles each block, alike ones together, the last norm and the loss; `how` goes to torch.compile."""
+        for part in (*self.model.blocks, self.model.norm):
+            part.compile(dynamic=False, **how)
         self._token_nats = torch.compile(token_nats, dynamic=False, **how)
 
     def mean_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -137,7 +138,9 @@ class LanguageModel(L.LightningModule):
         return nats / (targets_BT != IGNORED).sum()
 
     def _sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self._token_nats(self.model(inputs_BT), targets_BT).sum()
+        if inputs_BT.is_cuda:
+            return self._token_nats(self.model(inputs_BT), targets_BT).sum()
+        return SumNats.apply(self.model.normed(inputs_BT), self.model.unembed.weight, targets_BT)
 
     @property
     def tokens_per_s(self) -> float:
@@ -283,6 +286,37 @@ def token_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     logits = logits_BTV.float().flatten(0, 1)
     nats = F.cross_entropy(logits, targets_BT.flatten(), reduction="none", ignore_index=IGNORED)
     return nats.view(targets_BT.shape)
+
+
+class SumNats(torch.autograd.Function):
+    """The sum of `token_nats` of x (B, T, W) times a weight (V, W): the gradients are made with the loss, some rows at
+    a time, so that logits never leave a CPU's caches (as in Liger Kernel, arXiv 2410.10989, section 3.2).
+    """
+
+    ROWS = 512
+
+    @staticmethod
+    def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_VW.dtype
+        x_NW, weight = x_BTW.detach().flatten(0, 1), weight_VW.detach().to(dtype)
+        targets_N, sum_nats = targets_BT.flatten(), torch.zeros(())
+        x_grad, weight_grad = torch.zeros_like(x_NW), torch.zeros_like(weight_VW)
+        with torch.autocast("cpu", enabled=False):
+            for rows in (targets_N != IGNORED).nonzero()[:, 0].split(SumNats.ROWS):
+                some, wanted = x_NW[rows].to(dtype), targets_N[rows, None]
+                log_p = (some @ weight.T).float().log_softmax(1)
+                sum_nats -= log_p.gather(1, wanted).sum()
+                change = log_p.exp_().scatter_add_(1, wanted, -torch.ones(wanted.shape)).to(dtype)
+                x_grad[rows] = (change @ weight).to(x_grad.dtype)
+                weight_grad += change.T @ some
+        ctx.save_for_backward(x_grad.view_as(x_BTW), weight_grad)
+        return sum_nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * grad, weight_grad * grad, None
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
