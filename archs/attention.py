@@ -122,8 +122,8 @@ def attend(
 
     Without values, the keys' first `value_size` columns are them. With `seen`, a position (1) on the device, one token
     sees the slots up to it, or all S; `seen` may also say which slots each sequence's one token sees: booleans
-    (B, 1, 1, S). On a CPU the kernel is ours, for one token where no gradient is wanted, on a GPU for a position, else torch's. A
-    cache under a technique, or in blocks, which stands for keys and values, attends itself.
+    (B, 1, 1, S). On a CPU the kernel is ours, for one token where no gradient is wanted, on a GPU for a position, else
+    torch's. A cache under a technique, or in blocks, which stands for keys and values, attends itself.
     """
     if not isinstance(k_BGSD, Tensor):
         return k_BGSD.attend(q_BHTD, scale, value_size)

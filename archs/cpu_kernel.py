@@ -60,7 +60,7 @@ def build(D: int = 0, E: int = 0, M: int = 0) -> ctypes.CDLL | None:
         warnings.warn(f"decode and prefill go without the C++ kernel, more slowly: {reason}", stacklevel=2)
         return None
     if not D:
-        built.take.errcheck = _all_there
+        built.take.errcheck = built.cross_entropy.errcheck = _all_there
         built.read_all.restype = ctypes.c_float
     return built
 
@@ -322,6 +322,16 @@ def gated(gate_up: Tensor) -> Prepared:
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], F)
     return out, bound(build().gated_rows, gate_up, out, out.numel() // F, F, torch.get_num_threads())
+
+
+@operator("cross_entropy(Tensor(a!) logits, Tensor targets) -> Tensor")
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Prepared:
+    """Nats (N); the logits become its gradients: softmax, less 1 at the target. IndexError for a target of no logit.
+
+    Both are contiguous.
+    """
+    nats_N = logits_NV.new_empty(len(logits_NV))
+    return nats_N, bound(build().cross_entropy, logits_NV, targets_N, nats_N, *logits_NV.shape, torch.get_num_threads())
 
 
 @operator("take(Tensor table, Tensor index) -> Tensor")

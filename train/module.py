@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from archs import build
-from archs.cpu_kernel import compiler
+from archs.cpu_kernel import compiler, cross_entropy, takes
 from train.batches import IGNORED
 
 COMPILED_FROM = {"cuda": 2e15, "cpu": 2e14}  # FLOPs of a run, by parameters: compiling takes up to a minute or two
@@ -138,7 +138,7 @@ class LanguageModel(L.LightningModule):
         return nats / (targets_BT != IGNORED).sum()
 
     def _sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        if inputs_BT.is_cuda:
+        if inputs_BT.device.type != "cpu":
             return self._token_nats(self.model(inputs_BT), targets_BT).sum()
         return SumNats.apply(self.model.normed(inputs_BT), self.model.unembed.weight, targets_BT)
 
@@ -293,7 +293,7 @@ class SumNats(torch.autograd.Function):
     a time, so that logits never leave a CPU's caches (as in Liger Kernel, arXiv 2410.10989, section 3.2).
     """
 
-    ROWS = 512
+    ROWS = 256
 
     @staticmethod
     def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
@@ -303,10 +303,15 @@ class SumNats(torch.autograd.Function):
         x_grad, weight_grad = torch.zeros_like(x_NW), torch.zeros_like(weight_VW)
         with torch.autocast("cpu", enabled=False):
             for rows in (targets_N != IGNORED).nonzero()[:, 0].split(SumNats.ROWS):
-                some, wanted = x_NW[rows].to(dtype), targets_N[rows, None]
-                log_p = (some @ weight.T).float().log_softmax(1)
-                sum_nats -= log_p.gather(1, wanted).sum()
-                change = log_p.exp_().scatter_add_(1, wanted, -torch.ones(wanted.shape)).to(dtype)
+                some, wanted = x_NW[rows].to(dtype), targets_N[rows]
+                logits = (some @ weight.T).float()
+                if takes(logits):
+                    sum_nats += cross_entropy(logits, wanted).sum()
+                else:
+                    logits = logits.log_softmax(1)
+                    sum_nats -= logits.gather(1, wanted[:, None]).sum()
+                    logits.exp_()[torch.arange(len(rows)), wanted] -= 1
+                change = logits.to(dtype)
                 x_grad[rows] = (change @ weight).to(x_grad.dtype)
                 weight_grad += change.T @ some
         ctx.save_for_backward(x_grad.view_as(x_BTW), weight_grad)

@@ -18,6 +18,7 @@ from archs.cpu_kernel import (
     build,
     causal,
     compiler,
+    cross_entropy,
     fade,
     gated,
     head_linear,
@@ -95,8 +96,61 @@ def test_many_tokens_attend_to_those_before_them(shape, tokens, held, window):
     q, k, v = torch.randn(2, tokens, H, D).transpose(1, 2), *inputs((H, G, D, E + 3), 2, held)[1:]
     with torch.inference_mode():
         assert takes_causal(q, k, v) == (tokens >= 8)  # torch's is as fast for few
-        got = causal(q, k, v, 0.2, window)
+        got, _ = causal(q, k, v, 0.2, window)
     torch.testing.assert_close(got, by_definition(q, k, v, window, 0.2), rtol=1e-5, atol=2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", ["mha", "gqa", "vectors of four", "vectors of one"])
+@pytest.mark.parametrize(("tokens", "held"), [(1, 1), (16, 16), (50, 50), (37, 101)])
+@pytest.mark.parametrize("window", [None, 1, 16, 23])
+def test_gradients_of_many_tokens_are_those_of_the_definition(shape, tokens, held, window):
+    """In fp64; keys and values of two sizes, a gradient that is the same for all (strides of 0)."""
+    H, G, D, E = SHAPES[shape]
+    torch.manual_seed(held)
+    q, k, v = torch.randn(2, tokens, H, D).transpose(1, 2), *inputs((H, G, D, E + 3), 2, held)[1:]
+    inputs_ = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs_]
+    for grad in (torch.randn(2, H, tokens, E + 3), torch.ones(()).expand(2, H, tokens, E + 3)):
+        got = torch.autograd.grad(causal(*inputs_, 0.2, window)[0], inputs_, grad)
+        expected = torch.autograd.grad(by_definition(*exact, window, 0.2), exact, grad.double())
+        for one, other in zip(got, expected, strict=True):
+            assert (one - other).abs().max() <= 2e-6 * other.abs().max() + 1e-5
+
+
+@needs_compiler
+def test_a_gradient_that_is_broken_stays_broken():
+    """It is seen by all that it reaches, and by no other query or head."""
+    H, _, D, E = SHAPES["mha"]
+    q, k, v = (torch.randn(1, H, 40, size, requires_grad=True) for size in (D, D, E))
+    grad = torch.randn(1, H, 40, E)
+    grad[:, 0, 21] = math.nan
+    got = torch.autograd.grad(causal(q, k, v, 0.2)[0], (q, k, v), grad)
+    assert got[0][:, 0].isnan().all(-1).nonzero()[:, 1].tolist() == [21]
+    assert all(x[:, 0, :22].isnan().all() for x in got[1:])
+    assert not any(x[:, 1:].isnan().any() for x in got)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 7, 64, 300])
+def test_cross_entropy_is_torchs(size):
+    logits = torch.randn(70, size) * torch.logspace(-1, 3, 70)[:, None]
+    targets = torch.randint(size, (70,))
+    exact = logits.double().requires_grad_()
+    nats = F.cross_entropy(exact, targets, reduction="none")
+    nats.sum().backward()
+    got = cross_entropy(logits, targets)
+    torch.testing.assert_close(got, nats.detach().float(), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(logits, exact.grad.float(), rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_cross_entropy_hides_nothing():
+    logits = torch.randn(4, 30)
+    logits[1, 3], logits[2, 29] = math.nan, math.inf
+    assert cross_entropy(logits, torch.tensor([0, 1, 2, 3])).isnan().tolist() == [False, True, True, False]
+    with pytest.raises(IndexError, match="2 of the numbers"):
+        cross_entropy(torch.randn(3, 30), torch.tensor([30, 0, -100]))
 
 
 @needs_compiler
@@ -108,10 +162,10 @@ def test_what_is_broken_stays_broken(shape, broken):
     q, k, v = torch.randn(1, H, 40, D), *inputs(SHAPES[shape], 1, 40)[1:]
     expected = by_definition(q, k, v, scale=0.2)
     k[:, :, 21] = torch.randn(D).abs() * broken
-    got = causal(q.abs(), k, v, 0.2)
+    got, _ = causal(q.abs(), k, v, 0.2)
     assert got[:, :, 21:].isnan().all()
     assert split_kv(q[:, :, -1:].abs(), k, v, 0.2).isnan().all()
-    torch.testing.assert_close(causal(q, k, v, 0.2)[:, :, :21], expected[:, :, :21], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(causal(q, k, v, 0.2)[0][:, :, :21], expected[:, :, :21], rtol=1e-5, atol=2e-6)
 
 
 @needs_compiler
@@ -401,8 +455,12 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
         got = split_kv(q, k, v, 0.2)
         torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
     prompt = torch.randn(2, len(q[0]), 50, q.shape[3])
-    got = causal(prompt, k, v, 0.2, 20)
-    torch.testing.assert_close(got, by_definition(prompt, k, v, 20, 0.2), rtol=1e-5, atol=2e-6)
+    prompt.requires_grad_()
+    expected = by_definition(prompt, k, v, 20, 0.2)
+    got, _ = causal(prompt, k, v, 0.2, 20)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+    grads = [torch.autograd.grad(x.square().sum(), prompt)[0] for x in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
     x, w = torch.randn(5, 64), torch.randn(48, 64)
     torch.testing.assert_close(linear(x, w), F.linear(x, w), rtol=1e-5, atol=1e-5)
     build.cache_clear()

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from archs import VARIANTS
+from train.batches import IGNORED
 from train.checkpoints import checkpoints, newest_whole
 from train.corpus import Corpus
 from train.data import TextData
 from train.errors import Interrupted
 from train.files import read_record
-from train.module import LanguageModel
+from train.module import LanguageModel, SumNats, token_nats
 from train.plan import Plan
 from train.progress import StudyProgress
 from train.runner import KeepGoing, step_counts, train_run, train_runs
@@ -81,6 +82,27 @@ def test_compiled_parts_have_the_same_loss_and_gradients(arch, own):
         loss.backward()
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_in_parts_has_the_sum_and_the_gradients_of_the_whole(ours, precision, monkeypatch):
+    """Also of targets that are ignored, of them all, and multiplied by what comes after."""
+    monkeypatch.setattr(SumNats, "ROWS", 16)
+    if not ours:
+        monkeypatch.setattr("train.module.takes", lambda *_: False)
+    x, weight = torch.randn(3, 29, 32, requires_grad=True), torch.randn(70, 32, requires_grad=True)
+    targets = torch.randint(70, (3, 29))
+    targets[1, 3:20] = IGNORED
+    for wanted in (targets, torch.full_like(targets, IGNORED)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            found = SumNats.apply(x, weight, wanted)
+            expected = token_nats(x @ weight.T, wanted).sum()
+        assert found.dtype == torch.float32
+        within = {"rtol": 1e-5, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.02, "atol": 0.1}
+        torch.testing.assert_close(found, expected, **within)
+        for pair in zip(*(torch.autograd.grad(loss / 7, (x, weight)) for loss in (found, expected)), strict=True):
+            torch.testing.assert_close(*pair, **within)
 
 
 def test_a_long_run_is_compiled_and_the_step_that_compiles_is_not_timed(data, monkeypatch):
