@@ -1,4 +1,4 @@
-// Decode and prefill on a CPU, where torch waits for memory or for its own operators; built by cpu_kernel.py.
+// Decode, prefill and training on a CPU, where torch waits for memory or for its own operators; built by cpu_kernel.py.
 //
 // Attention: queries that share keys go through them together, a tile of N tokens at a time, with a running softmax
 // (Milakov and Gimelshein 2018, arXiv 1805.02867). Of one new token over a static cache they are those of a KV head, and
@@ -438,12 +438,12 @@ INLINE void product(const float *a, const float *b, float *c) {
 }
 
 // Its gradients (FlashAttention-2, algorithm 2): of q (B, T, H, D), and each query head's own of k (B, S, H, D) and of v
-// (B, S, H, E); that of out has strides of batch, head and token.
+// (B, S, H, E); out and that of out have strides of batch, head and token.
 extern "C" void causal_backward(const float *grad, const float *q, const float *k, const float *v, const float *out,
                                 const float *weight, float *q_grad, float *k_grad, float *v_grad, long grad_batch,
                                 long grad_head, long grad_token, long q_batch, long q_head, long q_token, long k_batch,
-                                long k_head, long v_batch, long v_head, long B, long H, long G, long T, long S,
-                                long window, float scale, long threads) {
+                                long k_head, long v_batch, long v_head, long out_batch, long out_head, long out_token,
+                                long B, long H, long G, long T, long S, long window, float scale, long threads) {
     const long padded = (S + N - 1) / N * N;
 #pragma omp parallel num_threads(threads)
     {
@@ -473,7 +473,7 @@ extern "C" void causal_backward(const float *grad, const float *q, const float *
                 rows_of(q + b * q_batch + h * q_head + t * q_token, q_token, D, rows, scale, queries, columns, 1.44269504f);
                 rows_of(mean, grad_token, E, rows, 1, means, mean_columns, 1);
                 for (int m = 0; m < M; m++) {
-                    const float *o = out + ((b * T + t + m) * H + h) * E;
+                    const float *o = out + b * out_batch + h * out_head + (t + m) * out_token;
                     float along = 0;
                     if (m < rows)
                         for (int e = 0; e < E; e++) along += means[m * E + e] * o[e];

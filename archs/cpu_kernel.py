@@ -1,10 +1,11 @@
 """What torch is slow at on a CPU, in C++ that is built for each shape when first needed.
 
 Attention of one new token over a static cache: torch's kernel computes and waits for memory by turns, ours fetches
-ahead (cpu_kernel.cpp says how). Of a prompt: torch's computes at half the rate of a matrix product. Products of few
-rows with a weight matrix: torch's takes twice as long as reading it. Norms, gates, rotary positions, retention's decay:
-several passes in torch, or operators that take longer to start than to run. And a read of memory, the roof. A build
-takes a second or two and is kept in the user's cache folder; without a compiler, torch's take over.
+ahead (cpu_kernel.cpp says how). Of a prompt, and its gradients: torch's computes at half the rate of a matrix product
+or less. Products of few rows with a weight matrix: torch's takes twice as long as reading it. Norms, gates, rotary
+positions, retention's decay, cross-entropy: several passes in torch, or operators that take longer to start than to run.
+And a read of memory, the roof. A build takes a second or two and is kept in the user's cache folder; without a compiler,
+torch's take over.
 
 Shapes: B batch, H query heads, G KV heads, M = H/G, S cached tokens, D key size, E value size; K inputs and F outputs
 of a matrix.
@@ -57,7 +58,7 @@ def build(D: int = 0, E: int = 0, M: int = 0) -> ctypes.CDLL | None:
     except (subprocess.CalledProcessError, OSError) as e:
         said = e.stderr.decode(errors="replace") if isinstance(e, subprocess.CalledProcessError) else str(e)
         reason = (said.strip().splitlines() or ["no message"])[0]
-        warnings.warn(f"decode and prefill go without the C++ kernel, more slowly: {reason}", stacklevel=2)
+        warnings.warn(f"decode, prefill and training go without the C++ kernel, more slowly: {reason}", stacklevel=2)
         return None
     if not D:
         built.take.errcheck = built.cross_entropy.errcheck = _all_there
@@ -248,14 +249,14 @@ def causal_backward(
 ) -> Prepared:
     """Gradients of `causal`: of queries, and of keys and values each query head's own, (B, H, S, D) and (B, H, S, E).
 
-    All are laid out as (B, tokens, H, size). The gradient of a result has no gaps within a query's.
+    All are laid out as (B, tokens, H, size). Results and their gradients have no gaps within a query's.
     """
     B, H, T, D = q_BHTD.shape
     G, S, E = v_BGSE.shape[1:]
     found = [q_BHTD.new_empty(B, tokens, H, size) for tokens, size in ((T, D), (S, D), (S, E))]
     tensors = grad_BHTE, q_BHTD, k_BGSD, v_BGSE, out_BHTE, weight_BHT, *found
     strides = *grad_BHTE.stride()[:3], *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
-    sizes = B, H, G, T, S, S if window is None else window, scale, torch.get_num_threads()
+    sizes = *out_BHTE.stride()[:3], B, H, G, T, S, S if window is None else window, scale, torch.get_num_threads()
     return tuple(x.transpose(1, 2) for x in found), bound(build(D, E).causal_backward, *tensors, *strides, *sizes)
 
 
@@ -426,6 +427,16 @@ def _attention_flops(q_shape, k_shape, v_shape, scale, position=None, table_shap
 @register_flop_formula(causal.overloadpacket)
 def _causal_flops(q_shape, k_shape, v_shape, scale, window=None, *, out_shape=None) -> int:
     return 2 * math.prod(q_shape[:3]) * min(k_shape[2], window or k_shape[2]) * (k_shape[3] + v_shape[3])
+
+
+@register_flop_formula(causal_backward.overloadpacket)
+def _causal_backward_flops(
+    grad_shape, q_shape, k_shape, v_shape, out_shape_, weight_shape, *how, out_shape=None
+) -> int:
+    """Five products: scores and gradients of weights, of queries, of keys and of values."""
+    window = how[1] if len(how) > 1 else None
+    pairs = math.prod(q_shape[:3]) * min(k_shape[2], window or k_shape[2])
+    return 2 * pairs * (3 * k_shape[3] + 2 * v_shape[3])
 
 
 @register_flop_formula(linear.overloadpacket)
