@@ -3,9 +3,9 @@
 Attention of one new token over a static cache: torch's kernel computes and waits for memory by turns, ours fetches
 ahead (cpu_kernel.cpp says how). Of a prompt, and its gradients: torch's computes at half the rate of a matrix product
 or less. Products of few rows with a weight matrix: torch's takes twice as long as reading it. Norms, gates, rotary
-positions, retention's decay, cross-entropy: several passes in torch, or operators that take longer to start than to run.
-And a read of memory, the roof. A build takes a second or two and is kept in the user's cache folder; without a compiler,
-torch's take over.
+positions, retention's decay, cross-entropy: several passes in torch, or operators that take longer to start than to
+run. And a read of memory, the roof. A build takes a second or two and is kept in the user's cache folder; without a
+compiler, torch's take over.
 
 Shapes: B batch, H query heads, G KV heads, M = H/G, S cached tokens, D key size, E value size; K inputs and F outputs
 of a matrix.
@@ -430,11 +430,8 @@ def _causal_flops(q_shape, k_shape, v_shape, scale, window=None, *, out_shape=No
 
 
 @register_flop_formula(causal_backward.overloadpacket)
-def _causal_backward_flops(
-    grad_shape, q_shape, k_shape, v_shape, out_shape_, weight_shape, *how, out_shape=None
-) -> int:
+def _causal_backward_flops(grad_shape, q_shape, k_shape, v_shape, out, weight, scale, window=None, **kwargs) -> int:
     """Five products: scores and gradients of weights, of queries, of keys and of values."""
-    window = how[1] if len(how) > 1 else None
     pairs = math.prod(q_shape[:3]) * min(k_shape[2], window or k_shape[2])
     return 2 * pairs * (3 * k_shape[3] + 2 * v_shape[3])
 

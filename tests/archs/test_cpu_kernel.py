@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import by_definition
+from torch.utils.flop_counter import FlopCounterMode
 
 from archs import cpu_kernel
 from archs.attention import attend, rope_table, rotate
@@ -112,7 +113,10 @@ def test_gradients_of_many_tokens_are_those_of_the_definition(shape, tokens, hel
     inputs_ = [x.requires_grad_() for x in (q, k, v)]
     exact = [x.detach().double().requires_grad_() for x in inputs_]
     for grad in (torch.randn(2, H, tokens, E + 3), torch.ones(()).expand(2, H, tokens, E + 3)):
-        got = torch.autograd.grad(causal(*inputs_, 0.2, window)[0], inputs_, grad)
+        with FlopCounterMode(display=False) as counter:
+            got = torch.autograd.grad(causal(*inputs_, 0.2, window)[0], inputs_, grad)
+        pairs = 2 * H * tokens * min(held, window or held)
+        assert counter.get_total_flops() == 2 * pairs * (4 * D + 3 * (E + 3))  # seven products
         expected = torch.autograd.grad(by_definition(*exact, window, 0.2), exact, grad.double())
         for one, other in zip(got, expected, strict=True):
             assert (one - other).abs().max() <= 2e-6 * other.abs().max() + 1e-5
