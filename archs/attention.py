@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from archs.cpu_kernel import causal, split_kv, takes, takes_attention, takes_causal
+from archs.cpu_kernel import causal, learning_rotate, split_kv, takes, takes_attention, takes_causal
 from archs.cpu_kernel import rope as rope_of_one
-from archs.cpu_kernel import rotate as turned
 
 Rope = tuple[Tensor, Tensor]
 # For one query on a GPU: cuDNN, torch's choice on Hopper, makes a plan for each length.
@@ -59,8 +58,8 @@ def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Applies rotary positions; dimension i is paired with i + D/2, as Llama does. Also to (N, D), a table row each."""
     cos, sin = rope
     rows = cos.stride(-1) == 1 and cos.shape == sin.shape and cos.stride() == sin.stride()
-    if x_BHTD.dim() == 4 and x_BHTD.stride(3) == 1 and rows and takes(x_BHTD, cos, sin):
-        return turned(x_BHTD, cos, sin)
+    if x_BHTD.dim() == 4 and x_BHTD.stride(3) == 1 and rows and takes(x_BHTD, cos, sin, learns=True):
+        return learning_rotate(x_BHTD, cos, sin)
     a, b = x_BHTD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
 

@@ -622,6 +622,26 @@ extern "C" void gated_rows(const float *x, float *out, long rows, long F, long t
     for (long i = 0; i < rows; i++) gated(x + i * 2 * F, x + i * 2 * F + F, out + i * F, F);
 }
 
+// Its gradients, from place `i` of a row on, as many at a time as T has.
+template <class T> static long change(const float *grad, const float *gate, const float *up, float *out, long i, long F) {
+    for (; i <= F - width<T>; i += width<T>) {
+        T a = load<T>(gate + i), g = load<T>(grad + i), e = exp2_of((a < 0 ? a : -a) * 1.44269504f);
+        T share = (a < 0 ? e : e * 0 + 1) / (1 + e);
+        store(out + i, g * load<T>(up + i) * share * (1 + a * (1 - share)));
+        store(out + F + i, g * a * share);
+    }
+    return i;
+}
+
+extern "C" void gated_rows_backward(const float *grad, const float *x, float *out, long rows, long F, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * F > 1 << 14)
+    for (long i = 0; i < rows; i++) {
+        const float *g = grad + i * F, *gate = x + i * 2 * F;
+        long whole = change<native>(g, gate, gate + F, out + i * 2 * F, 0, F);
+        change<Vector<1>::type>(g, gate, gate + F, out + i * 2 * F, whole, F);
+    }
+}
+
 // out (rows, K) = (silu(x gate^T) * (x up^T)) down^T of x (rows, K), gate and up (F, K) and down (K, F); K and F are 16 or
 // more.
 extern "C" void swiglu(const float *x, const float *gate_up, const float *down, float *out, long rows, long K, long F,
@@ -729,6 +749,30 @@ extern "C" void rms_norm(const float *x, const float *weight, float *out, long r
         if (weight)
 #pragma omp simd
             for (long j = 0; j < width; j++) o[j] *= weight[j];
+    }
+}
+
+// Its gradients: of x, contiguous, and of the weight (blocks, width), where each block of rows has its own.
+extern "C" void rms_norm_backward(const float *grad, const float *x, const float *weight, float *x_grad,
+                                  float *weight_grad, long blocks, long rows, long width, long step, float eps,
+                                  long threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > 1 << 14)
+    for (long block = 0; block < blocks; block++) {
+        float *w = weight_grad + block * width;
+        std::fill(w, w + width, 0.0f);
+        for (long i = rows * block / blocks; i < rows * (block + 1) / blocks; i++) {
+            const float *p = x + i * step, *g = grad + i * width;
+            float square = 0, along = 0;
+#pragma omp simd reduction(+ : square, along)
+            for (long j = 0; j < width; j++) square += p[j] * p[j], along += g[j] * (weight ? weight[j] : 1) * p[j];
+            const float scale = 1 / std::sqrt(square / width + eps), back = along * scale * scale / width;
+            float *o = x_grad + i * width;
+#pragma omp simd
+            for (long j = 0; j < width; j++) {
+                o[j] = scale * (g[j] * (weight ? weight[j] : 1) - p[j] * back);
+                w[j] += g[j] * p[j] * scale;
+            }
+        }
     }
 }
 

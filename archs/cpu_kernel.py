@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -107,9 +108,12 @@ def reader(x: Tensor) -> Callable[[], float] | None:
     return built and (lambda: bound(built.read_all, x, x.numel(), torch.get_num_threads())())
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the operators below may get these: fp32 on a CPU, no gradient wanted, and a compiler to build them."""
-    grad = torch.is_grad_enabled()
+def takes(*tensors: Tensor, learns: bool = False) -> bool:
+    """Whether the operators below may get these: fp32 on a CPU, and a compiler to build them.
+
+    No gradient is wanted either, unless there is one (`learns`); torch.compile makes its own.
+    """
+    grad = torch.is_grad_enabled() and not learns
     for x in tensors:
         if not x.is_cpu or x.dtype != torch.float32 or (grad and x.requires_grad):
             return False
@@ -290,6 +294,28 @@ def _gradients(ctx, grad_BHTE: Tensor, _) -> tuple:
 torch.library.register_autograd(causal, _gradients, setup_context=_keeps, lib=library)
 
 
+def learning(made: Callable, gradients: Callable) -> Callable:
+    """An operator with gradients: `gradients` gives them for that of its result, followed by its arguments."""
+
+    class Learning(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
+            ctx.save_for_backward(*(x for x in arguments if isinstance(x, Tensor)))
+            ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in arguments]
+            return made(*arguments)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            tensors = iter(ctx.saved_tensors)
+            return gradients(grad, *(next(tensors) if x is None else x[0] for x in ctx.arguments))
+
+    def run(*arguments: Any) -> Tensor:
+        return Learning.apply(*arguments) if torch.is_grad_enabled() else made(*arguments)
+
+    return run
+
+
 @operator("put(Tensor(a!) stream, Tensor new, Tensor position) -> ()")
 def put(stream_BGSD: Tensor, new_BG1D: Tensor, position: Tensor) -> Prepared:
     """Writes one token's vectors into the slot that `position` says."""
@@ -323,6 +349,19 @@ def gated(gate_up: Tensor) -> Prepared:
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], F)
     return out, bound(build().gated_rows, gate_up, out, out.numel() // F, F, torch.get_num_threads())
+
+
+@operator("gated_backward(Tensor grad, Tensor gate_up) -> Tensor")
+def gated_backward(grad: Tensor, gate_up: Tensor) -> Prepared:
+    """Of gate and up, (..., 2 F); both arguments are contiguous."""
+    F = gate_up.shape[-1] // 2
+    found = torch.empty_like(gate_up)
+    return found, bound(
+        build().gated_rows_backward, grad, gate_up, found, grad.numel() // F, F, torch.get_num_threads()
+    )
+
+
+learning_gated = learning(gated, lambda grad, gate_up: gated_backward(grad.contiguous(), gate_up))
 
 
 @operator("cross_entropy(Tensor(a!) logits, Tensor targets) -> Tensor")
@@ -360,6 +399,13 @@ def rotate(x_BHTD: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
     return out, call
 
 
+def _turned_back(grad: Tensor, x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor | None, ...]:
+    return rotate(grad if grad.stride(3) == 1 else grad.contiguous(), cosine, -sine), None, None
+
+
+learning_rotate = learning(rotate, _turned_back)
+
+
 @operator("fade(Tensor(a!) scores, Tensor q, Tensor k, Tensor log_decay) -> ()")
 def fade(scores_NCC: Tensor, q_NCD: Tensor, k_NCD: Tensor, log_decay_NC: Tensor) -> Prepared:
     """Scores of earlier tokens of a chunk fade by summed log decays; a token's own is summed in fp64; others are 0.
@@ -377,6 +423,23 @@ def rms_norm(x_NW: Tensor, weight: Tensor | None, eps: float) -> Prepared:
     out = x_NW.new_empty(x_NW.shape)
     sizes = *x_NW.shape, x_NW.stride(0)
     return out, bound(build().rms_norm, x_NW, weight, out, *sizes, eps, torch.get_num_threads())
+
+
+@operator("rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
+def rms_norm_backward(grad_NW: Tensor, x_NW: Tensor, weight: Tensor | None, eps: float) -> Prepared:
+    """Of x (N, W), and parts of the weight's (16, W) to be summed; the gradient is contiguous."""
+    found, parts = torch.empty_like(grad_NW), grad_NW.new_empty(16, grad_NW.shape[1])
+    sizes = len(parts), *x_NW.shape, x_NW.stride(0)
+    tensors = grad_NW, x_NW, weight, found, parts
+    return (found, parts), bound(build().rms_norm_backward, *tensors, *sizes, eps, torch.get_num_threads())
+
+
+def _norms_gradients(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor | None, ...]:
+    of_x, parts = rms_norm_backward(grad.contiguous(), x, weight, eps)
+    return of_x, None if weight is None else parts.sum(0), None
+
+
+learning_rms_norm = learning(rms_norm, _norms_gradients)
 
 
 @operator("head_linear(Tensor x, Tensor weight) -> Tensor")

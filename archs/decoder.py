@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
-from archs.cpu_kernel import FEW, add, gated, linear, rms_norm, swiglu, take, takes, takes_few
+from archs.cpu_kernel import FEW, add, learning_gated, learning_rms_norm, linear, swiglu, take, takes, takes_few
 from archs.graph import RecordedStep, records
 
 NORM_EPS = 1e-6
@@ -106,11 +106,11 @@ def kv_heads_divide(options: Any) -> None:
 
 
 def normed(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """RMSNorm over the last dimension; on a CPU, where torch's is seven passes, ours where no gradient is wanted."""
-    if not takes(x, *([] if weight is None else [weight])):
+    """RMSNorm over the last dimension; ours on a CPU, where torch's is seven passes."""
+    if not takes(x, *([] if weight is None else [weight]), learns=True):
         return F.rms_norm(x, x.shape[-1:], weight, NORM_EPS)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return rms_norm(x.reshape(-1, x.shape[-1]), weight, NORM_EPS).view(x.shape)
+    return learning_rms_norm(x.reshape(-1, x.shape[-1]), weight, NORM_EPS).view(x.shape)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -155,8 +155,8 @@ class FFN(nn.Module):
         if takes_few(x_BTW, gate_up, down):
             return swiglu(x_BTW.contiguous(), gate_up, down)
         gate_up = self.gate_up(x_BTW)
-        if gate_up.is_contiguous() and takes(gate_up):
-            return self.down(gated(gate_up))
+        if gate_up.is_contiguous() and takes(gate_up, learns=True):
+            return self.down(learning_gated(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 

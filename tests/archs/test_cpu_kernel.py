@@ -24,6 +24,7 @@ from archs.cpu_kernel import (
     gated,
     head_linear,
     join,
+    learning_gated,
     linear,
     put,
     reader,
@@ -37,7 +38,7 @@ from archs.cpu_kernel import (
     takes_few,
     takes_heads,
 )
-from archs.decoder import Embedding, RMSNorm
+from archs.decoder import NORM_EPS, Embedding, RMSNorm, normed
 
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
 # query heads, KV heads, key size, value size (None: the values are the first columns of the keys)
@@ -336,7 +337,7 @@ def test_one_token_is_turned_as_many_are(positions):
     with torch.inference_mode():
         assert takes(x, *rope)
         got = rotate(x, rope)
-    torch.testing.assert_close(got, rotate(x.requires_grad_(), rope).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, rotate(x.double(), rope).float(), rtol=1e-5, atol=1e-6)  # torch's
 
 
 @needs_compiler
@@ -344,7 +345,36 @@ def test_one_token_is_turned_as_many_are(positions):
 def test_many_tokens_are_turned_as_torch_does(size):
     x, rope = torch.randn(3, 40, 5, 2 * size).transpose(1, 2)[..., size:], rope_table(11, 40, size, 10_000.0, "cpu")
     got = rotate(x, rope)
-    torch.testing.assert_close(got, rotate(x.requires_grad_(), rope).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, rotate(x.double(), rope).float(), rtol=1e-5, atol=1e-6)  # torch's
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(3, 7, 50), (1, 1, 1), (40, 16, 256), (5, 2, 1366)])
+@pytest.mark.parametrize("layer", ["norm", "norm without weight", "gate", "rotary"])
+def test_gradients_of_a_layers_parts_are_torchs(shape, layer, monkeypatch):
+    """Of inputs with gaps, and of weights; in fp64."""
+    x = torch.randn(shape).transpose(0, 1)
+    x = torch.cat((x, x), -1).mul_(10).requires_grad_()
+    size = shape[-1]
+    if layer.startswith("norm"):
+        x = x.detach()[..., :size].requires_grad_()
+        weights = [] if "without" in layer else [torch.randn(size, requires_grad=True)]
+        ours, torchs = normed, lambda *given: F.rms_norm(given[0], (size,), *given[1:], eps=NORM_EPS)
+    elif layer == "gate":
+        weights, ours = [], learning_gated
+        torchs = lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]  # noqa: E731
+    else:
+        table = rope_table(3, shape[0], 2 * size, 10_000.0, "cpu")
+        x, weights = x.detach().transpose(0, 1)[None].transpose(1, 2).requires_grad_(), []
+        ours = torchs = lambda x: rotate(x, table)
+    given = [x, *weights]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    assert takes(*given, learns=True)
+    expected = torchs(*exact)
+    grad = torch.randn(expected.shape[::-1]).permute(*range(expected.dim())[::-1])
+    got = torch.autograd.grad(ours(*given), given, grad)
+    for one, other in zip(got, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-5)
 
 
 @needs_compiler
