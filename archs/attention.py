@@ -58,7 +58,7 @@ def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     """Applies rotary positions; dimension i is paired with i + D/2, as Llama does. Also to (N, D), a table row each."""
     cos, sin = rope
     rows = cos.stride(-1) == 1 and cos.shape == sin.shape and cos.stride() == sin.stride()
-    if x_BHTD.dim() == 4 and x_BHTD.stride(3) == 1 and rows and takes(x_BHTD, cos, sin, learns=True):
+    if x_BHTD.dim() == 4 and x_BHTD.stride(3) == 1 and rows and takes(x_BHTD, learns=True) and takes(cos, sin):
         return learning_rotate(x_BHTD, cos, sin)
     a, b = x_BHTD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)

@@ -685,7 +685,7 @@ extern "C" long cross_entropy(float *logits, const long *target, float *nats, lo
         }
         float total = sum(totals);
         for (; v < V; v++) total += x[v] = std::exp(x[v] - top);
-        nats[i] = std::log(total) + top - wanted;
+        nats[i] = std::log(total) + (top - wanted);
         for (long v = 0; v < V; v++) x[v] *= 1 / total;
         x[target[i]] -= 1;
     }

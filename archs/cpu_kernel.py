@@ -88,7 +88,7 @@ def _load(folder: Path, sizes: list[str]) -> ctypes.CDLL:
 
 def _all_there(missing: int, *call: Any) -> None:
     if missing:
-        raise IndexError(f"{missing} of the numbers are of no row of the table")
+        raise IndexError(f"{missing} of the numbers are out of range")
 
 
 def bound(function: Callable, *arguments: Tensor | float | None) -> Callable[[], Any]:
@@ -291,24 +291,32 @@ def _gradients(ctx, grad_BHTE: Tensor, _) -> tuple:
     return q_grad, *(x if H == G else x.unflatten(1, (G, H // G)).sum(2) for x in grads), None, None
 
 
+def _no_second_gradients(ctx, *grads: Tensor) -> None:
+    raise NotImplementedError("attention has no second gradients on a CPU")
+
+
 torch.library.register_autograd(causal, _gradients, setup_context=_keeps, lib=library)
+torch.library.register_autograd(causal_backward, _no_second_gradients, lib=library)
 
 
-def learning(made: Callable, gradients: Callable) -> Callable:
-    """An operator with gradients: `gradients` gives them for that of its result, followed by its arguments."""
+def learning(made: Callable, gradients: Callable, tensors: slice = slice(None)) -> Callable:
+    """An operator with gradients: `gradients` gives them for that of its result, followed by its arguments.
+
+    Of those some are `tensors`, or None, that it needs.
+    """
 
     class Learning(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Tensor:
-            ctx.save_for_backward(*(x for x in arguments if isinstance(x, Tensor)))
-            ctx.arguments = [None if isinstance(x, Tensor) else (x,) for x in arguments]
+            kept = arguments[tensors]
+            ctx.save_for_backward(*(x for x in kept if x is None or isinstance(x, Tensor)))
+            ctx.others = [x for x in kept if not (x is None or isinstance(x, Tensor))]
             return made(*arguments)
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            tensors = iter(ctx.saved_tensors)
-            return gradients(grad, *(next(tensors) if x is None else x[0] for x in ctx.arguments))
+            return gradients(grad, *ctx.saved_tensors, *ctx.others)
 
     def run(*arguments: Any) -> Tensor:
         return Learning.apply(*arguments) if torch.is_grad_enabled() else made(*arguments)
@@ -368,7 +376,7 @@ learning_gated = learning(gated, lambda grad, gate_up: gated_backward(grad.conti
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Prepared:
     """Nats (N); the logits become its gradients: softmax, less 1 at the target. IndexError for a target of no logit.
 
-    Both are contiguous.
+    Both are contiguous, targets int64.
     """
     nats_N = logits_NV.new_empty(len(logits_NV))
     return nats_N, bound(build().cross_entropy, logits_NV, targets_N, nats_N, *logits_NV.shape, torch.get_num_threads())
@@ -399,11 +407,12 @@ def rotate(x_BHTD: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
     return out, call
 
 
-def _turned_back(grad: Tensor, x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor | None, ...]:
-    return rotate(grad if grad.stride(3) == 1 else grad.contiguous(), cosine, -sine), None, None
+def _turned_back(grad: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor | None, ...]:
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    return rotate(grad, cosine.contiguous(), (-sine).contiguous()), None, None
 
 
-learning_rotate = learning(rotate, _turned_back)
+learning_rotate = learning(rotate, _turned_back, slice(1, None))  # x itself is not needed
 
 
 @operator("fade(Tensor(a!) scores, Tensor q, Tensor k, Tensor log_decay) -> ()")

@@ -1,7 +1,7 @@
 """Training of one language model as a LightningModule that works with any Trainer.
 
 AdamW with decay on matrices alone, linear warm-up and a cosine to a tenth, clipped gradients: nanoGPT's conventions.
-The blocks, and the loss on a GPU, are compiled where the run is long enough to gain by it.
+The blocks, the last norm and on a GPU the loss are compiled where the run is long enough to gain by it.
 Everything logged stands at the number of tokens seen, in every logger the Trainer has, under names that are the same
 for every variant.
 """
@@ -300,10 +300,10 @@ class SumNats(torch.autograd.Function):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_VW.dtype
         x_NW, weight = x_BTW.detach().flatten(0, 1), weight_VW.detach().to(dtype)
         targets_N, sum_nats = targets_BT.flatten(), torch.zeros(())
-        x_grad, weight_grad = torch.zeros_like(x_NW), torch.zeros_like(weight_VW)
+        x_grad, weight_grad = torch.zeros_like(x_NW), torch.zeros_like(weight_VW, dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
             for rows in (targets_N != IGNORED).nonzero()[:, 0].split(SumNats.ROWS):
-                some, wanted = x_NW[rows].to(dtype), targets_N[rows]
+                some, wanted = x_NW[rows].to(dtype), targets_N[rows].long()
                 logits = (some @ weight.T).float()
                 if takes(logits):
                     sum_nats += cross_entropy(logits, wanted).sum()
@@ -314,7 +314,7 @@ class SumNats(torch.autograd.Function):
                 change = logits.to(dtype)
                 x_grad[rows] = (change @ weight).to(x_grad.dtype)
                 weight_grad += change.T @ some
-        ctx.save_for_backward(x_grad.view_as(x_BTW), weight_grad)
+        ctx.save_for_backward(x_grad.view_as(x_BTW), weight_grad.to(weight_VW.dtype))
         return sum_nats
 
     @staticmethod

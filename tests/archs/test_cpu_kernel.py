@@ -125,7 +125,7 @@ def test_gradients_of_many_tokens_are_those_of_the_definition(shape, tokens, hel
 
 @needs_compiler
 def test_a_gradient_that_is_broken_stays_broken():
-    """It is seen by all that it reaches, and by no other query or head."""
+    """It is seen by the keys that it reaches, and by no other query or head."""
     H, _, D, E = SHAPES["mha"]
     q, k, v = (torch.randn(1, H, 40, size, requires_grad=True) for size in (D, D, E))
     grad = torch.randn(1, H, 40, E)
@@ -147,6 +147,25 @@ def test_cross_entropy_is_torchs(size):
     got = cross_entropy(logits, targets)
     torch.testing.assert_close(got, nats.detach().float(), rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(logits, exact.grad.float(), rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("top", [1.0, 100.0, 1000.0])
+def test_a_small_loss_of_large_logits_keeps_its_digits(top):
+    logits = torch.tensor([[top, top - 10, *[top - 50] * 20]])
+    expected = F.cross_entropy(logits.double(), torch.tensor([0]), reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, torch.tensor([0])).double(), expected, rtol=5e-3, atol=0)
+
+
+@needs_compiler
+def test_what_has_no_gradient_says_so():
+    x, table = torch.randn(1, 2, 16, 8, requires_grad=True), rope_table(0, 16, 8, 10_000.0, "cpu")
+    (first,) = torch.autograd.grad(causal(x, x, x, 0.2)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second gradients"):
+        first.sum().backward()
+    cosine = table[0].clone().requires_grad_()
+    rotate(x, (cosine, table[1])).sum().backward()  # torch's, then
+    assert cosine.grad.abs().sum() > 0
 
 
 @needs_compiler
@@ -351,8 +370,8 @@ def test_many_tokens_are_turned_as_torch_does(size):
 @needs_compiler
 @pytest.mark.parametrize("shape", [(3, 7, 50), (1, 1, 1), (40, 16, 256), (5, 2, 1366)])
 @pytest.mark.parametrize("layer", ["norm", "norm without weight", "gate", "rotary"])
-def test_gradients_of_a_layers_parts_are_torchs(shape, layer, monkeypatch):
-    """Of inputs with gaps, and of weights; in fp64."""
+def test_gradients_of_a_layers_parts_are_torchs(shape, layer):
+    """Of inputs with gaps, and of weights; in fp64, but for rotary positions, whose tables have gaps, too."""
     x = torch.randn(shape).transpose(0, 1)
     x = torch.cat((x, x), -1).mul_(10).requires_grad_()
     size = shape[-1]
@@ -364,7 +383,7 @@ def test_gradients_of_a_layers_parts_are_torchs(shape, layer, monkeypatch):
         weights, ours = [], learning_gated
         torchs = lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]  # noqa: E731
     else:
-        table = rope_table(3, shape[0], 2 * size, 10_000.0, "cpu")
+        table = torch.cat(rope_table(3, shape[0], 2 * size, 10_000.0, "cpu"), -1).chunk(2, -1)
         x, weights = x.detach().transpose(0, 1)[None].transpose(1, 2).requires_grad_(), []
         ours = torchs = lambda x: rotate(x, table)
     given = [x, *weights]
@@ -489,12 +508,12 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
         got = split_kv(q, k, v, 0.2)
         torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
     prompt = torch.randn(2, len(q[0]), 50, q.shape[3])
-    prompt.requires_grad_()
+    given = [x.requires_grad_() for x in (prompt, k, v)]
     expected = by_definition(prompt, k, v, 20, 0.2)
     got, _ = causal(prompt, k, v, 0.2, 20)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
-    grads = [torch.autograd.grad(x.square().sum(), prompt)[0] for x in (got, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
+    for grads in zip(*(torch.autograd.grad(x.square().sum(), given) for x in (got, expected)), strict=True):
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4)
     x, w = torch.randn(5, 64), torch.randn(48, 64)
     torch.testing.assert_close(linear(x, w), F.linear(x, w), rtol=1e-5, atol=1e-5)
     build.cache_clear()
