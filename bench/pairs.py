@@ -79,16 +79,20 @@ def in_turns(steps: dict[str, Step], device: str, repeats: int, warmup: int = 2)
     return times
 
 
+def quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values if len(values) > 1 else 2 * values, n=4, method="inclusive")
+
+
 def ratio(slower: list[float], faster: list[float]) -> tuple[float, float, float]:
     """(median of the one over median of the other, lower and upper quartile of the ratios turn by turn)."""
     turns = [a / b for a, b in zip(slower, faster, strict=True)]
-    low, _, high = statistics.quantiles(turns, n=4, method="inclusive")
+    low, _, high = quartiles(turns)
     return statistics.median(slower) / statistics.median(faster), low, high
 
 
 def spread(times: list[float]) -> str:
     """Median and interquartile range in milliseconds."""
-    low, median, high = (1e3 * t for t in statistics.quantiles(times, n=4, method="inclusive"))
+    low, median, high = (1e3 * t for t in quartiles(times))
     return f"{median:.2f} ({low:.2f}-{high:.2f})"
 
 

@@ -14,7 +14,7 @@ VARIANTS = ["mha", "gqa kv_heads=2", "mla kv_rank=16 rope_dim=8", "yoco kv_heads
 MODEL = ["--width", "32", "--layers", "2", "--heads", "4", "--vocab-size", "64", *SMALL, "--variants", *VARIANTS]
 LAYER = ["--heads", "4", "--head-dim", "16", "--kv-rank", "16", "--rope-dim", "8", *SMALL]
 RUNS = {  # arguments, rows that are printed
-    "decode": ([*MODEL, "--decode-repeats", "2", "--prefill-repeats", "2"], 2 * 3 + 1),
+    "decode": ([*MODEL, "--decode-repeats", "2", "--prefill-repeats", "1"], 2 * 3 + 1),
     "training": ([*MODEL, "--repeats", "2", "--no-compile"], 4 + 1),
     "roof": (MODEL, 4),
     "attention": ([*LAYER, "--repeats", "2"], 4),
