@@ -149,11 +149,9 @@ def attend(
 
 def ours(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int | None = None) -> Tensor | None:
     """A prompt's attention by the C++ kernel; None where it does not take these. Under autocast it is in fp32."""
-    q, k, v = q_BHTD, k_BGSD, v_BGSE
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v = q.float(), k.float(), v.float()
-    if not takes_causal(q, k, v):
+    if not takes_causal(q_BHTD, k_BGSD, v_BGSE):
         return None
+    q, k, v = (x.float() for x in (q_BHTD, k_BGSD, v_BGSE))
     k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
     return causal(q, k, v, scale, window)[0]
 

@@ -131,12 +131,13 @@ def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
 
 
 def takes_causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
-    """Whether `causal` takes these, once keys and values have no gaps; of few tokens torch's is as fast.
+    """Whether `causal` takes these, once they are in fp32, and keys and values have no gaps.
 
-    It has gradients, and torch.compile takes it as it is.
+    Of few tokens torch's is as fast. It has gradients, and torch.compile takes it as it is.
     """
     (T, D), E = q_BHTD.shape[2:], v_BGSE.shape[3]
-    ours = all(x.is_cpu and x.dtype == torch.float32 for x in (q_BHTD, k_BGSD, v_BGSE))
+    widened = torch.is_autocast_enabled("cpu")  # torch's would be, too
+    ours = all(x.is_cpu and (widened or x.dtype == torch.float32) for x in (q_BHTD, k_BGSD, v_BGSE))
     return ours and T >= 8 and q_BHTD.stride(3) == 1 and builds(D, E)
 
 

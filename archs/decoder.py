@@ -232,10 +232,10 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) of every position; position t sees tokens 0 .. t."""
-        return self.unembed(self.normed(tokens_BT))
+        return self.unembed(self.last_hidden_state(tokens_BT))
 
-    def normed(self, tokens_BT: Tensor) -> Tensor:
-        """What the unembedding is to see of each position, (B, T, W)."""
+    def last_hidden_state(self, tokens_BT: Tensor) -> Tensor:
+        """What the unembedding sees of each position, (B, T, W)."""
         return self.norm(self.hidden(self.dropout(self.embed(tokens_BT))))
 
     @torch.no_grad()

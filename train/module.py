@@ -140,7 +140,7 @@ class LanguageModel(L.LightningModule):
     def _sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         if inputs_BT.device.type != "cpu":
             return self._token_nats(self.model(inputs_BT), targets_BT).sum()
-        return SumNats.apply(self.model.normed(inputs_BT), self.model.unembed.weight, targets_BT)
+        return SumNats.apply(self.model.last_hidden_state(inputs_BT), self.model.unembed.weight, targets_BT)
 
     @property
     def tokens_per_s(self) -> float:

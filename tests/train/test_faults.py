@@ -210,14 +210,14 @@ def test_what_is_not_finite_is_never_a_checkpoint_or_a_record(when, data, tmp_pa
 
 def limit_memory(monkeypatch, sequences):
     """To the activations of so many sequences."""
-    whole = Decoder.normed
+    whole = Decoder.last_hidden_state
 
-    def normed(model, tokens):
+    def last_hidden_state(model, tokens):
         if len(tokens) > sequences:
             raise RuntimeError("CUDA error: out of memory\nGPU 0 ...")
         return whole(model, tokens)
 
-    monkeypatch.setattr(Decoder, "normed", normed)
+    monkeypatch.setattr(Decoder, "last_hidden_state", last_hidden_state)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; there is none here")

@@ -82,6 +82,10 @@ def test_compiled_parts_have_the_same_loss_and_gradients(arch, own):
         loss.backward()
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+    logits = torch.randn(2, 16, 257, requires_grad=True)  # a GPU's loss
+    losses = [nats(logits, tokens[:, 1:]).sum() for nats in (token_nats, compiled._token_nats)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits) for loss in losses))
 
 
 @pytest.mark.parametrize("ours", [True, False])
