@@ -31,6 +31,7 @@ constexpr int NATIVE = 4, REGISTERS = 16;
 #define SOME _Pragma("GCC unroll 4")
 #define INLINED __attribute__((always_inline))
 #define INLINE static inline INLINED
+#define APART __attribute__((noinline))  // loops that two hyperthreads' shared decoders should find in one place
 constexpr int LINE = 16;  // floats in a cache line
 
 template <int L> struct Vector {
@@ -164,7 +165,8 @@ struct Seen {
 
     alignas(64) float q[D * M], out[M * E] = {};
     alignas(64) float few_keys[N * D], few_values[SHARED ? 1 : N * E];
-    Scores scores[NJ][J], top[J], totals[J] = {};
+    Scores scores[NJ][J], weights[NJ][J], top[J], totals[J] = {};
+    const float *values = nullptr;  // that the weights are for
 
     // Of M queries that are `step` floats apart there are `live`; the others' places are filled with the last.
     INLINED Seen(const float *queries, long step, int live, float scale) {
@@ -176,9 +178,10 @@ struct Seen {
     }
 
     static constexpr int lane(int m, int n) { return m % MS * NS + n % NS; }
-    INLINED float &score(int m, int n) { return ((float *)&scores[n / NS][m / MS])[lane(m, n)]; }
+    INLINED float &weight(int m, int n) { return ((float *)&weights[n / NS][m / MS])[lane(m, n)]; }
 
-    // Adds N tokens, or the first `live`, of which query m sees only those from `hidden` + m to `sees` + m.
+    // Takes in N tokens, or the first `live`, of which query m sees only those from `hidden` + m to `sees` + m. Values are
+    // added after the next tile's scores, so that neither waits for the end of what it needs.
     INLINED void tile(const float *k, const float *v, long live, Lines keys_ahead, Lines values_ahead, long sees = N,
                       long hidden = -M) {
         if (live < N) {
@@ -186,8 +189,10 @@ struct Seen {
             if (!SHARED) v = with_zeros(v, live * E, few_values, N * E);
         }
         if (SHARED) v = k;
-        if constexpr (MANY) along_queries<0>(k, keys_ahead);
+        if constexpr (MANY) along_queries(k, keys_ahead);
         else along_keys(k, keys_ahead);
+        if (values) add_values(values_ahead);
+        values = v;
         if (live < N || sees < N || hidden > 1 - M)
             for (int j = 0; j < J; j++) {
                 Scores from, to;
@@ -213,28 +218,28 @@ struct Seen {
                 for (int m = 0; m < MS; m++)
                     for (int e = 0; e < E; e++) out[(j * MS + m) * E + e] *= fade[m * NS];
             }
-            UNROLL for (int n = 0; n < NJ; n++) added[n % 2] += scores[n][j] = exp2_of(scores[n][j] - top[j]);
+            UNROLL for (int n = 0; n < NJ; n++) added[n % 2] += weights[n][j] = exp2_of(scores[n][j] - top[j]);
             totals[j] += added[0] + added[1];
         }
-        add_values(v, values_ahead);
     }
 
-    // Scores of token `n` and those after it, of as many at a time as registers hold.
-    template <int n> INLINED void along_queries(const float *k, Lines ahead) {
-        constexpr int T = std::clamp((REGISTERS < 32 ? 12 : 16) / J, 1, N - n), STEP = divisor(D, 4);
-        Scores a[T][J] = {};
-        for (int d = 0; d < D; d += STEP) {
-            ahead.fetch(shares(T * STEP, LINE));
-            UNROLL for (int i = d; i < d + STEP; i++) {
-                Scores x[J];
-                UNROLL for (int j = 0; j < J; j++) x[j] = held(*(Scores *)&q[i * M + j * MS]);
-                UNROLL for (int t = 0; t < T; t++)
-                    UNROLL for (int j = 0; j < J; j++) a[t][j] += x[j] * k[(n + t) * D + i];
+    // Scores of as many tokens at a time as registers hold.
+    APART void along_queries(const float *k, Lines ahead) {
+        constexpr int T = divisor(N, std::clamp((REGISTERS < 32 ? 12 : 16) / J, 1, N)), STEP = divisor(D, std::max(4, LINE / T));
+        for (int n = 0; n < N; n += T) {
+            Scores a[T][J] = {};
+            for (int d = 0; d < D; d += STEP) {
+                ahead.fetch(shares(T * STEP, LINE));
+                UNROLL for (int i = d; i < d + STEP; i++) {
+                    Scores x[J];
+                    UNROLL for (int j = 0; j < J; j++) x[j] = held(*(Scores *)&q[i * M + j * MS]);
+                    UNROLL for (int t = 0; t < T; t++)
+                        UNROLL for (int j = 0; j < J; j++) a[t][j] += x[j] * k[(n + t) * D + i];
+                }
             }
+            UNROLL for (int t = 0; t < T; t++)
+                UNROLL for (int j = 0; j < J; j++) scores[n + t][j] = a[t][j];
         }
-        UNROLL for (int t = 0; t < T; t++)
-            UNROLL for (int j = 0; j < J; j++) scores[n + t][j] = a[t][j];
-        if constexpr (n + T < N) along_queries<n + T>(k, ahead);
     }
 
     INLINED void along_keys(const float *k, Lines ahead) {
@@ -263,21 +268,23 @@ struct Seen {
     }
 
     // Values times weights, some of the outputs (M, E) at a time in registers.
-    INLINED void add_values(const float *v, Lines ahead) {
+    APART void add_values(Lines ahead) {
         constexpr bool WIDE = REGISTERS < 32 && M % 4;  // of 16 registers 8 hold outputs, of 32 16
         constexpr int MV = divisor(M, WIDE ? 2 : 4), EV = divisor(E / L, REGISTERS < 32 && !WIDE ? 2 : 4);
-        constexpr int STEPS = N * (M / MV) * (E / L / EV);
+        constexpr int STEP = 4, STEPS = N / STEP * (M / MV) * (E / L / EV);
         for (int e = 0; e < E; e += EV * L)
             for (int m = 0; m < M; m += MV) {
                 vec a[MV][EV];
                 UNROLL for (int i = 0; i < MV; i++)
                     UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(out + (m + i) * E + e + j * L);
-                SOME for (int n = 0; n < N; n++) {
+                for (int s = 0; s < N; s += STEP) {
                     ahead.fetch(shares(VALUE_LINES, STEPS));
-                    vec x[EV];
-                    UNROLL for (int j = 0; j < EV; j++) x[j] = held(load<vec>(v + n * NEXT + e + j * L));
-                    UNROLL for (int i = 0; i < MV; i++)
-                        UNROLL for (int j = 0; j < EV; j++) a[i][j] += score(m + i, n) * x[j];
+                    UNROLL for (int n = s; n < s + STEP; n++) {
+                        vec x[EV];
+                        UNROLL for (int j = 0; j < EV; j++) x[j] = held(load<vec>(values + n * NEXT + e + j * L));
+                        UNROLL for (int i = 0; i < MV; i++)
+                            UNROLL for (int j = 0; j < EV; j++) a[i][j] += weight(m + i, n) * x[j];
+                    }
                 }
                 UNROLL for (int i = 0; i < MV; i++)
                     UNROLL for (int j = 0; j < EV; j++) store(out + (m + i) * E + e + j * L, a[i][j]);
@@ -319,6 +326,7 @@ template <class F> INLINE void attend(const float *queries, float scale, Part pa
         const float *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
         seen.tile(part.key(s), SHARED ? nullptr : part.value(s), part.tokens - s, {keys}, {values});
     }
+    seen.add_values({seen.values});
     for (int m = 0; m < M; m++) {
         float total = seen.total_of(m), share = 1 / total;
         weight[m] = seen.top_of(m) + std::log2(total);
@@ -407,6 +415,7 @@ extern "C" void causal(const float *q, const float *k, const float *v, float *ou
             const long sees = first + 1 - s, hidden = sees - window;
             seen.tile(keys + s * D, values + s * E, tokens - s, ahead, values_ahead, sees, hidden);
         }
+        seen.add_values({seen.values});
         for (int m = 0; m < rows; m++) {
             float total = seen.total_of(m), share = 1 / total, *o = out + ((b * T + t + m) * H + h) * E;
             weight[(b * H + h) * T + t + m] = seen.top_of(m) + std::log2(total);
@@ -539,11 +548,23 @@ template <class T> struct Rows {
 typedef Rows<const float> In;
 typedef Rows<float> Out;
 
+// What will be read next, fetched in the order in which it lies in memory (other orders take half as long again), evenly
+// over all of the work.
+struct Ahead {
+    const float *at, *end;
+
+    INLINED void fetch(long lines) {
+        for (; lines > 0 && at < end; lines--, at += LINE) __builtin_prefetch(at, 0, 3);
+    }
+};
+
 // Products of R rows of x with `last - first` rows of w, as many at a time as a vector has lanes; then of what rows of x
 // remain. w is read from memory once, then from the first cache. There are a vector's worth of columns and of rows of w
 // at least; what is left of them is taken with some before it, and those count once.
-template <int R = NATIVE / 2> static void products(In x, In w, Out out, long rows, long first, long last, long K) {
+template <int R = NATIVE / 2>
+static void products(In x, In w, Out out, long rows, long first, long last, long K, Ahead ahead, long passes = 0) {
     constexpr int C = NATIVE / R;
+    if (!passes) passes = rows / R + __builtin_popcount(rows % R);
     const long whole = K / NATIVE * NATIVE, end = K - NATIVE;
     native lane;
     for (int i = 0; i < NATIVE; i++) lane[i] = i;
@@ -551,12 +572,15 @@ template <int R = NATIVE / 2> static void products(In x, In w, Out out, long row
         for (long next = first; next < last; next += C) {
             const long f = std::min(next, last - C);
             native a[NATIVE] = {};
-            for (long k = 0; k < whole; k += NATIVE)
-                UNROLL for (int c = 0; c < C; c++) {
-                    const float *row = w[f + c] + k;
-                    __builtin_prefetch(row + 2048, 0, 2);
-                    UNROLL for (int r = 0; r < R; r++) a[r * C + c] += load<native>(x[r] + k) * load<native>(row);
+            for (long k = 0; k < whole; k += NATIVE) {
+                if (k % LINE == 0) ahead.fetch((C + passes - 1) / passes);
+                native y[C];
+                UNROLL for (int c = 0; c < C; c++) y[c] = held(load<native>(w[f + c] + k));
+                UNROLL for (int r = 0; r < R; r++) {
+                    native z = held(load<native>(x[r] + k));
+                    UNROLL for (int c = 0; c < C; c++) a[r * C + c] += z * y[c];
                 }
+            }
             if (whole < K)
                 UNROLL for (int c = 0; c < C; c++)
                     UNROLL for (int r = 0; r < R; r++) {
@@ -567,7 +591,7 @@ template <int R = NATIVE / 2> static void products(In x, In w, Out out, long row
             UNROLL for (int i = 0; i < NATIVE; i++) out[i / C][f + i % C] = found[i];
         }
     if constexpr (R > 1)
-        if (rows) products<R / 2>(x, w, out, rows, first, last, K);
+        if (rows) products<R / 2>(x, w, out, rows, first, last, K, ahead, passes);
 }
 
 // The same with columns of w (K, F), for all of them.
@@ -586,10 +610,14 @@ template <int R = 8> static void column_products(In x, In w, Out out, long rows,
 // Blocks of 16 columns, the last of up to 31: where block i ends.
 static long end_of(long i, long F) { return i == F / 16 - 1 ? F : i * 16 + 16; }
 
+// Block i of a matrix (F, K).
+static Ahead block(const float *w, long i, long K) { return {w + i * 16 * K, w + (i + 1) * 16 * K}; }
+
 // out (rows, F) = x (rows, K) w^T of w (F, K); K and F are 16 or more.
 extern "C" void linear(const float *x, const float *w, float *out, long rows, long K, long F, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (K * F > 1 << 14)
-    for (long i = 0; i < F / 16; i++) products({x, K}, {w, K}, {out, F}, rows, i * 16, end_of(i, F), K);
+    for (long i = 0; i < F / 16; i++)
+        products({x, K}, {w, K}, {out, F}, rows, i * 16, end_of(i, F), K, block(w, i + 1, K));
 }
 
 // out (B, H, F) = x (B, H, K) w of each head's own w: (K, F), or with `transposed` (F, K); K and F are multiples of 16,
@@ -600,7 +628,7 @@ extern "C" void head_linear(const float *x, const float *w, float *out, long B, 
     for (long h = 0; h < H; h++) {
         In rows = {x + h * x_head, x_batch}, weights = {w + h * w_head, w_row};
         Out to = {out + h * F, H * F};
-        if (transposed) products(rows, weights, to, B, 0, F, K);
+        if (transposed) products(rows, weights, to, B, 0, F, K, {weights.at + w_head, weights.at + w_head + F * w_row});
         else column_products(rows, weights, to, B, K, F);
     }
 }
@@ -652,13 +680,14 @@ extern "C" void swiglu(const float *x, const float *gate_up, const float *down, 
 #pragma omp for schedule(static)
         for (long i = 0; i < F / 16; i++) {
             const long first = i * 16, last = end_of(i, F);
-            products({x, K}, {gate_up, K}, {gate.data(), F}, rows, first, last, K);
-            products({x, K}, {gate_up + F * K, K}, {up.data(), F}, rows, first, last, K);
+            const float *all_up = gate_up + F * K;
+            products({x, K}, {gate_up, K}, {gate.data(), F}, rows, first, last, K, block(all_up, i, K));
+            products({x, K}, {all_up, K}, {up.data(), F}, rows, first, last, K, block(gate_up, i + 1, K));
             for (long i = first; i < rows * F; i += F) gated(&gate[i], &up[i], &gate[i], last - first);
         }
 #pragma omp for schedule(static)
         for (long i = 0; i < K / 16; i++)
-            products({gate.data(), F}, {down, F}, {out, K}, rows, i * 16, end_of(i, K), F);
+            products({gate.data(), F}, {down, F}, {out, K}, rows, i * 16, end_of(i, K), F, block(down, i + 1, F));
     }
 }
 
