@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfrontier import let_threads_sleep
+from kvfrontier import tune_process
 
-let_threads_sleep()  # before torch is imported
+tune_process()  # before torch is imported
 
 import torch
 import yaml

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from kvfrontier import let_threads_sleep
+from kvfrontier import tune_process
 
-let_threads_sleep()
+tune_process()
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start would each compile what they import
 sys.dont_write_bytecode = False
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kvfrontier import let_threads_sleep, main
+from kvfrontier import tune_process, main
 
-let_threads_sleep()
+tune_process()
 
 import torch
 import yaml
