@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
@@ -111,13 +112,18 @@ def reader(x: Tensor) -> Callable[[], float] | None:
 def takes(*tensors: Tensor, learns: bool = False) -> bool:
     """Whether the operators below may get these: fp32 on a CPU, and a compiler to build them.
 
-    No gradient is wanted either, unless there is one (`learns`); torch.compile makes its own.
+    No gradient is wanted either, unless there is one (`learns`); torch.compile makes its own, torch.func needs torch's.
     """
     grad = torch.is_grad_enabled() and not learns
     for x in tensors:
         if not x.is_cpu or x.dtype != torch.float32 or (grad and x.requires_grad):
             return False
-    return not torch.compiler.is_compiling() and build() is not None
+    return not torch.compiler.is_compiling() and not transformed() and build() is not None
+
+
+def transformed() -> bool:
+    """Whether torch.func (grad, vmap, ...) or forward-mode differentiation is at work, which know no operators of ours."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
@@ -138,6 +144,7 @@ def takes_causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
     (T, D), E = q_BHTD.shape[2:], v_BGSE.shape[3]
     widened = torch.is_autocast_enabled("cpu")  # torch's would be, too
     ours = all(x.is_cpu and (widened or x.dtype == torch.float32) for x in (q_BHTD, k_BGSD, v_BGSE))
+    ours = ours and (torch.compiler.is_compiling() or not transformed())
     return ours and T >= 8 and q_BHTD.stride(3) == 1 and builds(D, E)
 
 

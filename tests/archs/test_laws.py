@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -289,3 +290,26 @@ def test_defaults_are_filled_in():
     options = build("mha", **SHAPE).options
     assert (options.head_dim, options.ffn_width, options.rope_base) == (16, 192, 10_000.0)
     assert build("mha", **SHAPE | {"width": 60}, head_dim=6).options.ffn_width == 192
+
+
+@each_variant
+def test_transforms_of_functions_are_those_of_what_torch_computes(arch, options):
+    """torch.func's gradients, of each sequence too, are autograd's; so are derivatives in forward mode, either way."""
+    model, tokens = make(arch, options), torch.randint(97, (3, 20))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    ways = {name: torch.randn_like(weight) for name, weight in weights.items()}
+
+    def mean(weights, tokens):
+        return torch.func.functional_call(model, weights, (tokens,)).logsumexp(-1).mean()
+
+    each = [torch.autograd.grad(mean({}, row[None]), [*model.parameters()]) for row in tokens]
+    expected = {name: torch.stack(grads) for name, grads in zip(weights, zip(*each, strict=True), strict=True)}
+    change = sum((expected[name].mean(0) * way).sum() for name, way in ways.items())
+    with sdpa_kernel(SDPBackend.MATH):  # which alone has all of them
+        got = torch.func.vmap(torch.func.grad(lambda weights, row: mean(weights, row[None])), (None, 0))(weights, tokens)
+        _, along = torch.func.jvp(lambda weights: mean(weights, tokens), (weights,), (ways,))
+        with forward_ad.dual_level():
+            dual = mean({name: forward_ad.make_dual(weight, ways[name]) for name, weight in weights.items()}, tokens)
+            same = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close((along, same), (change, change), rtol=1e-3, atol=1e-4)
