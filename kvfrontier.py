@@ -24,7 +24,7 @@ def tune_process() -> None:
 
     Threads that spin for longer stall each other where cores are shared: up to 50x slower steps on a busy 2-core
     virtual machine. Threads that sleep at once must be woken for each operation, of which a decode step has hundreds.
-    Python looks for garbage less often: among the objects that imports make, which stay, that takes a quarter of the time.
+    Python looks for garbage less often: while importing, when all of it stays, that takes a quarter of the time.
     """
     gc.set_threshold(100_000, 50, 100)
     if "OMP_WAIT_POLICY" not in os.environ:

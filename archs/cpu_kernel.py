@@ -112,7 +112,7 @@ def reader(x: Tensor) -> Callable[[], float] | None:
 def takes(*tensors: Tensor, learns: bool = False) -> bool:
     """Whether the operators below may get these: fp32 on a CPU, and a compiler to build them.
 
-    No gradient is wanted either, unless there is one (`learns`); torch.compile makes its own, torch.func needs torch's.
+    No gradient is wanted either, unless there is one (`learns`). torch.compile makes its own, torch.func needs torch's.
     """
     grad = torch.is_grad_enabled() and not learns
     for x in tensors:
@@ -122,7 +122,7 @@ def takes(*tensors: Tensor, learns: bool = False) -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func (grad, vmap, ...) or forward-mode differentiation is at work, which know no operators of ours."""
+    """Whether torch.func (grad, vmap, ...) or forward-mode differentiation is at work: neither knows our operators."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -306,7 +306,8 @@ def test_transforms_of_functions_are_those_of_what_torch_computes(arch, options)
     expected = {name: torch.stack(grads) for name, grads in zip(weights, zip(*each, strict=True), strict=True)}
     change = sum((expected[name].mean(0) * way).sum() for name, way in ways.items())
     with sdpa_kernel(SDPBackend.MATH):  # which alone has all of them
-        got = torch.func.vmap(torch.func.grad(lambda weights, row: mean(weights, row[None])), (None, 0))(weights, tokens)
+        of_each = torch.func.vmap(torch.func.grad(lambda weights, row: mean(weights, row[None])), (None, 0))
+        got = of_each(weights, tokens)
         _, along = torch.func.jvp(lambda weights: mean(weights, tokens), (weights,), (ways,))
         with forward_ad.dual_level():
             dual = mean({name: forward_ad.make_dual(weight, ways[name]) for name, weight in weights.items()}, tokens)

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kvfrontier import tune_process, main
+from kvfrontier import main, tune_process
 
 tune_process()
 
