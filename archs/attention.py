@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from archs.cpu_kernel import causal, learning_rotate, split_kv, takes, takes_attention, takes_causal
-from archs.cpu_kernel import rope as rope_of_one
+from archs.cpu.attention import causal, split_kv, takes_attention, takes_causal
+from archs.cpu.building import takes
+from archs.cpu.layers import learning_rotate
+from archs.cpu.layers import rope as rope_of_one
 
 Rope = tuple[Tensor, Tensor]
 # For one query on a GPU: cuDNN, torch's choice on Hopper, makes a plan for each length.

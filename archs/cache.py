@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archs.cpu_kernel import put, takes
+from archs.cpu.building import takes
+from archs.cpu.layers import put
 
 HUGE_PAGE = 2**21  # bytes
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
-from archs.cpu_kernel import FEW, add, learning_gated, learning_rms_norm, linear, swiglu, take, takes, takes_few
+from archs.cpu.building import takes
+from archs.cpu.layers import FEW, add, learning_gated, learning_rms_norm, linear, swiglu, take, takes_few
 from archs.graph import RecordedStep, records
 
 NORM_EPS = 1e-6

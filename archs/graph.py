@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-from archs.cpu_kernel import PREPARE, takes
+from archs.cpu.building import PREPARE, takes
 
 if TYPE_CHECKING:
     from archs.cache import Cache

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, last, merge_heads, rotate, split_heads
 from archs.cache import FullCache
-from archs.cpu_kernel import head_linear, join, takes, takes_heads
+from archs.cpu.building import takes
+from archs.cpu.layers import head_linear, join, takes_heads
 from archs.decoder import Decoder, Linear, Options, RMSNorm, mean_seen, option
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from archs.attention import attend
 from archs.cache import Cache, FullCache, StateCache, with_tensors, zeros
-from archs.cpu_kernel import split_kv, takes_attention
+from archs.cpu.attention import split_kv, takes_attention
 from archs.decoder import Decoder
 
 COPIED = {"cpu": 2**22}  # bytes of keys copied together at once, to be read while they are in the cores' caches

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads
 from archs.cache import Cache, FullCache, StateCache, WindowCache
-from archs.cpu_kernel import fade, retention, takes, takes_retention
+from archs.cpu.building import takes
+from archs.cpu.layers import fade, retention, takes_retention
 from archs.decoder import Decoder, Linear, Options, RMSNorm, kv_heads_divide, mean_seen, normed, option
 from archs.grouped import GroupedAttention
 

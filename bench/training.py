@@ -19,7 +19,7 @@ import sys
 import torch
 from peers import peer
 
-from archs.cpu_kernel import compiler
+from archs.cpu.building import compiler
 from train.module import LanguageModel, adamw, matmul_flops_per_s
 from train.plan import resolve_precision
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs import Cache, Decoder
 from archs.cache import zeros
-from archs.cpu_kernel import reader
+from archs.cpu.layers import reader
 
 if TYPE_CHECKING:
     from eval.subject import Subject

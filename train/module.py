@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from archs import build
-from archs.cpu_kernel import compiler, cross_entropy, takes
+from archs.cpu.building import compiler, takes
+from archs.cpu.layers import cross_entropy
 from train.batches import IGNORED
 
 COMPILED_FROM = {"cuda": 2e15, "cpu": 2e14}  # FLOPs of a run, by parameters: compiling takes up to a minute or two

@@ -10,7 +10,7 @@ import torch
 from test_laws import each_variant, make
 from torch.utils.flop_counter import FlopCounterMode
 
-from archs.cpu_kernel import compiler
+from archs.cpu.building import compiler
 from archs.graph import Calls
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

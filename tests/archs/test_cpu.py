@@ -1,4 +1,4 @@
-"""The decode kernel of a CPU against attention by definition."""
+"""Operators in C++ against definitions and torch."""
 
 import gc
 import math
@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from test_attention import by_definition
 from torch.utils.flop_counter import FlopCounterMode
 
-from archs import cpu_kernel
 from archs.attention import attend, rope_table, rotate
 from archs.cache import HUGE_PAGE, zeros
-from archs.cpu_kernel import (
+from archs.cpu import building
+from archs.cpu.attention import causal, split_kv, takes_attention, takes_causal
+from archs.cpu.building import build, compiler, takes
+from archs.cpu.layers import (
     add,
-    build,
-    causal,
-    compiler,
     cross_entropy,
     fade,
     gated,
@@ -29,12 +28,8 @@ from archs.cpu_kernel import (
     put,
     reader,
     rms_norm,
-    split_kv,
     swiglu,
     take,
-    takes,
-    takes_attention,
-    takes_causal,
     takes_few,
     takes_heads,
 )
@@ -485,7 +480,7 @@ def test_a_library_is_built_once_for_all_processes(monkeypatch, tmp_path):
         return said.read_text().count("built")
 
     assert [builds(), builds()] == [1, 1]
-    monkeypatch.setattr(cpu_kernel, "FLAGS", [*cpu_kernel.FLAGS, "-DOTHER"])
+    monkeypatch.setattr(building, "FLAGS", [*building.FLAGS, "-DOTHER"])
     assert [builds(), builds()] == [2, 2]
     assert len(list((tmp_path / "cache").rglob("*"))) == 4  # two folders, two libraries
     monkeypatch.setenv("XDG_CACHE_HOME", str(said / "below a file"))
@@ -501,7 +496,7 @@ SANITIZED = ["-fsanitize=undefined", "-fno-sanitize-recover", "-Werror"]
 def test_narrower_vectors_give_the_same(flags, monkeypatch):
     if "86" not in subprocess.run([compiler(), "-dumpmachine"], capture_output=True, text=True).stdout:
         pytest.skip("flags of x86 processors")
-    monkeypatch.setattr(cpu_kernel, "FLAGS", cpu_kernel.FLAGS + flags)
+    monkeypatch.setattr(building, "FLAGS", building.FLAGS + flags)
     build.cache_clear()
     for shape in ("mha", "queries that fill vectors"):
         q, k, v = inputs(SHAPES[shape], 2, 100)

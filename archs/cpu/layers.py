@@ -1,0 +1,228 @@
+"""What a model has beside attention, on a CPU in C++.
+
+Shapes: B batch, H heads, G KV heads, S cached tokens, D size of a head; K inputs and F outputs of a matrix.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from archs.cpu.building import Prepared, bound, build, learning, operator, takes
+
+FEW = 32  # rows; torch's products are as fast with more
+
+
+def reader(x: Tensor) -> Callable[[], float] | None:
+    """Reads all of x as fast as the kernel could, returns the sum; for 2^17 fp32 numbers, or a multiple, on a CPU."""
+    built = build()
+    return built and (lambda: bound(built.read_all, x, x.numel(), torch.get_num_threads())())
+
+
+def takes_few(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `linear` or `swiglu` takes these: also few rows, and sizes of 16 or more."""
+    for w in weights:
+        if min(w.shape) < 16 or not w.is_contiguous():
+            return False
+    return x.numel() <= FEW * x.shape[-1] and not torch.is_autocast_enabled("cpu") and takes(x, *weights)
+
+
+def takes_heads(x_BHTK: Tensor, weight_HKF: Tensor) -> bool:
+    """Whether `head_linear` takes these: also one token of few sequences, and sizes that are multiples of 16."""
+    B, _, T, K = x_BHTK.shape
+    fits = T == 1 and B <= FEW and K % 16 == weight_HKF.shape[2] % 16 == 0
+    fits = fits and x_BHTK.stride(3) == 1 and 1 in weight_HKF.stride()[1:]
+    return fits and takes(x_BHTK, weight_HKF)
+
+
+def takes_retention(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> bool:
+    """Whether `retention` takes these: also nothing between heads."""
+    dense = all(x[0].is_contiguous() for x in (q_BH1D, k_BH1D, v_BH1D)) and decay_BH1.is_contiguous()
+    return dense and state_BHDD.is_contiguous() and takes(q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD)
+
+
+@operator("put(Tensor(a!) stream, Tensor new, Tensor position) -> ()")
+def put(stream_BGSD: Tensor, new_BG1D: Tensor, position: Tensor) -> Prepared:
+    """Writes one token's vectors into the slot that `position` says."""
+    B, G, _, D = new_BG1D.shape
+    strides = *stream_BGSD.stride()[:2], *new_BG1D.stride()[:2]
+    return None, bound(build().put, stream_BGSD, new_BG1D, position, B, G, D, *strides)
+
+
+@operator("linear(Tensor x, Tensor weight) -> Tensor")
+def linear(x: Tensor, weight_FK: Tensor) -> Prepared:
+    """x (..., K) weight^T; (..., F). x is contiguous."""
+    F, K = weight_FK.shape
+    out = x.new_empty(*x.shape[:-1], F)
+    return out, bound(build().linear, x, weight_FK, out, x.numel() // K, K, F, torch.get_num_threads())
+
+
+@operator("swiglu(Tensor x, Tensor gate_up, Tensor down) -> Tensor")
+def swiglu(x: Tensor, gate_up_GK: Tensor, down_KF: Tensor) -> Prepared:
+    """(silu(x gate^T) * (x up^T)) down^T of x (..., K), gate and up one after the other (arXiv 2002.05202).
+
+    x is contiguous.
+    """
+    K, F = down_KF.shape
+    out = torch.empty_like(x)
+    return out, bound(build().swiglu, x, gate_up_GK, down_KF, out, x.numel() // K, K, F, torch.get_num_threads())
+
+
+@operator("gated(Tensor gate_up) -> Tensor")
+def gated(gate_up: Tensor) -> Prepared:
+    """silu(gate) * up of the halves of (..., 2 F), which is contiguous; (..., F)."""
+    F = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], F)
+    return out, bound(build().gated_rows, gate_up, out, out.numel() // F, F, torch.get_num_threads())
+
+
+@operator("gated_backward(Tensor grad, Tensor gate_up) -> Tensor")
+def gated_backward(grad: Tensor, gate_up: Tensor) -> Prepared:
+    """Of gate and up, (..., 2 F); both arguments are contiguous."""
+    F = gate_up.shape[-1] // 2
+    found = torch.empty_like(gate_up)
+    return found, bound(
+        build().gated_rows_backward, grad, gate_up, found, grad.numel() // F, F, torch.get_num_threads()
+    )
+
+
+learning_gated = learning(gated, lambda grad, gate_up: gated_backward(grad.contiguous(), gate_up))
+
+
+@operator("cross_entropy(Tensor(a!) logits, Tensor targets) -> Tensor")
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Prepared:
+    """Nats (N); the logits become its gradients: softmax, less 1 at the target. IndexError for a target of no logit.
+
+    Both are contiguous, targets int64.
+    """
+    nats_N = logits_NV.new_empty(len(logits_NV))
+    return nats_N, bound(build().cross_entropy, logits_NV, targets_N, nats_N, *logits_NV.shape, torch.get_num_threads())
+
+
+@operator("take(Tensor table, Tensor index) -> Tensor")
+def take(table_VW: Tensor, index: Tensor) -> Prepared:
+    """Rows of a table, (..., W); both arguments contiguous. IndexError for a number of no row."""
+    out = table_VW.new_empty(*index.shape, table_VW.shape[1])
+    return out, bound(build().take, table_VW, index, out, index.numel(), *table_VW.shape)
+
+
+@operator("rope(Tensor position, Tensor frequencies) -> (Tensor, Tensor)")
+def rope(position: Tensor, frequencies: Tensor) -> Prepared:
+    """Cosine and sine (1, D/2) of one position times the frequencies."""
+    table = frequencies.new_empty(1, len(frequencies)), frequencies.new_empty(1, len(frequencies))
+    return table, bound(build().rope, position, frequencies, *table, len(frequencies))
+
+
+@operator("rotate(Tensor x, Tensor cosine, Tensor sine) -> Tensor")
+def rotate(x_BHTD: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
+    """Rotary positions by tables that broadcast to (B, 1, T, D/2), whose rows have no gaps; (B, H, T, D)."""
+    B, H, T, D = x_BHTD.shape
+    out = x_BHTD.new_empty(B, H, T, D)
+    rows = cosine.expand(B, 1, T, D // 2).stride()
+    strides = *x_BHTD.stride()[:3], rows[0], rows[2]
+    call = bound(build().rotate, x_BHTD, cosine, sine, out, B, H, T, D // 2, *strides, torch.get_num_threads())
+    return out, call
+
+
+def _turned_back(grad: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor | None, ...]:
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    return rotate(grad, cosine.contiguous(), (-sine).contiguous()), None, None
+
+
+learning_rotate = learning(rotate, _turned_back, slice(1, None))  # x itself is not needed
+
+
+@operator("fade(Tensor(a!) scores, Tensor q, Tensor k, Tensor log_decay) -> ()")
+def fade(scores_NCC: Tensor, q_NCD: Tensor, k_NCD: Tensor, log_decay_NC: Tensor) -> Prepared:
+    """Scores of earlier tokens of a chunk fade by summed log decays; a token's own is summed in fp64; others are 0.
+
+    All are contiguous, N is any number of dimensions.
+    """
+    C, D = q_NCD.shape[-2:]
+    sizes = log_decay_NC.numel() // C, C, D, torch.get_num_threads()
+    return None, bound(build().fade, scores_NCC, q_NCD, k_NCD, log_decay_NC, *sizes)
+
+
+@operator("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor")
+def rms_norm(x_NW: Tensor, weight: Tensor | None, eps: float) -> Prepared:
+    """x / sqrt(mean(x^2) + eps), times a weight, over the last dimension (RMSNorm, arXiv 1910.07467)."""
+    out = x_NW.new_empty(x_NW.shape)
+    sizes = *x_NW.shape, x_NW.stride(0)
+    return out, bound(build().rms_norm, x_NW, weight, out, *sizes, eps, torch.get_num_threads())
+
+
+@operator("rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
+def rms_norm_backward(grad_NW: Tensor, x_NW: Tensor, weight: Tensor | None, eps: float) -> Prepared:
+    """Of x (N, W), and parts of the weight's (16, W) to be summed; the gradient is contiguous."""
+    found, parts = torch.empty_like(grad_NW), grad_NW.new_empty(16, grad_NW.shape[1])
+    sizes = len(parts), *x_NW.shape, x_NW.stride(0)
+    tensors = grad_NW, x_NW, weight, found, parts
+    return (found, parts), bound(build().rms_norm_backward, *tensors, *sizes, eps, torch.get_num_threads())
+
+
+def _norms_gradients(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor | None, ...]:
+    of_x, parts = rms_norm_backward(grad.contiguous(), x, weight, eps)
+    return of_x, None if weight is None else parts.sum(0), None
+
+
+learning_rms_norm = learning(rms_norm, _norms_gradients)
+
+
+@operator("head_linear(Tensor x, Tensor weight) -> Tensor")
+def head_linear(x_BH1K: Tensor, weight_HKF: Tensor) -> Prepared:
+    """One token's heads, each times a matrix of its own; (B, H, 1, F)."""
+    B, H, _, K = x_BH1K.shape
+    F = weight_HKF.shape[2]
+    out = x_BH1K.new_empty(B, H, 1, F)
+    transposed = weight_HKF.stride(2) != 1
+    steps = *x_BH1K.stride()[:2], weight_HKF.stride(0), weight_HKF.stride(2 if transposed else 1)
+    sizes = B, H, K, F, *steps, transposed
+    return out, bound(build().head_linear, x_BH1K, weight_HKF, out, *sizes, torch.get_num_threads())
+
+
+@operator("join(Tensor a, Tensor b) -> Tensor")
+def join(a_BH1D: Tensor, b_BH1E: Tensor) -> Prepared:
+    """One token's vectors side by side, (B, H, 1, D + E)."""
+    B, H, _, D = a_BH1D.shape
+    out = a_BH1D.new_empty(B, H, 1, D + b_BH1E.shape[3])
+    sizes = B, H, D, b_BH1E.shape[3], *a_BH1D.stride()[:2], *b_BH1E.stride()[:2]
+    return out, bound(build().join, a_BH1D, b_BH1E, out, *sizes)
+
+
+@operator("add(Tensor x, Tensor y) -> Tensor")
+def add(x: Tensor, y: Tensor) -> Prepared:
+    """Of the same shape, both contiguous."""
+    out = torch.empty_like(x)
+    return out, bound(build().add, x, y, out, x.numel())
+
+
+@operator("retention(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor(a!) state) -> Tensor")
+def retention(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> Prepared:
+    """One token of gated retention, which changes the state; (B, H, 1, D). Queries, keys and values have no gaps."""
+    B, H, _, D = q_BH1D.shape
+    out = q_BH1D.new_empty(B, H, 1, D)
+    tensors = q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD, out
+    batches = [x.stride(0) for x in tensors[:3]]
+    return out, bound(build().retention, *tensors, B, H, D, *batches, torch.get_num_threads())
+
+
+@register_flop_formula(linear.overloadpacket)
+def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+@register_flop_formula(swiglu.overloadpacket)
+def _swiglu_flops(x_shape, gate_up_shape, down_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * (gate_up_shape[0] + down_shape[1])
+
+
+@register_flop_formula(head_linear.overloadpacket)
+def _head_linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[2]
+
+
+@register_flop_formula(retention.overloadpacket)
+def _retention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    return 4 * math.prod(q_shape) * q_shape[3]
