@@ -20,13 +20,14 @@ UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 
 def tune_process() -> None:
-    """Has torch's CPU threads wait awake for half a millisecond at most; to be called before torch is imported.
+    """Has torch's CPU threads sleep soon and Python look for garbage less often; to be called before torch is imported.
 
-    Threads that spin for longer stall each other where cores are shared: up to 50x slower steps on a busy 2-core
-    virtual machine. Threads that sleep at once must be woken for each operation, of which a decode step has hundreds.
-    Python looks for garbage less often: while importing, when all of it stays, that takes a quarter of the time.
+    Threads that wait awake for longer than half a millisecond stall each other where cores are shared: up to 50x slower
+    steps on a busy 2-core virtual machine. Threads that sleep at once must be woken for each operation, of which a
+    decode step has hundreds.
+    Looking for garbage among the objects that imports make, all of which stay, takes a quarter of a command's start.
     """
-    gc.set_threshold(100_000, 50, 100)
+    gc.set_threshold(100_000)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -364,10 +364,14 @@ class KeepGoing(L.Callback):
         if signum:
             raise Interrupted(signum)
 
-    def teardown(self, trainer: L.Trainer, module: LanguageModel, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        """Before Lightning, too, takes its handlers back: in its teardown that has happened already."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         self.handlers = {}
+
+    def on_exception(self, trainer: L.Trainer, module: LanguageModel, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)
 
 
 class ShowProgress(L.Callback):

@@ -1,1 +1,1 @@
-"""Kernels in C++ for a CPU; what is in them is faster than torch's, and the same."""
+"""Kernels in C++ for a CPU: what torch's operators compute, up to rounding, in less time."""

@@ -72,7 +72,8 @@ struct Seen {
     alignas(64) float q[D * M], out[M * E] = {};
     alignas(64) float few_keys[N * D], few_values[SHARED ? 1 : N * E];
     Scores scores[NJ][J], weights[NJ][J], top[J], totals[J] = {};
-    const float *values = nullptr;  // that the weights are for
+    const float *values = nullptr;  // that the weights are for, which `out` is still without
+    Lines pending;                  // what is to be fetched meanwhile
 
     // Of M queries that are `step` floats apart there are `live`; the others' places are filled with the last.
     INLINED Seen(const float *queries, long step, int live, float scale) {
@@ -87,7 +88,7 @@ struct Seen {
     INLINED float &weight(int m, int n) { return ((float *)&weights[n / NS][m / MS])[lane(m, n)]; }
 
     // Takes in N tokens, or the first `live`, of which query m sees only those from `hidden` + m to `sees` + m. Values are
-    // added after the next tile's scores, so that neither waits for the end of what it needs.
+    // added after the next tile's scores, so that neither waits for the end of what it needs; the last ones by `finish`.
     INLINED void tile(const float *k, const float *v, long live, Lines keys_ahead, Lines values_ahead, long sees = N,
                       long hidden = -M) {
         if (live < N) {
@@ -97,8 +98,8 @@ struct Seen {
         if (SHARED) v = k;
         if constexpr (MANY) along_queries(k, keys_ahead);
         else along_keys(k, keys_ahead);
-        if (values) add_values(values_ahead);
-        values = v;
+        finish();
+        values = v, pending = values_ahead;
         if (live < N || sees < N || hidden > 1 - M)
             for (int j = 0; j < J; j++) {
                 Scores from, to;
@@ -127,6 +128,10 @@ struct Seen {
             UNROLL for (int n = 0; n < NJ; n++) added[n % 2] += weights[n][j] = exp2_of(scores[n][j] - top[j]);
             totals[j] += added[0] + added[1];
         }
+    }
+
+    INLINED void finish() {
+        if (values) add_values(pending);
     }
 
     // Scores of as many tokens at a time as registers hold.
@@ -232,7 +237,7 @@ template <class F> INLINE void attend(const float *queries, float scale, Part pa
         const float *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
         seen.tile(part.key(s), SHARED ? nullptr : part.value(s), part.tokens - s, {keys}, {values});
     }
-    seen.add_values({seen.values});
+    seen.finish();
     for (int m = 0; m < M; m++) {
         float total = seen.total_of(m), share = 1 / total;
         weight[m] = seen.top_of(m) + std::log2(total);
@@ -321,7 +326,7 @@ extern "C" void causal(const float *q, const float *k, const float *v, float *ou
             const long sees = first + 1 - s, hidden = sees - window;
             seen.tile(keys + s * D, values + s * E, tokens - s, ahead, values_ahead, sees, hidden);
         }
-        seen.add_values({seen.values});
+        seen.finish();
         for (int m = 0; m < rows; m++) {
             float total = seen.total_of(m), share = 1 / total, *o = out + ((b * T + t + m) * H + h) * E;
             weight[(b * H + h) * T + t + m] = seen.top_of(m) + std::log2(total);

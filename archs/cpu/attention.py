@@ -26,13 +26,12 @@ def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
 def takes_causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
     """Whether `causal` takes these, once they are in fp32, and keys and values have no gaps.
 
-    Of few tokens torch's is as fast. It has gradients, and torch.compile takes it as it is.
+    Of few tokens torch's is as fast. It has gradients, and torch.compile takes it as it is; torch.func does not.
     """
     (T, D), E = q_BHTD.shape[2:], v_BGSE.shape[3]
     widened = torch.is_autocast_enabled("cpu")  # torch's would be, too
     ours = all(x.is_cpu and (widened or x.dtype == torch.float32) for x in (q_BHTD, k_BGSD, v_BGSE))
-    ours = ours and (torch.compiler.is_compiling() or not transformed())
-    return ours and T >= 8 and q_BHTD.stride(3) == 1 and builds(D, E)
+    return ours and not transformed() and T >= 8 and q_BHTD.stride(3) == 1 and builds(D, E)
 
 
 @torch.compiler.assume_constant_result

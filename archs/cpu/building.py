@@ -72,8 +72,8 @@ def _load(folder: Path, source: Path, sizes: list[str]) -> ctypes.CDLL:
     """Built, unless the folder has one of the same source, flags, compiler and processor."""
     command = [compiler(), *FLAGS, *sizes]
     macros = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
-    read = source.read_bytes(), (HERE / "vectors.h").read_bytes()
-    key = hashlib.sha256(b"\0".join((macros, " ".join(command).encode(), *read))).hexdigest()[:24]
+    sources = source.read_bytes(), (HERE / "vectors.h").read_bytes()
+    key = hashlib.sha256(b"\0".join((macros, " ".join(command).encode(), *sources))).hexdigest()[:24]
     path = folder / f"{key}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def takes(*tensors: Tensor, learns: bool = False) -> bool:
 
 def transformed() -> bool:
     """Whether torch.func (grad, vmap, ...) or forward-mode differentiation is at work: neither knows our operators."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 library = torch.library.Library("kvfrontier", "DEF")

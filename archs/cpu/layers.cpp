@@ -25,8 +25,7 @@ template <class T> struct Rows {
 typedef Rows<const float> In;
 typedef Rows<float> Out;
 
-// What will be read next, fetched in the order in which it lies in memory (other orders take half as long again), evenly
-// over all of the work.
+// What will be read next, fetched in the order in which it lies in memory: other orders take half as long again.
 struct Ahead {
     const float *at, *end;
 
@@ -36,13 +35,13 @@ struct Ahead {
 };
 
 // Products of R rows of x with `last - first` rows of w, as many at a time as a vector has lanes; then of what rows of x
-// remain. w is read from memory once, then from the first cache. There are a vector's worth of columns and of rows of w
+// remain. w is read from memory once, then from the caches. There are a vector's worth of columns and of rows of w
 // at least; what is left of them is taken with some before it, and those count once.
 template <int R = NATIVE / 2>
 static void products(In x, In w, Out out, long rows, long first, long last, long K, Ahead ahead, long passes = 0) {
     constexpr int C = NATIVE / R;
     if (!passes) passes = rows / R + __builtin_popcount(rows % R);
-    const long whole = K / NATIVE * NATIVE, end = K - NATIVE;
+    const long whole = K / NATIVE * NATIVE, end = K - NATIVE, lines = (C + passes - 1) / passes;
     native lane;
     for (int i = 0; i < NATIVE; i++) lane[i] = i;
     for (; rows >= R; rows -= R, x.at = x[R], out.at = out[R])
@@ -50,9 +49,10 @@ static void products(In x, In w, Out out, long rows, long first, long last, long
             const long f = std::min(next, last - C);
             native a[NATIVE] = {};
             for (long k = 0; k < whole; k += NATIVE) {
-                if (k % LINE == 0) ahead.fetch((C + passes - 1) / passes);
+                if (k % LINE == 0) ahead.fetch(lines);
                 native y[C];
-                UNROLL for (int c = 0; c < C; c++) y[c] = held(load<native>(w[f + c] + k));
+                UNROLL for (int c = 0; c < C; c++) y[c] = load<native>(w[f + c] + k);
+                if (R > 1) UNROLL for (int c = 0; c < C; c++) y[c] = held(y[c]);
                 UNROLL for (int r = 0; r < R; r++) {
                     native z = held(load<native>(x[r] + k));
                     UNROLL for (int c = 0; c < C; c++) a[r * C + c] += z * y[c];
@@ -87,14 +87,16 @@ template <int R = 8> static void column_products(In x, In w, Out out, long rows,
 // Blocks of 16 columns, the last of up to 31: where block i ends.
 static long end_of(long i, long F) { return i == F / 16 - 1 ? F : i * 16 + 16; }
 
-// Block i of a matrix (F, K).
-static Ahead block(const float *w, long i, long K) { return {w + i * 16 * K, w + (i + 1) * 16 * K}; }
+// Block i of a matrix (F, K); nothing, where there is none.
+static Ahead block(const float *w, long i, long K, long F) {
+    return i < F / 16 ? Ahead{w + i * 16 * K, w + end_of(i, F) * K} : Ahead{};
+}
 
 // out (rows, F) = x (rows, K) w^T of w (F, K); K and F are 16 or more.
 extern "C" void linear(const float *x, const float *w, float *out, long rows, long K, long F, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (K * F > 1 << 14)
     for (long i = 0; i < F / 16; i++)
-        products({x, K}, {w, K}, {out, F}, rows, i * 16, end_of(i, F), K, block(w, i + 1, K));
+        products({x, K}, {w, K}, {out, F}, rows, i * 16, end_of(i, F), K, block(w, i + 1, K, F));
 }
 
 // out (B, H, F) = x (B, H, K) w of each head's own w: (K, F), or with `transposed` (F, K); K and F are multiples of 16,
@@ -105,7 +107,8 @@ extern "C" void head_linear(const float *x, const float *w, float *out, long B, 
     for (long h = 0; h < H; h++) {
         In rows = {x + h * x_head, x_batch}, weights = {w + h * w_head, w_row};
         Out to = {out + h * F, H * F};
-        if (transposed) products(rows, weights, to, B, 0, F, K, {weights.at + w_head, weights.at + w_head + F * w_row});
+        const float *next = weights.at + w_head;
+        if (transposed) products(rows, weights, to, B, 0, F, K, h + 1 < H ? Ahead{next, next + F * w_row} : Ahead{});
         else column_products(rows, weights, to, B, K, F);
     }
 }
@@ -158,13 +161,13 @@ extern "C" void swiglu(const float *x, const float *gate_up, const float *down, 
         for (long i = 0; i < F / 16; i++) {
             const long first = i * 16, last = end_of(i, F);
             const float *all_up = gate_up + F * K;
-            products({x, K}, {gate_up, K}, {gate.data(), F}, rows, first, last, K, block(all_up, i, K));
-            products({x, K}, {all_up, K}, {up.data(), F}, rows, first, last, K, block(gate_up, i + 1, K));
+            products({x, K}, {gate_up, K}, {gate.data(), F}, rows, first, last, K, block(all_up, i, K, F));
+            products({x, K}, {all_up, K}, {up.data(), F}, rows, first, last, K, block(gate_up, i + 1, K, F));
             for (long i = first; i < rows * F; i += F) gated(&gate[i], &up[i], &gate[i], last - first);
         }
 #pragma omp for schedule(static)
         for (long i = 0; i < K / 16; i++)
-            products({gate.data(), F}, {down, F}, {out, K}, rows, i * 16, end_of(i, K), F, block(down, i + 1, F));
+            products({gate.data(), F}, {down, F}, {out, K}, rows, i * 16, end_of(i, K), F, block(down, i + 1, F, K));
     }
 }
 

@@ -233,6 +233,20 @@ def test_weights_of_any_size(scale):
 
 
 @needs_compiler
+@pytest.mark.parametrize("shape", ["mha", "gqa", "queries that fill vectors", "mla"])
+def test_scores_that_grow_all_the_way(shape):
+    """What was summed fades with each tile, also where its values are added later."""
+    q, k, v = inputs(SHAPES[shape], 2, 77)
+    k.mul_(torch.linspace(1, 30, 77)[:, None]).abs_()  # values that are columns of the keys, too
+    q.abs_()
+    torch.testing.assert_close(split_kv(q, k, v, 0.1), by_definition(q, k, v, scale=0.1), rtol=1e-4, atol=1e-4)
+    if v.data_ptr() != k.data_ptr():
+        prompt = torch.rand(2, SHAPES[shape][0], 40, q.shape[3])
+        got, _ = causal(prompt, k, v, 0.1)
+        torch.testing.assert_close(got, by_definition(prompt, k, v, scale=0.1), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
 @pytest.mark.parametrize("shape", [(3, 7, 50), (1, 1, 1), (40, 16, 256)])
 def test_rms_norm_is_torchs(shape):
     x, weight = torch.randn(shape).transpose(0, 1), torch.randn(shape[-1])

@@ -314,3 +314,18 @@ def test_transforms_of_functions_are_those_of_what_torch_computes(arch, options)
             same = forward_ad.unpack_dual(dual).tangent
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close((along, same), (change, change), rtol=1e-3, atol=1e-4)
+
+
+def test_transforms_are_seen_by_the_compiler():
+    model, tokens = make("mha", {}), torch.randint(97, (3, 20))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def change(weights):
+        def mean(weights):
+            return torch.func.functional_call(model, weights, (tokens,)).logsumexp(-1).mean()
+
+        return torch.func.jvp(mean, (weights,), ({name: weight.sin() for name, weight in weights.items()},))[1]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        compiled = torch.compile(change, backend="aot_eager")(weights)
+        torch.testing.assert_close(compiled, change(weights), rtol=1e-4, atol=1e-5)

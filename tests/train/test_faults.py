@@ -1,5 +1,6 @@
 """Runs that are killed, files that are damaged, disks that are full: nothing is lost, and the end is the same."""
 
+import gc
 import json
 import os
 import resource
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,27 @@ def test_runs_that_are_killed_end_as_ones_that_are_not(name):
     done = subprocess.run(script, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(f"the same after 5 times SIG{name}") == len(VARIANTS)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_run_leaves_signals_as_they_were_and_nothing_of_itself(data, tmp_path, monkeypatch, broken):  # noqa: F811
+    plan, run = one_run(data, tmp_path / "run")
+    signals = signal.SIGINT, signal.SIGTERM
+    before, alive = [signal.getsignal(s) for s in signals], []
+    begin = KeepGoing.on_train_start
+
+    def look(self, trainer, module):
+        begin(self, trainer, module)
+        alive.append(weakref.ref(module))
+        if broken:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(KeepGoing, "on_train_start", look)
+    with StudyProgress("training", 1) as progress, pytest.raises(ZeroDivisionError) if broken else nullcontext():
+        train_run(run, plan.study.train, data, progress, "")
+    assert [signal.getsignal(s) for s in signals] == before
+    gc.collect()
+    assert [seen() for seen in alive] == [None]
 
 
 # Damaged files
