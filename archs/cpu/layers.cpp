@@ -40,6 +40,7 @@ struct Ahead {
 template <int R = NATIVE / 2>
 static void products(In x, In w, Out out, long rows, long first, long last, long K, Ahead ahead, long passes = 0) {
     constexpr int C = NATIVE / R;
+    if (!rows) return;
     if (!passes) passes = rows / R + __builtin_popcount(rows % R);
     const long whole = K / NATIVE * NATIVE, end = K - NATIVE, lines = (C + passes - 1) / passes;
     native lane;

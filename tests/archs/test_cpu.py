@@ -283,6 +283,14 @@ def test_products_of_few_rows_are_torchs(rows, width, hidden):
 
 
 @needs_compiler
+def test_no_rows_have_no_products():
+    x = torch.empty(0, 64)
+    assert linear(x, torch.randn(48, 64)).shape == (0, 48)
+    assert swiglu(x, torch.randn(96, 64), torch.randn(64, 48)).shape == (0, 64)
+    assert head_linear(torch.empty(0, 4, 1, 16), torch.randn(4, 32, 16).mT).shape == (0, 4, 1, 32)
+
+
+@needs_compiler
 @pytest.mark.parametrize("batch", [1, 3, 8, 17])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_each_head_has_a_matrix_of_its_own(batch, transposed):
