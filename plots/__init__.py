@@ -46,9 +46,10 @@ def draw(directory: Path) -> list[Path]:
             svg = {}
             for suffix, width in style.PAGES.items():
                 fig = figure.draw(rows, study, width)
-                svg[suffix] = style.render(fig, "svg")
-                for kind in ("pdf", "png"):
-                    write(f"figures/{name}{suffix}.{kind}", style.render(fig, kind))
+                files = style.render(fig)
+                svg[suffix] = files.pop("svg")
+                for kind, content in files.items():
+                    write(f"figures/{name}{suffix}.{kind}", content)
             write(f"figures/{name}.csv", _csv(rows))
             caption = figure.caption(study, rows)
             drawn.append(

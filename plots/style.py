@@ -22,7 +22,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven to eight colours: a pair 
 FILLS = ("full", "left", "top", "right", "bottom")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 GREY = "#666666"
-CANVASES = {"pdf": FigureCanvasPdf, "svg": FigureCanvasSVG, "png": FigureCanvasAgg}
+CANVASES = {  # and what would differ from one time to the next
+    "svg": (FigureCanvasSVG, "Date"),
+    "pdf": (FigureCanvasPdf, "CreationDate"),
+    "png": (FigureCanvasAgg, "Software"),
+}
 PNG_DPI = 300
 
 RC = {
@@ -176,16 +180,15 @@ def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
     fig.set_figheight(fig.get_figheight() + box.height / fig.dpi)
 
 
-def render(fig: Figure, kind: str) -> bytes:
-    """The figure as bytes of a PDF, PNG or SVG: laid out once, so that all three agree, and without dates or versions,
-    so that the same figure gives the same bytes."""
-    if fig.get_layout_engine() is not None:
-        fig.draw_without_rendering()
-        fig.set_layout_engine("none")
-    canvas = CANVASES[kind](fig)
-    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}[kind]
-    buffer, dpi = io.BytesIO(), fig.dpi
-    fig.dpi = PNG_DPI if kind == "png" else 72
-    getattr(canvas, f"print_{kind}")(buffer, metadata=metadata)  # savefig would draw everything twice
-    fig.dpi = dpi
-    return buffer.getvalue()
+def render(fig: Figure) -> dict[str, bytes]:
+    """The figure as the bytes of a PDF, a PNG and an SVG: laid out once, so that all three agree, and without dates or
+    versions, so that the same figure gives the same bytes."""
+    fig.get_layout_engine().execute(fig)
+    fig.set_layout_engine("none")
+    found, dpi = {}, fig.dpi
+    for kind, (canvas, undated) in CANVASES.items():
+        buffer = io.BytesIO()
+        fig.dpi = PNG_DPI if kind == "png" else 72
+        getattr(canvas(fig), f"print_{kind}")(buffer, metadata={undated: None})  # savefig would draw everything twice
+        fig.dpi, found[kind] = dpi, buffer.getvalue()
+    return found
