@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 
 import matplotlib
-import matplotlib.image
 
 from plots import report, style, tables
 from plots.drawing import NotInResults
@@ -89,12 +88,16 @@ def _csv(rows: list[dict]) -> str:
 
 def _tensorboard(folder: Path, images: dict[str, Path], text: str) -> Path:
     """The study's own run beside the training runs: every figure as an image and the tables as text."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import SummaryWriter  # seconds to import, and nothing before this needs it
 
     for old in folder.glob("events.out.tfevents*"):
         old.unlink()
     with SummaryWriter(str(folder)) as writer:
         for name, path in images.items():
-            writer.add_image(f"figures/{name}", matplotlib.image.imread(path)[..., :3], dataformats="HWC")
+            png = path.read_bytes()  # as it is: add_image would take it apart and compress it again
+            width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
+            image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
+            writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"figures/{name}", image=image)]))
         writer.add_text("results", text)
     return next(folder.glob("events.out.tfevents*"))

@@ -101,6 +101,7 @@ class Plan:
             shortest["eval.techniques: dmc: train_tokens"] = min(dmc.train_tokens for dmc in self.retrofitted)
         _check_budget(study, data, tuned | shortest)
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
+        self._tuning: dict[tuple[str, float], Run] = {}  # made once: with each run that ends all are asked for again
 
     def runs(self) -> list[Run]:
         """The runs to compare, seeds within variants, of all variants whose learning rate is known."""
@@ -173,10 +174,13 @@ class Plan:
         return dataclasses.replace(variant, tokens=self.study.train.tuning_tokens or variant.tokens)
 
     def _tuning_run(self, variant: Variant, rate: float) -> Run:
+        if (variant.label, rate) in self._tuning:
+            return self._tuning[variant.label, rate]
         where = self.directory / "tuning" / variant.label / f"lr-{rate!r}"
         name = f"{variant.label} lr {rate:g}"
-        variant = self._short(variant)
-        return self._run(variant, tuning_seed(self.study.seeds), rate, None, where, name, tunes=True)
+        seed, short = tuning_seed(self.study.seeds), self._short(variant)
+        self._tuning[variant.label, rate] = run = self._run(short, seed, rate, None, where, name, tunes=True)
+        return run
 
     def _losses(self, variant: Variant) -> dict[float, float]:
         """Validation loss at the end of training for each rate that was tried; infinite where it diverged."""

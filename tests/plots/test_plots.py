@@ -3,6 +3,7 @@ in the shape and size of a laptop run) and from studies derived from it here."""
 
 import copy
 import csv
+import io
 import json
 import math
 import random
@@ -11,7 +12,7 @@ import statistics
 from itertools import combinations
 from pathlib import Path
 
-import matplotlib
+import matplotlib.image
 import pytest
 
 import plots
@@ -281,6 +282,10 @@ def test_tensorboard_shows_the_figures_and_the_table_of_the_last_drawing(five):
     events = EventAccumulator(str(five / "study"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == sorted(f"figures/{name}" for name in NAMES)
+    (image,) = events.Images("figures/frontier")
+    png = (five / "figures" / "frontier_wide.png").read_bytes()
+    assert image.encoded_image_string == png
+    assert (image.height, image.width) == matplotlib.image.imread(io.BytesIO(png)).shape[:2]
     (tensor,) = events.Tensors("results/text_summary")
     assert b"| mha |" in tensor.tensor_proto.string_val[0]
 

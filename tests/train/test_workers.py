@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,16 +69,24 @@ def evaluated(folder, name, *how):
     return folder / name
 
 
-def test_runs_side_by_side_give_the_same_results_and_stop_on_sigterm(plain, folder):
-    study, out = folder / "study.yaml", folder / "two"
-    process = command("train", study, "--out", out, "--workers", 2)
-    wait_for(lambda: running(out))
-    process.send_signal(signal.SIGTERM)
-    assert "stopped by SIGTERM" in ended(process, 143)
+def test_runs_side_by_side_give_the_same_results_and_stop_on_sigterm(plain, folder, capsys):
+    out = folder / "two"
+    with sigterm_when(lambda: running(out)):
+        assert kvfrontier.main(["train", str(folder / "study.yaml"), "--out", str(out), "--workers", "2"]) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
     assert not any(state.startswith(("running", "failed")) for state in states(out).values())
     assert any("interrupted: step" in state for state in states(out).values())
     evaluated(folder, "two", "--workers", "2")
     assert differ(plain / "results.json", out / "results.json") == []
+
+
+@contextlib.contextmanager
+def sigterm_when(condition):
+    """To this process, which trains meanwhile, as soon as the condition holds."""
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(lambda: wait_for(condition) or os.kill(os.getpid(), signal.SIGTERM))
+        yield
+        sent.result()
 
 
 def wait_for(condition, seconds=60):
@@ -136,17 +145,17 @@ def parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_two_devices_train_as_one_does(plain, folder):
+def test_two_devices_train_as_one_does(plain, folder, capsys):
     """Lightning's ddp: each process has half of the batch, and only the first one writes."""
     out = folder / "ddp"
     settings = "train.devices=2", "train.strategy=ddp", "variants=[{arch: mha}]"
     overrides = [word for setting in settings for word in ("--set", setting)]
-    process = command("train", folder / "study.yaml", "--out", out, *overrides, OMP_NUM_THREADS="1")
-    wait_for(lambda: running(out))
-    process.send_signal(signal.SIGTERM)
-    assert "stopped by SIGTERM" in ended(process, 143)
+    train = ["train", str(folder / "study.yaml"), "--out", str(out), *overrides]
+    with sigterm_when(lambda: running(out)):
+        assert kvfrontier.main(train) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
     assert "interrupted: step" in states(out)["mha seed 0"]
-    assert kvfrontier.main(["train", str(folder / "study.yaml"), "--out", str(out), *overrides]) == 0
+    assert kvfrontier.main(train) == 0
     one, two = (rows(directory / "runs" / "mha" / "seed-0") for directory in (plain, out))
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
     for a, b in zip(one, two, strict=True):
