@@ -2,6 +2,7 @@
 
     uv run python tests/train/kill.py --kills 50                  # `train` of each variant at random steps
     uv run python tests/train/kill.py --kills 50 --signal TERM    # which writes a checkpoint, and exits with 143
+    uv run python tests/train/kill.py --signal KILL TERM          # the one, then the other
     uv run python tests/train/kill.py --kills 50 --study          # `run` of all variants at random moments
 
 Weights, metrics.jsonl, TensorBoard's curves and, of a study, results.json must be the same to the bit, times apart.
@@ -133,22 +134,24 @@ def compare(straight: Path, killed: Path) -> list[str]:
     return differing
 
 
-def kill_runs(folder: Path, kills: int, signum: int) -> bool:
-    """Whether each variant's run ends the same."""
+def kill_runs(folder: Path, kills: int, signals: list[signal.Signals]) -> bool:
+    """Whether each variant's run ends the same, whichever of the signals came."""
     steps = 6 * max(5, kills // 3)  # validated six times
-    expected = -signum if signum == signal.SIGKILL else 128 + signum
     well = True
     for arch in VARIANTS:
         study = write_study(folder, arch, steps, variants=[{"arch": arch, **OWN.get(arch, {})}])
-        straight, killed = folder / "straight" / arch, folder / "killed" / arch
+        straight = folder / "straight" / arch
         well &= main(["train", str(study), "--out", str(straight)]) == 0
-        places = sorted(n / 2 for n in random.Random(arch).sample(range(1, 2 * steps - 12), kills))
-        died = [in_child(["train", study, "--out", killed], place, signum) for place in places].count(expected)
-        well &= in_child(["train", study, "--out", killed], math.inf, signum) == 0
-        differing = compare(straight, killed)
-        well &= not differing and died == kills
-        said = f"not the same: {', '.join(differing)}" if differing else "the same"
-        print(f"{arch}: {said} after {died} times {signal.Signals(signum).name}", flush=True)
+        for signum in signals:
+            killed = folder / signum.name / arch
+            expected = -signum if signum == signal.SIGKILL else 128 + signum
+            places = sorted(n / 2 for n in random.Random(arch).sample(range(1, 2 * steps - 12), kills))
+            died = [in_child(["train", study, "--out", killed], place, signum) for place in places].count(expected)
+            well &= in_child(["train", study, "--out", killed], math.inf, signum) == 0
+            differing = compare(straight, killed)
+            well &= not differing and died == kills
+            said = f"not the same: {', '.join(differing)}" if differing else "the same"
+            print(f"{arch}: {said} after {died} times {signum.name}", flush=True)
     return well
 
 
@@ -172,7 +175,7 @@ def kill_study(folder: Path, kills: int) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=5, help="of each variant's run, or of the study (default: 5)")
-    parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    parser.add_argument("--signal", nargs="+", choices=["KILL", "TERM"], default=["KILL"])
     parser.add_argument("--study", action="store_true", help="the whole study in place of each variant's run")
     args = parser.parse_args()
     eval.speed.SECONDS = 0.02
@@ -186,5 +189,5 @@ if __name__ == "__main__":
         if args.study:
             well = kill_study(folder, args.kills)
         else:
-            well = kill_runs(folder, args.kills, signal.Signals[f"SIG{args.signal}"])
+            well = kill_runs(folder, args.kills, [signal.Signals[f"SIG{name}"] for name in args.signal])
     sys.exit(not well)
