@@ -291,10 +291,10 @@ def token_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 class SumNats(torch.autograd.Function):
     """The sum of `token_nats` of x (B, T, W) times a weight (V, W): the gradients are made with the loss, some rows at
-    a time, so that logits never leave a CPU's caches (as in Liger Kernel, arXiv 2410.10989, section 3.2).
+    a time, so that there are never logits of them all (as in Liger Kernel, arXiv 2410.10989, section 3.2).
     """
 
-    ROWS = 256
+    ROWS = 512  # products of fewer are slower, by a sixth with a vocabulary of 50,000; of more, hardly faster
 
     @staticmethod
     def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
