@@ -183,8 +183,9 @@ def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
 def render(fig: Figure) -> dict[str, bytes]:
     """The figure as the bytes of a PDF, a PNG and an SVG: laid out once, so that all three agree, and without dates or
     versions, so that the same figure gives the same bytes."""
-    fig.get_layout_engine().execute(fig)
-    fig.set_layout_engine("none")
+    if layout := fig.get_layout_engine():
+        layout.execute(fig)
+        fig.set_layout_engine("none")
     found, dpi = {}, fig.dpi
     for kind, (canvas, undated) in CANVASES.items():
         buffer = io.BytesIO()

@@ -395,8 +395,13 @@ def test_what_is_drawn_is_what_the_csv_holds(studies, name):
 
 
 def test_a_file_in_the_folder_is_a_figure(five, tmp_path, monkeypatch):
-    source = "from plots.figures.recompute import FIGURE as old\nimport dataclasses\n"
-    source += 'FIGURE = dataclasses.replace(old, name="new_one", order=15, findings=lambda study: [("New", "Said.")])\n'
+    source = (
+        "from matplotlib.figure import Figure\nfrom plots.figures.recompute import FIGURE as old\nimport dataclasses\n"
+    )
+    source += (
+        'own = dict(findings=lambda study: [("New", "Said.")], draw=lambda rows, study, width: Figure((width, 1)))\n'
+    )
+    source += 'FIGURE = dataclasses.replace(old, name="new_one", order=15, **own)\n'
     (tmp_path / "new_one.py").write_text(source)
     monkeypatch.setattr(figures, "__path__", [*figures.__path__, str(tmp_path)])
     found = figures.scan()

@@ -31,23 +31,6 @@ STUDY = {
 }
 
 
-def command(*arguments, **env):
-    """A process of its own, as Ray and Lightning start further ones from it."""
-    return subprocess.Popen(
-        [sys.executable, ROOT / "kvfrontier.py", *map(str, arguments)],
-        env=os.environ | env,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-
-
-def ended(process, status=0):
-    said = process.communicate(timeout=200)[1]
-    assert process.returncode == status, said
-    return said
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
@@ -110,14 +93,16 @@ def test_a_ray_cluster_gives_the_same_results_though_a_node_is_killed(plain, fol
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        process = command("train", folder / "study.yaml", "--out", out, "--ray", cluster.address)
+        command = [ROOT / "kvfrontier.py", "train", folder / "study.yaml", "--out", out, "--ray", cluster.address]
+        process = subprocess.Popen([sys.executable, *command], text=True, stderr=subprocess.PIPE)
         wait_for(lambda: running(out))
         died, pids = next((node, pids) for node in nodes if (pids := processes_on(node, running(out))))
         cluster.remove_node(died, allow_graceful=False)
         for pid in pids:  # they go with a machine
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        ended(process)
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, said
     finally:
         cluster.shutdown()
     assert set(states(out).values()) == {"trained, not evaluated"}
