@@ -395,13 +395,14 @@ def test_what_is_drawn_is_what_the_csv_holds(studies, name):
 
 
 def test_a_file_in_the_folder_is_a_figure(five, tmp_path, monkeypatch):
-    source = (
-        "from matplotlib.figure import Figure\nfrom plots.figures.recompute import FIGURE as old\nimport dataclasses\n"
-    )
-    source += (
-        'own = dict(findings=lambda study: [("New", "Said.")], draw=lambda rows, study, width: Figure((width, 1)))\n'
-    )
-    source += 'FIGURE = dataclasses.replace(old, name="new_one", order=15, **own)\n'
+    source = """
+import dataclasses
+from matplotlib.figure import Figure
+from plots.figures.recompute import FIGURE as old
+
+own = {"draw": lambda rows, study, width: Figure((width, 1)), "findings": lambda study: [("New", "Said.")]}
+FIGURE = dataclasses.replace(old, name="new_one", order=15, **own)
+"""
     (tmp_path / "new_one.py").write_text(source)
     monkeypatch.setattr(figures, "__path__", [*figures.__path__, str(tmp_path)])
     found = figures.scan()
