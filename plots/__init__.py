@@ -3,9 +3,14 @@ holds can be drawn again at any time, on any machine, without the models that it
 
 import csv
 import io
+import time
 from pathlib import Path
 
 import matplotlib
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from plots import report, style, tables
 from plots.drawing import NotInResults
@@ -88,16 +93,15 @@ def _csv(rows: list[dict]) -> str:
 
 def _tensorboard(folder: Path, images: dict[str, Path], text: str) -> Path:
     """The study's own run beside the training runs: every figure as an image and the tables as text."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from torch.utils.tensorboard import SummaryWriter  # seconds to import, and nothing before this needs it
-
     for old in folder.glob("events.out.tfevents*"):
         old.unlink()
-    with SummaryWriter(str(folder)) as writer:
-        for name, path in images.items():
-            png = path.read_bytes()  # as it is: add_image would take it apart and compress it again
-            width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
-            image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
-            writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"figures/{name}", image=image)]))
-        writer.add_text("results", text)
+    writer = EventFileWriter(str(folder))
+    for name, path in images.items():
+        png = path.read_bytes()
+        width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
+        image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
+        summary = Summary(value=[Summary.Value(tag=f"figures/{name}", image=image)])
+        writer.add_event(Event(wall_time=time.time(), summary=summary))
+    writer.add_event(Event(wall_time=time.time(), summary=text_pb("results/text_summary", text)))
+    writer.close()
     return next(folder.glob("events.out.tfevents*"))

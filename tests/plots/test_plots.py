@@ -9,6 +9,8 @@ import math
 import random
 import re
 import statistics
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -392,6 +394,11 @@ def test_what_is_drawn_is_what_the_csv_holds(studies, name):
     values = {line: {round(float(v), 9) for v in getattr(line, f"get_{axis}data")() if v is not None} for line in lines}
     assert held <= set.union(*values.values())
     assert set.union(*(values[line] for line in lines if line.get_marker() != "None")) <= held
+
+
+def test_drawing_needs_neither_torch_nor_what_measured():
+    code = "import sys, plots; print({'torch', 'lightning', 'archs', 'train', 'eval'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_a_file_in_the_folder_is_a_figure(five, tmp_path, monkeypatch):
