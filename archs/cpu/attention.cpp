@@ -67,7 +67,7 @@ constexpr int MS = MANY ? QUERIES : M % 4 == 0 && L >= 4 ? 4 : M % 2 == 0 && L >
 
 struct Seen {
     typedef Vector<MS * NS>::type Scores;
-    static constexpr int J = M / MS, NJ = N / NS;
+    static constexpr int J = M / MS, NJ = N / NS, PAIR = std::min(2, NJ);
 
     alignas(64) float q[D * M], out[M * E] = {};
     alignas(64) float few_keys[N * D], few_values[SHARED ? 1 : N * E];
@@ -85,7 +85,7 @@ struct Seen {
     }
 
     static constexpr int lane(int m, int n) { return m % MS * NS + n % NS; }
-    INLINED float &weight(int m, int n) { return ((float *)&weights[n / NS][m / MS])[lane(m, n)]; }
+    static constexpr int place(int m, int n) { return (n / NS * J + m / MS) * MS * NS + lane(m, n); }  // of a weight
 
     // Takes in N tokens, or the first `live`, of which query m sees only those from `hidden` + m to `sees` + m. Values are
     // added after the next tile's scores, so that neither waits for the end of what it needs; the last ones by `finish`.
@@ -114,9 +114,11 @@ struct Seen {
                 }
             }
         UNROLL for (int j = 0; j < J; j++) {
-            Scores most[2] = {scores[0][j], scores[NJ - 1][j]}, added[2] = {};
-            UNROLL for (int n = 1; n < NJ - 1; n++) most[n % 2] = larger(most[n % 2], scores[n][j]);
-            Scores highest = largest<1, NS>(larger(most[0], most[1]));
+            Scores most[PAIR], added[PAIR] = {};
+            UNROLL for (int i = 0; i < PAIR; i++) most[i] = scores[i][j];
+            SOME for (int n = 0; n < NJ; n += PAIR)
+                UNROLL for (int i = 0; i < PAIR; i++) most[i] = larger(most[i], scores[n + i][j]);
+            Scores highest = largest<1, NS>(larger(most[0], most[PAIR - 1]));
             if (largest<NS, MS * NS>(highest - top[j])[0] > 0) {
                 highest = larger(highest + ABOVE, top[j]);
                 Scores fade = exp2_of(top[j] - highest);
@@ -125,8 +127,12 @@ struct Seen {
                 for (int m = 0; m < MS; m++)
                     for (int e = 0; e < E; e++) out[(j * MS + m) * E + e] *= fade[m * NS];
             }
-            UNROLL for (int n = 0; n < NJ; n++) added[n % 2] += weights[n][j] = exp2_of(scores[n][j] - top[j]);
-            totals[j] += added[0] + added[1];
+            SOME for (int n = 0; n < NJ; n += PAIR)
+                UNROLL for (int i = 0; i < PAIR; i++) {
+                    weights[n + i][j] = exp2_of(scores[n + i][j] - top[j]);
+                    added[i] += weights[n + i][j];
+                }
+            UNROLL for (int i = 0; i < PAIR; i++) totals[j] += added[i];
         }
     }
 
@@ -134,18 +140,22 @@ struct Seen {
         if (values) add_values(pending);
     }
 
-    // Scores of as many tokens at a time as registers hold.
+    // Scores of as many tokens at a time as registers hold. Here and below, pointers that move and factors loaded once
+    // save instructions: of those a hyperthread beside this one leaves few for each multiplication.
     APART void along_queries(const float *k, Lines ahead) {
         constexpr int T = divisor(N, std::clamp((REGISTERS < 32 ? 12 : 16) / J, 1, N)), STEP = divisor(D, std::max(4, LINE / T));
         for (int n = 0; n < N; n += T) {
             Scores a[T][J] = {};
-            for (int d = 0; d < D; d += STEP) {
+            const float *some = k + n * D;
+            for (const float *x = q; x != q + D * M; x += STEP * M, some += STEP) {
                 ahead.fetch(shares(T * STEP, LINE));
-                UNROLL for (int i = d; i < d + STEP; i++) {
-                    Scores x[J];
-                    UNROLL for (int j = 0; j < J; j++) x[j] = held(*(Scores *)&q[i * M + j * MS]);
-                    UNROLL for (int t = 0; t < T; t++)
-                        UNROLL for (int j = 0; j < J; j++) a[t][j] += x[j] * k[(n + t) * D + i];
+                UNROLL for (int i = 0; i < STEP; i++) {
+                    Scores y[J];
+                    UNROLL for (int j = 0; j < J; j++) y[j] = held(load<Scores>(x + i * M + j * MS));
+                    UNROLL for (int t = 0; t < T; t++) {
+                        Scores key = held(some[t * D + i] - Scores{});
+                        UNROLL for (int j = 0; j < J; j++) a[t][j] += key * y[j];
+                    }
                 }
             }
             UNROLL for (int t = 0; t < T; t++)
@@ -181,24 +191,29 @@ struct Seen {
     // Values times weights, some of the outputs (M, E) at a time in registers.
     APART void add_values(Lines ahead) {
         constexpr bool WIDE = REGISTERS < 32 && M % 4;  // of 16 registers 8 hold outputs, of 32 16
-        constexpr int MV = divisor(M, WIDE ? 2 : 4), EV = divisor(E / L, REGISTERS < 32 && !WIDE ? 2 : 4);
-        constexpr int STEP = 4, STEPS = N / STEP * (M / MV) * (E / L / EV);
+        constexpr int MV = MS == 2 ? 2 : divisor(M, WIDE ? 2 : 4), EV = divisor(E / L, REGISTERS < 32 && !WIDE ? 2 : 4);
+        static_assert(MV % MS == 0 || MS % MV == 0);  // place(m + i, s + n) is place(m, s) + place(i, n)
+        constexpr int STEP = std::max(4, NS), STEPS = N / STEP * (M / MV) * (E / L / EV);
         for (int e = 0; e < E; e += EV * L)
             for (int m = 0; m < M; m += MV) {
                 vec a[MV][EV];
+                float *o = out + m * E + e;
                 UNROLL for (int i = 0; i < MV; i++)
-                    UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(out + (m + i) * E + e + j * L);
-                for (int s = 0; s < N; s += STEP) {
+                    UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(o + i * E + j * L);
+                const float *v = values + e, *w = (float *)weights + place(m, 0), *end = w + N * M;
+                for (; w != end; w += STEP * M, v += STEP * NEXT) {
                     ahead.fetch(shares(VALUE_LINES, STEPS));
-                    UNROLL for (int n = s; n < s + STEP; n++) {
+                    UNROLL for (int n = 0; n < STEP; n++) {
                         vec x[EV];
-                        UNROLL for (int j = 0; j < EV; j++) x[j] = held(load<vec>(values + n * NEXT + e + j * L));
-                        UNROLL for (int i = 0; i < MV; i++)
-                            UNROLL for (int j = 0; j < EV; j++) a[i][j] += weight(m + i, n) * x[j];
+                        UNROLL for (int j = 0; j < EV; j++) x[j] = held(load<vec>(v + n * NEXT + j * L));
+                        UNROLL for (int i = 0; i < MV; i++) {
+                            vec y = held(w[place(i, n)] - vec{});
+                            UNROLL for (int j = 0; j < EV; j++) a[i][j] += y * x[j];
+                        }
                     }
                 }
                 UNROLL for (int i = 0; i < MV; i++)
-                    UNROLL for (int j = 0; j < EV; j++) store(out + (m + i) * E + e + j * L, a[i][j]);
+                    UNROLL for (int j = 0; j < EV; j++) store(o + i * E + j * L, a[i][j]);
             }
     }
 
