@@ -24,31 +24,36 @@ Rope = tuple[Tensor, Tensor]
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device) -> Rope:
-    """Cosine and sine (T, dim/2) in fp32 for positions from `start` (RoFormer, arXiv 2104.09864, section 3).
+def rope_table(start: int | Tensor, tokens: int, dim: int, base: float, device, dtype=torch.float32) -> Rope:
+    """Cosine and sine (T, dim/2) for positions from `start` (RoFormer, arXiv 2104.09864, section 3).
 
     A tensor is the position of one token, (1), or one for each sequence, (B, 1, 1): then (B, 1, 1, dim/2).
     """
     if isinstance(start, Tensor):
-        turns = kept_frequencies(dim, base, device)
+        turns = kept_frequencies(dim, base, device, dtype)
         if start.dim() == 1 and takes(turns):
             return rope_of_one(start, turns)
         angle = start[..., None] * turns
     else:
-        angle = (start + torch.arange(tokens, device=device))[:, None] * frequencies(dim, base, device)
+        angle = (start + torch.arange(tokens, device=device))[:, None] * frequencies(dim, base, device, dtype)
     return angle.cos(), angle.sin()
 
 
-def frequencies(dim: int, base: float, device) -> Tensor:
+def frequencies(dim: int, base: float, device, dtype=torch.float32) -> Tensor:
     """By how much each pair (dim/2) turns from one position to the next."""
-    return base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / -dim)
+    return base ** (torch.arange(0, dim, 2, dtype=dtype, device=device) / -dim)
 
 
 @functools.cache
-def kept_frequencies(dim: int, base: float, device) -> Tensor:
+def kept_frequencies(dim: int, base: float, device, dtype) -> Tensor:
     """For decode steps, in each of which they would be made anew."""
     with torch.inference_mode(False):
-        return frequencies(dim, base, device)
+        return frequencies(dim, base, device, dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def last(rope: Rope) -> Rope:
@@ -62,14 +67,14 @@ def rotate(x_BHTD: Tensor, rope: Rope) -> Tensor:
     rows = cos.stride(-1) == 1 and cos.shape == sin.shape and cos.stride() == sin.stride()
     if x_BHTD.dim() == 4 and x_BHTD.stride(3) == 1 and rows and takes(x_BHTD, learns=True) and takes(cos, sin):
         return learning_rotate(x_BHTD, cos, sin)
-    a, b = x_BHTD.float().chunk(2, dim=-1)
+    a, b = wide(x_BHTD).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
 
 
 def split_heads(x_BTX: Tensor, *heads: int) -> list[Tensor]:
     """(B, T, (h1 + h2 + ...) D) to one tensor (B, h, T, D) for each h."""
-    B, T, _ = x_BTX.shape
-    return list(x_BTX.view(B, T, sum(heads), -1).transpose(1, 2).split(heads, dim=1))
+    B, T, X = x_BTX.shape
+    return list(x_BTX.view(B, T, sum(heads), X // sum(heads)).transpose(1, 2).split(heads, dim=1))
 
 
 def merge_heads(x_BHTD: Tensor) -> Tensor:

@@ -167,6 +167,11 @@ def plus(x: Tensor, y: Tensor) -> Tensor:
     return add(x.contiguous(), y.contiguous()) if takes_few(x) and takes(y) else x + y
 
 
+def tie(model: "Decoder", *_: Any) -> None:
+    """One matrix embeds and unembeds."""
+    model.unembed.weight = model.embed.weight
+
+
 def dropout(p: float) -> nn.Module:
     return nn.Dropout(p) if p else nn.Identity()
 
@@ -218,7 +223,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(o.width)
         self.unembed = Linear(o.width, o.vocab_size)
         if o.tie_embeddings:
-            self.unembed.weight = self.embed.weight
+            tie(self)
+            self.register_load_state_dict_post_hook(tie)  # `assign` puts two parameters in their places
         self.add_modules()
         self.reset_parameters()
 
@@ -300,7 +306,8 @@ class Decoder(nn.Module):
         return x_BTW
 
     def rope(self, x_BTW: Tensor, start: int | Tensor) -> Rope:
-        return rope_table(start, x_BTW.shape[1], self.options.rotary_dim, self.options.rope_base, x_BTW.device)
+        o, dtype = self.options, torch.float64 if self.embed.weight.dtype == torch.float64 else torch.float32
+        return rope_table(start, x_BTW.shape[1], o.rotary_dim, o.rope_base, x_BTW.device, dtype)
 
     # What it costs
 

@@ -58,7 +58,8 @@ def graphs_decode(device: torch.device) -> bool:
 
 
 class RecordedStep:
-    """The decode step of a cache, with the position on the device; recorded anew when a weight of the model has moved.
+    """The decode step of a cache, with the position on the device; recorded anew when a weight of the model has moved
+    or a module has been replaced.
 
     On a GPU the first step runs as it is (kernels are compiled, workspaces made) and the second is recorded; on a CPU
     the first is. Hooks on modules see the steps that are not replayed. A copy of a cache records its own.
@@ -87,24 +88,28 @@ class RecordedStep:
             elif self.at != cache.length:
                 self.position.fill_(cache.length)
             self.at = -1  # unknown, should the step fail
-            if self.model is not model:
-                self.model, self.ran = model, None
+            if self.model is not model or self.ran is None or self.ran != self._runs(model):
+                self.model, self.ran, self.replay = model, None, None
+                self.parts = [(m._modules, list(m._modules.values())) for m in model.modules() if m._modules]
                 self.weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]
-            places = [held[name].data_ptr() for held, name in self.weights if held[name] is not None]
-            runs = places, model.training, torch.get_num_threads()
-            if self.ran != runs:
-                self.ran, self.replay = None, None
                 if on_gpu:
                     self.logits_BV = self._step(model, cache)
                 else:
                     self._record_calls(model, cache)
-                self.ran = runs
+                self.ran = self._runs(model)
             else:
                 if self.replay is None:
                     self._record_graph(model, cache)
                 self.replay()
             self.at = cache.length + 1
             return self.logits_BV.clone()
+
+    def _runs(self, model: "Decoder") -> tuple | None:
+        """What a recording is for; None when a module has been put in another's place."""
+        if any(list(held.values()) != there for held, there in self.parts):
+            return None
+        places = [x.data_ptr() for held, name in self.weights if (x := held.get(name)) is not None]
+        return places, model.training, torch.get_num_threads()
 
     def _step(self, model: "Decoder", cache: "Cache") -> Tensor:
         logits_BV = model.append(self.tokens_B[:, None], cache, self.position)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads
+from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads, wide
 from archs.cache import Cache, FullCache, StateCache, WindowCache
 from archs.cpu.building import takes
 from archs.cpu.layers import fade, retention, takes_retention
@@ -112,7 +112,7 @@ def own(q: Tensor, k: Tensor) -> Tensor:
 class GatedRetention(nn.Module):
     """Retention with a data-dependent decay a head, gamma = sigmoid(x W_gamma)^(1/16), normed a head and swish-gated.
 
-    Computed in fp32 whatever the model's precision: products of many decays lose their tails in bf16. The cached state
+    Computed in fp32 at least, whatever the model's precision: products of many decays lose their tails in bf16. The cached state
     has the cache's dtype: in bf16 decode stays within about 1 % of the full forward.
     """
 
@@ -125,15 +125,15 @@ class GatedRetention(nn.Module):
 
     def forward(self, x_BTW: Tensor, rope: Rope, cache: StateCache | None = None, start: int | Tensor = 0) -> Tensor:
         qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
-        log_decay_BHT = F.logsigmoid(self.decay(x_BTW).float()).transpose(1, 2) / DECAY_TEMPERATURE
+        log_decay_BHT = F.logsigmoid(wide(self.decay(x_BTW))).transpose(1, 2) / DECAY_TEMPERATURE
         with torch.autocast(x_BTW.device.type, enabled=False):
-            q_BHTD, k_BHTD = rotate(qk_BXTD.float(), rope).chunk(2, dim=1)
+            q_BHTD, k_BHTD = rotate(wide(qk_BXTD), rope).chunk(2, dim=1)
             k_BHTD = k_BHTD * self.head_dim**-0.5
             if cache:
-                state = cache.state.float()
+                state = wide(cache.state)
             else:
                 state = q_BHTD.new_zeros(x_BTW.shape[0], self.heads, self.head_dim, self.head_dim)
-            inputs = q_BHTD, k_BHTD, v_BHTD.float(), log_decay_BHT, state
+            inputs = q_BHTD, k_BHTD, wide(v_BHTD), log_decay_BHT, state
             one = cache and x_BTW.shape[1] == 1
             out_BHTD, state = retention_recurrent(*inputs) if one else retention_chunkwise(*inputs, CHUNK)
             out_BHTD = normed(out_BHTD)

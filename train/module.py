@@ -131,10 +131,11 @@ class LanguageModel(L.LightningModule):
 
     def mean_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The loss: nats a target."""
-        if self.hparams.pieces == 1:
+        pieces = min(self.hparams.pieces, len(inputs_BT))
+        if pieces <= 1:
             nats = self._sum_nats(inputs_BT, targets_BT)
         else:
-            parts = zip(*(x.tensor_split(self.hparams.pieces) for x in (inputs_BT, targets_BT)), strict=True)
+            parts = zip(*(x.tensor_split(pieces) for x in (inputs_BT, targets_BT)), strict=True)
             nats = sum(checkpoint(self._sum_nats, *part, use_reentrant=False) for part in parts)
         return nats / (targets_BT != IGNORED).sum()
 
@@ -300,7 +301,7 @@ class SumNats(torch.autograd.Function):
     def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_VW.dtype
         x_NW, weight = x_BTW.detach().flatten(0, 1), weight_VW.detach().to(dtype)
-        targets_N, sum_nats = targets_BT.flatten(), torch.zeros(())
+        targets_N, sum_nats = targets_BT.flatten(), torch.zeros((), dtype=torch.float32)
         x_grad, weight_grad = torch.zeros_like(x_NW), torch.zeros_like(weight_VW, dtype=torch.float32)
         with torch.autocast("cpu", enabled=False):
             for rows in (targets_N != IGNORED).nonzero()[:, 0].split(SumNats.ROWS):

@@ -27,15 +27,18 @@ constexpr int lanes(int native) { return D % native || E % native ? lanes(native
 constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
 
 constexpr int NEXT = SHARED ? D : E;  // floats from one token's values to the next
-constexpr int N = 16;                 // tokens in a tile
-constexpr int KEY_LINES = N * D / LINE, VALUE_LINES = SHARED ? 0 : N * E / LINE;  // of a tile
-constexpr int LINES = KEY_LINES + VALUE_LINES;
 // Queries in a vector, if they fill it; a half vector where memory sets the pace anyway.
 constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;
 constexpr bool MANY = M % QUERIES == 0;
 
+// Tokens in a tile: 16, or 32 where that pays and, of one new token, blocks are as long.
+#ifndef LONGN
+#define LONGN 32
+#endif
+constexpr int SHORT = 16, LONG = LONGN;
+
 // Where computing takes longer, 8 KiB ahead into the first cache, else 16 KiB into the second.
-constexpr int INTO = MANY ? 3 : 2, AHEAD = std::max(1, (MANY ? 128 : 256) / LINES) * N;  // tokens from use to fetch
+constexpr int INTO = MANY ? 3 : 2, LINES_AHEAD = MANY ? 128 : 256;
 
 // Keys or values of a tile to come, fetched some lines at a time while another is computed with.
 struct Lines {
@@ -65,9 +68,11 @@ constexpr float ABOVE = 8;
 // across it; for few it is made of the sums of vectors that lie along a key.
 constexpr int MS = MANY ? QUERIES : M % 4 == 0 && L >= 4 ? 4 : M % 2 == 0 && L >= 2 ? 2 : 1, NS = MANY ? 1 : L / MS;
 
-struct Seen {
+template <int N> struct Seen {
     typedef Vector<MS * NS>::type Scores;
     static constexpr int J = M / MS, NJ = N / NS, PAIR = std::min(2, NJ);
+    static constexpr int KEY_LINES = N * D / LINE, VALUE_LINES = SHARED ? 0 : N * E / LINE;         // of a tile
+    static constexpr int AHEAD = std::max(1, LINES_AHEAD / (KEY_LINES + VALUE_LINES)) * N;  // tokens from use to fetch
 
     alignas(64) float q[D * M], out[M * E] = {};
     alignas(64) float few_keys[N * D], few_values[SHARED ? 1 : N * E];
@@ -243,8 +248,10 @@ struct Part {
 
 // Softmax attention of M queries over a part: weighted means of values (M, E), and log2 of the weights' sums (M). While
 // the last tiles are computed with, the first ones of what `next` says is next are fetched.
-template <class F> INLINE void attend(const float *queries, float scale, Part part, F next, float *out, float *weight) {
-    Seen seen(queries, D, M, scale);
+template <int N, class F>
+static void attend(const float *queries, float scale, const Part &part, const F &next, float *out, float *weight) {
+    constexpr int AHEAD = Seen<N>::AHEAD;
+    Seen<N> seen(queries, D, M, scale);
     long whole = (part.tokens + N - 1) / N * N;
     for (long s = 0; s < part.tokens; s += N) {
         Part to_come = s + AHEAD < whole ? part : next();
@@ -271,7 +278,8 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
     if (position) S = 0;
     for (long b = 0; position && b < B; b++) S = std::max(S, held(b));
     long splits = std::max(1L, std::min((8 * threads + heads - 1) / heads, S / 256));
-    long per_split = ((S + splits - 1) / splits + N - 1) / N * N;
+    const long tile = table && size % LONG ? SHORT : LONG;
+    long per_split = ((S + splits - 1) / splits + tile - 1) / tile * tile;
     splits = (S + per_split - 1) / per_split;
     long count = heads * splits;
     auto part = [&](long i) {
@@ -300,8 +308,9 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
             return to_come.tokens > 0 ? to_come : now;
         };
         long h = i / splits;
-        attend(q + h / G * q_batch + h % G * M * D, scale * 1.44269504f, now, next,
-               splits > 1 ? &means[i * M * E] : out + i * M * E, &weights[i * M]);
+        auto attention = tile == LONG ? attend<LONG, decltype(next)> : attend<SHORT, decltype(next)>;
+        attention(q + h / G * q_batch + h % G * M * D, scale * 1.44269504f, now, next,
+                  splits > 1 ? &means[i * M * E] : out + i * M * E, &weights[i * M]);
     }
     if (splits == 1) return;
     for (long h = 0; h < heads; h++)
@@ -327,6 +336,7 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
 extern "C" void causal(const float *q, const float *k, const float *v, float *out, float *weight, long q_batch,
                        long q_head, long q_token, long k_batch, long k_head, long v_batch, long v_head, long B, long H,
                        long G, long T, long S, long window, float scale, long threads) {
+    constexpr int N = LONG, AHEAD = Seen<N>::AHEAD;
     const long blocks = (T + M - 1) / M;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long i = 0; i < B * H * blocks; i++) {
@@ -334,7 +344,7 @@ extern "C" void causal(const float *q, const float *k, const float *v, float *ou
         const int rows = std::min<long>(M, T - t);
         const long tokens = first + rows, start = std::max(0L, first + 1 - window) / N * N;
         const float *keys = k + b * k_batch + h / (H / G) * k_head, *values = v + b * v_batch + h / (H / G) * v_head;
-        Seen seen(q + b * q_batch + h * q_head + t * q_token, q_token, rows, scale * 1.44269504f);
+        Seen<N> seen(q + b * q_batch + h * q_head + t * q_token, q_token, rows, scale * 1.44269504f);
         for (long s = start; s < tokens; s += N) {
             const long far = s + AHEAD < tokens ? s + AHEAD : start;
             const Lines ahead = {keys + far * D}, values_ahead = {values + far * E};
@@ -379,6 +389,7 @@ extern "C" void causal_backward(const float *grad, const float *q, const float *
                                 long grad_head, long grad_token, long q_batch, long q_head, long q_token, long k_batch,
                                 long k_head, long v_batch, long v_head, long out_batch, long out_head, long out_token,
                                 long B, long H, long G, long T, long S, long window, float scale, long threads) {
+    constexpr int N = SHORT;
     const long padded = (S + N - 1) / N * N;
 #pragma omp parallel num_threads(threads)
     {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from archs.cpu.building import Prepared, bound, build, library, operator, takes, transformed
+from archs.cpu.building import Prepared, bound, build, library, operator, takes, threads, transformed
 
 
 def takes_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor) -> bool:
@@ -61,7 +61,9 @@ def split_kv(
     tensors = q_BHTD, k_BGSD, v_BGSE, out_BHTE
     sizes = q_BHTD.stride(0), *k_BGSD.stride()[:2], *v_BGSE.stride()[:2], B, G, blocks * C
     held = position, position is not None and len(position) > 1, table_BN, blocks, C
-    return out_BHTE, bound(build(D, E, H // G).split_kv, *tensors, *sizes, *held, scale, torch.get_num_threads())
+    return out_BHTE, bound(
+        build(D, E, H // G).split_kv, *tensors, *sizes, *held, scale, threads(B * G * blocks * C * (D + E))
+    )
 
 
 @operator("causal(Tensor q, Tensor k, Tensor v, float scale, int? window=None) -> (Tensor, Tensor)")
@@ -76,7 +78,7 @@ def causal(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window:
     G, S, E = v_BGSE.shape[1:]
     out_BTHE = q_BHTD.new_empty(B, T, H, E)
     strides = *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
-    sizes = B, H, G, T, S, S if window is None else window, scale, torch.get_num_threads()
+    sizes = B, H, G, T, S, S if window is None else window, scale, threads(B * H * T * S)
     weight_BHT = q_BHTD.new_empty(B, H, T)
     call = bound(build(D, E).causal, q_BHTD, k_BGSD, v_BGSE, out_BTHE, weight_BHT, *strides, *sizes)
     return (out_BTHE.transpose(1, 2), weight_BHT), call
@@ -105,7 +107,7 @@ def causal_backward(
     found = [q_BHTD.new_empty(B, tokens, H, size) for tokens, size in ((T, D), (S, D), (S, E))]
     tensors = grad_BHTE, q_BHTD, k_BGSD, v_BGSE, out_BHTE, weight_BHT, *found
     strides = *grad_BHTE.stride()[:3], *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
-    sizes = *out_BHTE.stride()[:3], B, H, G, T, S, S if window is None else window, scale, torch.get_num_threads()
+    sizes = *out_BHTE.stride()[:3], B, H, G, T, S, S if window is None else window, scale, threads(B * H * T * S)
     return tuple(x.transpose(1, 2) for x in found), bound(build(D, E).causal_backward, *tensors, *strides, *sizes)
 
 
@@ -133,7 +135,7 @@ def _gradients(ctx, grad_BHTE: Tensor, _) -> tuple:
     grad_BHTE = grad_BHTE if grad_BHTE.stride(3) == 1 else grad_BHTE.contiguous()
     q_grad, *grads = causal_backward(grad_BHTE, q_BHTD, k_BGSD, *rest, *ctx.how)
     H, G = q_BHTD.shape[1], k_BGSD.shape[1]
-    return q_grad, *(x if H == G else x.unflatten(1, (G, H // G)).sum(2) for x in grads), None, None
+    return q_grad, *(x if H == G else x.view(len(x), G, H // G, *x.shape[2:]).sum(2) for x in grads), None, None
 
 
 def _no_second_gradients(ctx, *grads: Tensor) -> None:

@@ -99,6 +99,14 @@ def bound(function: Callable, *arguments: Tensor | float | None) -> Callable[[],
     return partial(function, *map(in_c, arguments))
 
 
+def threads(work: int) -> int:
+    """Of torch's threads as many as have 2^15 numbers each to go through, as for torch's own operators.
+
+    One that has less wakes up for longer than it works, and where another program has its core all wait for it.
+    """
+    return max(1, min(torch.get_num_threads(), work >> 15))
+
+
 def takes(*tensors: Tensor, learns: bool = False) -> bool:
     """Whether operators in C++ may get these: fp32 on a CPU, and a compiler to build them.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from archs.cpu.building import Prepared, bound, build, learning, operator, takes
+from archs.cpu.building import Prepared, bound, build, learning, operator, takes, threads
 
 FEW = 32  # rows; torch's products are as fast with more
 
@@ -56,7 +56,7 @@ def linear(x: Tensor, weight_FK: Tensor) -> Prepared:
     """x (..., K) weight^T; (..., F). x is contiguous."""
     F, K = weight_FK.shape
     out = x.new_empty(*x.shape[:-1], F)
-    return out, bound(build().linear, x, weight_FK, out, x.numel() // K, K, F, torch.get_num_threads())
+    return out, bound(build().linear, x, weight_FK, out, x.numel() // K, K, F, threads(K * F))
 
 
 @operator("swiglu(Tensor x, Tensor gate_up, Tensor down) -> Tensor")
@@ -67,7 +67,7 @@ def swiglu(x: Tensor, gate_up_GK: Tensor, down_KF: Tensor) -> Prepared:
     """
     K, F = down_KF.shape
     out = torch.empty_like(x)
-    return out, bound(build().swiglu, x, gate_up_GK, down_KF, out, x.numel() // K, K, F, torch.get_num_threads())
+    return out, bound(build().swiglu, x, gate_up_GK, down_KF, out, x.numel() // K, K, F, threads(3 * K * F))
 
 
 @operator("gated(Tensor gate_up) -> Tensor")
@@ -75,7 +75,7 @@ def gated(gate_up: Tensor) -> Prepared:
     """silu(gate) * up of the halves of (..., 2 F), which is contiguous; (..., F)."""
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], F)
-    return out, bound(build().gated_rows, gate_up, out, out.numel() // F, F, torch.get_num_threads())
+    return out, bound(build().gated_rows, gate_up, out, out.numel() // F, F, threads(gate_up.numel()))
 
 
 @operator("gated_backward(Tensor grad, Tensor gate_up) -> Tensor")
@@ -83,9 +83,8 @@ def gated_backward(grad: Tensor, gate_up: Tensor) -> Prepared:
     """Of gate and up, (..., 2 F); both arguments are contiguous."""
     F = gate_up.shape[-1] // 2
     found = torch.empty_like(gate_up)
-    return found, bound(
-        build().gated_rows_backward, grad, gate_up, found, grad.numel() // F, F, torch.get_num_threads()
-    )
+    sizes = grad.numel() // F, F, threads(gate_up.numel())
+    return found, bound(build().gated_rows_backward, grad, gate_up, found, *sizes)
 
 
 learning_gated = learning(gated, lambda grad, gate_up: gated_backward(grad.contiguous(), gate_up))
@@ -98,7 +97,9 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Prepared:
     Both are contiguous, targets int64.
     """
     nats_N = logits_NV.new_empty(len(logits_NV))
-    return nats_N, bound(build().cross_entropy, logits_NV, targets_N, nats_N, *logits_NV.shape, torch.get_num_threads())
+    return nats_N, bound(
+        build().cross_entropy, logits_NV, targets_N, nats_N, *logits_NV.shape, threads(logits_NV.numel())
+    )
 
 
 @operator("take(Tensor table, Tensor index) -> Tensor")
@@ -122,7 +123,7 @@ def rotate(x_BHTD: Tensor, cosine: Tensor, sine: Tensor) -> Prepared:
     out = x_BHTD.new_empty(B, H, T, D)
     rows = cosine.expand(B, 1, T, D // 2).stride()
     strides = *x_BHTD.stride()[:3], rows[0], rows[2]
-    call = bound(build().rotate, x_BHTD, cosine, sine, out, B, H, T, D // 2, *strides, torch.get_num_threads())
+    call = bound(build().rotate, x_BHTD, cosine, sine, out, B, H, T, D // 2, *strides, threads(x_BHTD.numel()))
     return out, call
 
 
@@ -141,7 +142,7 @@ def fade(scores_NCC: Tensor, q_NCD: Tensor, k_NCD: Tensor, log_decay_NC: Tensor)
     All are contiguous, N is any number of dimensions.
     """
     C, D = q_NCD.shape[-2:]
-    sizes = log_decay_NC.numel() // C, C, D, torch.get_num_threads()
+    sizes = log_decay_NC.numel() // C, C, D, threads(scores_NCC.numel())
     return None, bound(build().fade, scores_NCC, q_NCD, k_NCD, log_decay_NC, *sizes)
 
 
@@ -150,7 +151,7 @@ def rms_norm(x_NW: Tensor, weight: Tensor | None, eps: float) -> Prepared:
     """x / sqrt(mean(x^2) + eps), times a weight, over the last dimension (RMSNorm, arXiv 1910.07467)."""
     out = x_NW.new_empty(x_NW.shape)
     sizes = *x_NW.shape, x_NW.stride(0)
-    return out, bound(build().rms_norm, x_NW, weight, out, *sizes, eps, torch.get_num_threads())
+    return out, bound(build().rms_norm, x_NW, weight, out, *sizes, eps, threads(x_NW.numel()))
 
 
 @operator("rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
@@ -159,7 +160,7 @@ def rms_norm_backward(grad_NW: Tensor, x_NW: Tensor, weight: Tensor | None, eps:
     found, parts = torch.empty_like(grad_NW), grad_NW.new_empty(16, grad_NW.shape[1])
     sizes = len(parts), *x_NW.shape, x_NW.stride(0)
     tensors = grad_NW, x_NW, weight, found, parts
-    return (found, parts), bound(build().rms_norm_backward, *tensors, *sizes, eps, torch.get_num_threads())
+    return (found, parts), bound(build().rms_norm_backward, *tensors, *sizes, eps, threads(x_NW.numel()))
 
 
 def _norms_gradients(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor | None, ...]:
@@ -179,7 +180,7 @@ def head_linear(x_BH1K: Tensor, weight_HKF: Tensor) -> Prepared:
     transposed = weight_HKF.stride(2) != 1
     steps = *x_BH1K.stride()[:2], weight_HKF.stride(0), weight_HKF.stride(2 if transposed else 1)
     sizes = B, H, K, F, *steps, transposed
-    return out, bound(build().head_linear, x_BH1K, weight_HKF, out, *sizes, torch.get_num_threads())
+    return out, bound(build().head_linear, x_BH1K, weight_HKF, out, *sizes, threads(weight_HKF.numel()))
 
 
 @operator("join(Tensor a, Tensor b) -> Tensor")
@@ -205,7 +206,7 @@ def retention(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor,
     out = q_BH1D.new_empty(B, H, 1, D)
     tensors = q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD, out
     batches = [x.stride(0) for x in tensors[:3]]
-    return out, bound(build().retention, *tensors, B, H, D, *batches, torch.get_num_threads())
+    return out, bound(build().retention, *tensors, B, H, D, *batches, threads(state_BHDD.numel()))
 
 
 @register_flop_formula(linear.overloadpacket)

@@ -82,6 +82,10 @@ def test_what_changes_between_steps_is_seen(mode):
     same(model, True)
     down.weight = torch.nn.Parameter(down.weight * 2)  # another
     same(model, True)
+    model.blocks[1].ffn = copy.deepcopy(model.blocks[0].ffn)  # a module in another's place
+    same(model, True)
+    torch.nn.utils.parametrize.register_parametrization(down, "weight", torch.nn.Softsign())
+    same(model, True)
     sibling = make("gqa", {"kv_heads": 2}, seed=1).to(DEVICE)
     sibling.embed.weight = model.embed.weight  # another model, which shares a weight
     same(sibling, True)

@@ -244,6 +244,40 @@ def test_gradients_reach_every_parameter_also_with_dropout_and_one_token(arch, o
 
 
 @each_variant
+def test_in_fp64_gradients_are_those_of_differences(arch, options):
+    model = make(arch, options, width=16, head_dim=4).double()
+    x_BTW = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: model.norm(model.hidden(x))[:, -1], x_BTW)
+
+
+@each_variant
+def test_gradients_in_batches_are_those_one_after_the_other(arch, options):
+    model, x_BTW = make(arch, options), torch.randn(1, 12, 64)
+    each, batched = (
+        torch.autograd.functional.jacobian(lambda x: model.hidden(x)[:, -1, :5], x_BTW, vectorize=vectorize)
+        for vectorize in (False, True)
+    )
+    torch.testing.assert_close(batched, each)
+
+
+@each_variant
+def test_weights_that_are_assigned_stay_tied(arch, options):
+    model = make(arch, options)
+    with torch.device("meta"):
+        loaded = build(arch, **SHAPE, **options)
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    assert loaded.unembed.weight is loaded.embed.weight
+    assert loaded.count_params() == model.count_params()
+    tokens = torch.randint(97, (2, 9))
+    assert torch.equal(copy.deepcopy(loaded)(tokens), model(tokens))
+
+
+@each_variant
+def test_no_sequence_has_no_logits(arch, options):
+    assert make(arch, options)(torch.zeros(0, 5, dtype=torch.long)).shape == (0, 5, 97)
+
+
+@each_variant
 def test_initialisation_scales_residual_projections(arch, options):
     torch.manual_seed(0)
     model = build(arch, **SHAPE | {"width": 128, "layers": 8}, **options)

@@ -1,5 +1,6 @@
 """The Lightning module and data module under a plain Trainer, and runs that are interrupted and go on."""
 
+import contextlib
 import json
 import math
 import signal
@@ -103,10 +104,19 @@ def test_the_loss_in_parts_has_the_sum_and_the_gradients_of_the_whole(ours, prec
             found = SumNats.apply(x, weight, wanted)
             expected = token_nats(x @ weight.T, wanted).sum()
         assert found.dtype == torch.float32
+        with default_dtype(torch.bfloat16):  # as Lightning's bf16-true
+            assert SumNats.apply(x, weight, wanted).dtype == torch.float32
         within = {"rtol": 1e-5, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.02, "atol": 0.1}
         torch.testing.assert_close(found, expected, **within)
         for pair in zip(*(torch.autograd.grad(loss / 7, (x, weight)) for loss in (found, expected)), strict=True):
             torch.testing.assert_close(*pair, **within)
+
+
+def test_fewer_sequences_than_pieces_go_one_by_one():
+    tokens = torch.randint(257, (3, 17))
+    whole, pieces = (LanguageModel("mha", OPTIONS, tokens=100, seed=0, pieces=pieces) for pieces in (1, 8))
+    batch = tokens[:, :-1], tokens[:, 1:]
+    torch.testing.assert_close(pieces.mean_nats(*batch), whole.mean_nats(*batch))
 
 
 def test_a_long_run_is_compiled_and_the_step_that_compiles_is_not_timed(data, monkeypatch):
@@ -160,6 +170,14 @@ def test_the_last_step_is_validated_and_the_budget_kept(tokens, points):
     steps, every = step_counts(tokens, study(val_points=points).train)
     assert steps % every == 0
     assert tokens * 0.5 < steps * 128 <= tokens
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
 
 
 def weights(run):
