@@ -112,8 +112,8 @@ def own(q: Tensor, k: Tensor) -> Tensor:
 class GatedRetention(nn.Module):
     """Retention with a data-dependent decay a head, gamma = sigmoid(x W_gamma)^(1/16), normed a head and swish-gated.
 
-    Computed in fp32 at least, whatever the model's precision: products of many decays lose their tails in bf16. The cached state
-    has the cache's dtype: in bf16 decode stays within about 1 % of the full forward.
+    Computed in fp32 at least, whatever the model's precision: products of many decays lose their tails in bf16. The
+    cached state has the cache's dtype: in bf16 decode stays within about 1 % of the full forward.
     """
 
     def __init__(self, width: int, heads: int, head_dim: int):

@@ -88,10 +88,19 @@ def panel_inches(ax: Axes) -> float:
     return ax.figure.get_figwidth() / ax.get_subplotspec().get_gridspec().ncols - 0.6
 
 
+def dot_name(name: str) -> str:
+    return style.wrapped(name, 20)
+
+
+def row_inches(names: list[str], least: float) -> float:
+    """How high a row of `dot_axis` must be."""
+    return max(least, 0.34) if any("\n" in dot_name(name) for name in names) else least
+
+
 def dot_axis(ax: Axes, names: list[str]) -> None:
     """A y axis with a row for each name, the first on top."""
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_yticks(range(len(names)), [style.wrapped(name, 20) for name in names])
+    ax.set_yticks(range(len(names)), map(dot_name, names))
     ax.tick_params(axis="y", length=0)
     ax.yaxis.grid(False)
 
@@ -156,10 +165,11 @@ def draw_differences(ax: Axes, x: str, lines: dict[str, Rows], study: Study, asi
 def interval_caption(study: Study, rows: Rows, low: str = "difference_low", bars: str = "Bars") -> str:
     """What the bars of drawn differences are; without any, what that means."""
     counts = sorted({row["difference_seeds"] for row in rows if row[low] is not None})
-    if not counts and study.seeds[1] > 1:
+    if not counts and study.seeds[1] > 1 and not any(row["difference_seeds"] for row in rows):
         return "No intervals: nothing is compared."
     if not counts:
-        return "No intervals: with one seed nothing can be concluded from these differences."
+        seed = "one seed in common" if study.seeds[1] > 1 else "one seed"
+        return f"No intervals: with {seed} nothing can be concluded from these differences."
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
     levels = " / ".join(f"{level:g}" for level in study.levels)
     return f"{bars}: {levels} % intervals (Student, paired by seed, {n}), each by itself: of many, some mislead."
@@ -188,4 +198,8 @@ def difference_findings(study: Study, metric: str, about: str, quality: str, uni
             f"Nothing can be concluded about which variant has the better {quality}: one seed. Seen were, against "
             f"{baseline}, {', '.join(said)} {unit} (n = 1, no intervals)."
         )
+    compared = {each.label for each in study.comparisons if each.metric == metric}
+    for variant in study.variants:
+        if variant.label not in {variant.baseline, *compared} and variant.values(f"loss.{metric}"):
+            found.append(f"{variant.label} is not compared: it has no seed in common with {variant.baseline}.")
     return [(about, sentence) for sentence in found]

@@ -3,6 +3,7 @@ trust it. Runs of one label are seeds of one variant; everything downstream work
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +130,8 @@ class Variant:
             speeds = {seed: entry["tokens_per_s"] for seed, entry in seeds.items()}
             fastest = seeds[max(speeds, key=speeds.get)]
             slowest = min(speeds.values()) if len(speeds) > 1 else None
-            found[at] = {field: fastest.get(field) for field in fields} | {"slowest_tokens_per_s": slowest}
+            of_seeds = {"slowest_tokens_per_s": slowest, "seeds": len(speeds)}
+            found[at] = {field: fastest.get(field) for field in fields} | of_seeds
         return found
 
 
@@ -219,9 +221,9 @@ class Study:
 
     @cached_property
     def reference(self) -> tuple[int, int] | None:
-        """The largest batch x context that every variant was timed at."""
-        common = set.intersection(*(set(variant.decode) for variant in self.variants))
-        return max(common, key=lambda at: (at[0] * at[1], at[0]), default=None)
+        """The largest batch x context of those at which the most variants were timed."""
+        timed = Counter(at for variant in self.variants for at in variant.decode)
+        return max(timed, key=lambda at: (timed[at], at[0] * at[1], at[0]), default=None)
 
 
 def load(directory: Path) -> Study:

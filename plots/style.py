@@ -95,8 +95,9 @@ class Look:
 
 
 def wrapped(label: str, width: int = 28) -> str:
-    """A label on at most two lines; the tables hold it in full."""
-    return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder=" …")) or label[:width]
+    """A label on at most two lines, of a longer one its beginning and its end; the tables hold it in full."""
+    lines = textwrap.wrap(label, width) or [label[:width]]
+    return "\n".join(lines if len(lines) < 3 else (lines[0], f"… {label[2 - width :].lstrip(' -_')}"))
 
 
 def bytes_text(count: float) -> str:

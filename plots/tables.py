@@ -67,16 +67,15 @@ def size_text(value) -> str:
 
 def results_table(study: Study) -> Table:
     at = study.reference
-    rows = [_row(variant, variant.decode[at] if at else {}) for variant in study.variants]
+    timed = {variant.label: variant.decode[at] for variant in study.variants if at in variant.decode}
+    rows = [_row(variant, timed.get(variant.label, {})) for variant in study.variants]
     notes = [f"Losses and training speeds: {study.seeds_text}. KiB, MiB: powers of 1024."]
-    notes += (
-        [
-            f"Decode at batch {at[0]}, context {at[1]:,}, the largest grid point that all variants were timed at"
-            + ("; of several seeds the fastest, as a shape's speed depends on none." if study.seeds[1] > 1 else ".")
-        ]
-        if at
-        else []
-    )
+    if at:
+        others = [variant.label for variant in study.variants if variant.label not in timed]
+        which = f"that most variants were timed at ({', '.join(others)} not)" if others else "that all were timed at"
+        several = any(point["seeds"] > 1 for point in timed.values())
+        fastest = "; of several seeds the fastest, as a shape's speed depends on none" if several else ""
+        notes.append(f"Decode at batch {at[0]}, context {at[1]:,}, the largest grid point {which}{fastest}.")
     if tuned := [variant for variant in study.variants if variant.first("tuning")]:
         seeds = sorted({str(variant.first("tuning.seed")) for variant in tuned})
         notes.append(

@@ -17,6 +17,7 @@ from plots.drawing import (
     named,
     panel_inches,
     panels,
+    row_inches,
 )
 from plots.results import Study, number
 
@@ -32,7 +33,8 @@ def decode_rows(study: Study) -> Rows:
                 "tokens_per_s_high": speed / max(1 - half, 0.1) if slowest is None else speed,  # finite, however noisy
             }
             said = {key: point[key] for key in ("memory_bound", "backend")}
-            rows.append(named(variant) | {"batch": batch, "context": context, "tokens_per_s": speed} | ends | said)
+            timed = {"seeds": point["seeds"], "batch": batch, "context": context, "tokens_per_s": speed}
+            rows.append(named(variant) | timed | ends | said)
     if not rows:
         raise NotInResults("no decode timings")
     return rows
@@ -50,7 +52,7 @@ def draw_decode(rows: Rows, study: Study, width: float) -> Figure:
     parts = grouped(rows, "size", "batch", "context") if dots else grouped(rows, "size", "batch")
     parts = dict(sorted(parts.items(), key=lambda item: (list(study.sizes).index(item[0][0]), item[0][1:])))
     names = list(dict.fromkeys(study.labels[row["label"]].short for row in rows))
-    high = (0.35 + 0.17 * len(names),) * 2 if dots else (1.65, 2.1)
+    high = (0.35 + row_inches(names, 0.17) * len(names),) * 2 if dots else (1.65, 2.1)
     fig, axes = panels(width, len(parts), *high, across=(2, 3) if dots else (2, 4))
     for ax, (at, part) in zip(axes, parts.items(), strict=True):
         if dots:
@@ -118,7 +120,7 @@ def decode_caption(study: Study, rows: Rows) -> str:
         against, axes, panel = "with the context held in the cache", "logarithmic axis", ["batch size", "context"]
     panel = " and ".join(["model size"] * (len(study.sizes) > 1) + panel)
     bars = "Bars: interquartile range of the step time."
-    if study.seeds[1] > 1:
+    if any(row["seeds"] > 1 for row in rows):
         bars = "Of several seeds the fastest, as a shape's speed depends on none; bars reach to the slowest."
     return (
         f"Tokens decoded per second by the whole batch, prefill excluded, {against}; one panel a {panel}, each with "

@@ -1,5 +1,6 @@
 """What a kept byte buys: the memory-quality plane."""
 
+import math
 from itertools import pairwise, product
 
 from matplotlib.figure import Figure
@@ -143,12 +144,12 @@ def draw_panel(ax, rows: Rows, study: Study):
 def label_points(
     fig: Figure, ax, points: Rows, lines: list, names: dict[str, str], must: bool = True, reaches=(6, 9, 13)
 ) -> bool:
-    """Write the points' names beside them, at most `reaches` points away, inside the axes, touching no other name,
-    marker or bar and, where that is possible, no line. What finds no room is left out, or, where each `must` be named,
-    makes this stop and say False."""
+    """Write the points' names beside them, at most `reaches` points away and nearer than to any other point, inside the
+    axes, touching no other name, marker or bar and, where that is possible, no line. What finds no room is left out,
+    or, where each `must` be named, makes this stop and say False."""
     point = fig.dpi / 72  # pixels
     inside = ax.get_window_extent().padded(-point)
-    taken = []
+    taken, centers = [], ax.transData.transform([(row["x"], row["val_bpb"]) for row in points])
     for row in points:
         heights = [
             row[key] if row[key] is not None else row["val_bpb"] for key in ("val_bpb", "val_bpb_low", "val_bpb_high")
@@ -160,6 +161,7 @@ def label_points(
     for row in sorted(points, key=lambda row: -len(names[row["label"]])):
         if not names[row["label"]]:
             continue
+        own = ax.transData.transform((row["x"], row["val_bpb"]))
         text = ax.annotate(
             names[row["label"]], (row["x"], row["val_bpb"]), (0, 0), textcoords="offset points", fontsize=7.5
         )
@@ -172,7 +174,7 @@ def label_points(
             text.set(**spot)
             box = text.get_window_extent().padded(0.8 * point)
             within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            if within and not any(box.overlaps(other) for other in taken):
+            if within and is_nearest(box, own, centers) and not any(box.overlaps(other) for other in taken):
                 crossed = sum(crosses(box, line) for line in drawn)
                 choices.append((crossed + away / 6, len(choices), spot, box))  # rather cross a line than stand far
         if choices:
@@ -184,6 +186,12 @@ def label_points(
             if must:
                 return False
     return True
+
+
+def is_nearest(box: Bbox, own, points) -> bool:
+    """Whether the box is nearer to its own point than to all other points, but for those in the same place."""
+    away = lambda x, y: math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0))  # noqa: E731
+    return all(away(*own) < away(*point) or math.dist(own, point) < 1 for point in points)
 
 
 def crosses(box: Bbox, line) -> bool:
@@ -205,6 +213,8 @@ def frontier_caption(study: Study, rows: Rows) -> str:
     families = " Lines join the variants of a family." * (
         len({row["family"] for row in rows}) < len({study.labels[row["label"]].short for row in rows})
     )
+    if study.seeds[0] < study.seeds[1]:
+        bars += " Seeds are missing: a mean is over those there are, a difference over those that both have."
     sizes = sizes_caption(study) + " All span the same range of loss." * (len(study.sizes) > 1)
     return (
         "What a kept byte buys: bytes that one further token adds to the KV cache (exact, logarithmic axis) against "

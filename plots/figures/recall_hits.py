@@ -6,7 +6,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from plots import style
-from plots.drawing import Drawing, Findings, NotInResults, Rows, dot_axis, interval_caption, named, new_figure
+from plots.drawing import (
+    Drawing,
+    Findings,
+    NotInResults,
+    Rows,
+    dot_axis,
+    interval_caption,
+    named,
+    new_figure,
+    row_inches,
+)
 from plots.results import Study
 
 KINDS = {"hits": "hit_nats", "rest": "rest_nats"}
@@ -33,7 +43,7 @@ def hit_share(study: Study, variant) -> float | None:
 
 
 def draw_hits(rows: Rows, study: Study, width: float) -> Figure:
-    fig = new_figure(width, 0.6 + 0.26 * len(rows))
+    fig = new_figure(width, 0.6 + row_inches([row["label"] for row in rows], 0.26) * len(rows))
     ax = fig.add_subplot()
     ax.axvline(0, color=style.GREY, linewidth=0.6, zorder=1)
     for y, row in enumerate(rows):

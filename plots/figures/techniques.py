@@ -2,7 +2,6 @@
 holds; and, at the bytes of each architecture's full cache, which variant under which technique is best."""
 
 import json
-import math
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,7 +22,7 @@ from plots.drawing import (
     panels,
     widened,
 )
-from plots.figures.frontier import crosses, label_points
+from plots.figures.frontier import crosses, is_nearest, label_points
 from plots.results import Difference, Study, number, spread_evenly, tidy, without_size
 from plots.style import bytes_text
 from plots.tables import MISSING, NOT_FINITE, Table, figures_text, fixed_text, size_text
@@ -220,17 +219,10 @@ def draw_techniques(rows: Rows, study: Study, width: float) -> Figure:
         points = ax.transData.transform([(row["bytes_held"], row["quality"]) for row in near])
         for text in list(ax.texts):
             crossed = any(crosses(text.get_window_extent(), ax.transData.transform(line)) for line in lines)
-            if crossed or not is_beside_its_own(text, points):
+            own = ax.transData.transform(text.xy)
+            if crossed or not is_nearest(text.get_window_extent(), own, points):
                 text.remove()  # the legend has the marker
     return fig
-
-
-def is_beside_its_own(text, points) -> bool:
-    """Whether of the points (in pixels) none is as near to the text as its own."""
-    box = text.get_window_extent()
-    away = lambda x, y: math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0))  # noqa: E731
-    own = away(*text.axes.transData.transform(text.xy))
-    return sum(away(*point) <= own for point in points) == 1
 
 
 def marks(look: dict) -> dict:

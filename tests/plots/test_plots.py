@@ -555,6 +555,7 @@ LAYOUTS = [  # (study, width, figures): what crowds each figure most; the narrow
     ("families", 6.9, ["frontier", "rates", "positions"]),
     ("sizes", 3.35, ["frontier", "sizes", "cache_bytes", "decode"]),
     ("sizes", 6.9, ["frontier", "sizes"]),
+    ("long labels, one context", 3.35, ["decode", "recompute"]),
     ("recall", 3.35, ["recall"]),
     ("techniques", 3.35, ["techniques"]),
     ("techniques", 6.9, ["techniques"]),
@@ -568,7 +569,12 @@ def test_no_text_is_cut_off_or_overlaps(seeds, studies, tmp_path, study, width, 
     long = copy.deepcopy(FIVE)
     for index, run in enumerate(long["runs"]):
         run["label"] = f"{index} multi-head latent attention of rank {index}, without a query latent, and W{'W' * 40}"
-    study = (studies | {"seeds": seeds, "long labels": load(put(tmp_path, long))})[study]
+    one = copy.deepcopy(long)
+    for run in one["runs"]:
+        run["decode"] = run["decode"][-1:]
+    for name, made in (("long labels", long), ("long labels, one context", one)):
+        studies = studies | {name: load(put(tmp_path, made))}
+    study = (studies | {"seeds": seeds})[study]
     with matplotlib.rc_context(style.RC):
         for name in names:
             check_texts(figures.FIGURES[name].draw(figures.FIGURES[name].rows(study), study, width), name)
@@ -587,6 +593,10 @@ def test_frontier_labels_never_overlap_on_random_data(five):
         with matplotlib.rc_context(style.RC):
             fig = frontier.draw_frontier(data, study, draw.choice((3.35, 6.9)))
         check_texts(fig, data)
+        (ax,) = fig.axes
+        points = {text.xy: ax.transData.transform(text.xy) for text in ax.texts}
+        for text in ax.texts:
+            assert frontier.is_nearest(text.get_window_extent(), points[text.xy], points.values())
         placed += not fig.legends
         assert len(fig.axes[0].texts) == (0 if fig.legends else len(data))
     assert placed > 4
@@ -643,14 +653,59 @@ def test_results_table_holds_exact_values(five):
     assert all(rule in tex for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
 
 
-def test_reference_point_is_the_largest_that_all_share(tmp_path):
+def test_reference_point_is_the_largest_that_most_share(tmp_path):
     study = copy.deepcopy(FIVE)
     study["runs"][1]["decode"].pop()  # batch 8, context 1024
     assert load(put(tmp_path, study)).reference == (8, 256)
     study["runs"][1]["decode"] = []
+    without = load(put(tmp_path, study))
+    assert without.reference == (8, 1024)
+    table, label = tables.results_table(without), without.variants[1].label
+    assert [row[9] == tables.MISSING for row in table.rows] == [row[0] == label for row in table.rows]
+    assert f"that most variants were timed at ({label} not)." in table.notes[1]
+    for run in study["runs"]:
+        run["decode"] = []
     bare = load(put(tmp_path, study))
     assert bare.reference is None
     assert tables.results_table(bare).rows[0][9] == tables.MISSING
+
+
+def test_of_several_seeds_the_fastest_recomputes(tmp_path):
+    study = copy.deepcopy(FIVE)
+    slow = copy.deepcopy(study["runs"][0]) | {"seed": 1}
+    slow["recompute"] |= {"cached_ms": 50 * slow["recompute"]["cached_ms"]}
+    study["runs"].append(slow)
+    both = load(put(tmp_path, study))
+    drawing = figures.FIGURES["recompute"]
+    first, *others = drawing.rows(both)
+    assert first["cached_ms"] == FIVE["runs"][0]["recompute"]["cached_ms"]
+    assert [row["seeds"] for row in (first, *others)] == [2] + [1] * len(others)
+    assert "of several seeds the fastest" in drawing.caption(both, [first, *others])
+
+
+def test_one_seed_of_several_timed_is_called_one(tmp_path):
+    study = copy.deepcopy(FIVE)
+    study["runs"] += [copy.deepcopy(run) | {"seed": 1, "decode": []} for run in study["runs"]]
+    both = load(put(tmp_path, study))
+    drawn = figures.FIGURES["decode"].rows(both)
+    assert {row["seeds"] for row in drawn} == {1}
+    assert "Bars: interquartile range" in figures.FIGURES["decode"].caption(both, drawn)
+    assert "fastest" not in " ".join(tables.results_table(both).notes)
+
+
+def test_variants_without_a_common_seed_are_said_not_to_be_compared(tmp_path):
+    study = many_seeds()
+    label, baseline = study["runs"][-1]["label"], study["runs"][0]["label"]
+    study["comparisons"] = [each for each in study["comparisons"] if each["label"] != label]
+    said = frontier.frontier_findings(load(put(tmp_path, study)))
+    assert ("Loss", f"{label} is not compared: it has no seed in common with {baseline}.") in said
+
+
+def test_shortened_labels_keep_their_ends():
+    names = [style.wrapped(f"gqa with a long name and {n} KV heads of many-{n}", 20) for n in range(8)]
+    assert len(set(names)) == 8
+    assert all(len(line) <= 20 for name in names for line in name.split("\n"))
+    assert style.wrapped("mha") == "mha"
 
 
 def test_labels_are_escaped_in_tables(hostile):
