@@ -31,11 +31,9 @@ constexpr int NEXT = SHARED ? D : E;  // floats from one token's values to the n
 constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;
 constexpr bool MANY = M % QUERIES == 0;
 
-// Tokens in a tile: 16, or 32 where that pays and, of one new token, blocks are as long.
-#ifndef LONGN
-#define LONGN 32
-#endif
-constexpr int SHORT = 16, LONG = LONGN;
+// Tokens in a tile: 16. Of one new token 32, where blocks are as long, for one query, which has little to do with each
+// tile, and for many, whose outputs are loaded and stored with each.
+constexpr int SHORT = 16, LONG = M == 1 || (MANY && M > QUERIES && !SHARED) ? 32 : SHORT;
 
 // Where computing takes longer, 8 KiB ahead into the first cache, else 16 KiB into the second.
 constexpr int INTO = MANY ? 3 : 2, LINES_AHEAD = MANY ? 128 : 256;
@@ -336,7 +334,7 @@ extern "C" void split_kv(const float *q, const float *k, const float *v, float *
 extern "C" void causal(const float *q, const float *k, const float *v, float *out, float *weight, long q_batch,
                        long q_head, long q_token, long k_batch, long k_head, long v_batch, long v_head, long B, long H,
                        long G, long T, long S, long window, float scale, long threads) {
-    constexpr int N = LONG, AHEAD = Seen<N>::AHEAD;
+    constexpr int N = SHORT, AHEAD = Seen<N>::AHEAD;
     const long blocks = (T + M - 1) / M;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (long i = 0; i < B * H * blocks; i++) {
