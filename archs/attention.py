@@ -53,7 +53,7 @@ def kept_frequencies(dim: int, base: float, device, dtype) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """In fp32, or in fp64 as it is."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.double() if x.dtype == torch.float64 else x.float()
 
 
 def last(rope: Rope) -> Rope:

@@ -304,8 +304,15 @@ class StateRows:
     def state(self) -> "StateRows":
         return self
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
     def float(self) -> Tensor:
         return self.whole[self.row_B].float()
+
+    def double(self) -> Tensor:
+        return self.whole[self.row_B].double()
 
     def copy_(self, state_BHDD: Tensor) -> None:
         self.whole[self.row_B] = state_BHDD.to(self.whole.dtype)
