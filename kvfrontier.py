@@ -6,6 +6,7 @@ kvfrontier status runs/quick
 """
 
 import argparse
+import contextlib
 import errno
 import functools
 import gc
@@ -14,9 +15,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
-UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
+UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 
 
 def tune_process() -> None:
@@ -37,35 +39,64 @@ def main(arguments: list[str] | None = None) -> int:
     tune_process()
     from train.errors import InputError, Interrupted
 
-    def stop(signum: int, frame: object) -> None:
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if _imports(frame):
+            _say_stopped(signum)
+            os._exit(128 + signum)
         raise Interrupted(signum)
 
     of_signals = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if of_signals else {}
+    with contextlib.suppress(AttributeError):  # of a stream that a caller has put there
+        sys.stdout.reconfigure(errors="replace")
     try:
-        return args.command(args)
+        status = args.command(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read what is printed has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except InputError as e:
         print(f"kvfrontier: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except OSError as e:
-        if e.errno not in UNWRITABLE:
+        if e.errno in UNWRITABLE:
+            said = f"cannot write {e.filename or 'a file'}: {e.strerror}"
+            todo = "make room there and give the same command again, or choose another place with --out"
+        elif e.filename:
+            said = f"{str(e.filename)[:200]}: {e.strerror}"
+            todo = "put that right and give the same command again"
+        else:
             raise
-        print(
-            f"kvfrontier: cannot write {e.filename or 'a file'}: {e.strerror}; what was done is kept: make room there "
-            "and give the same command again, or choose another place with --out",
-            file=sys.stderr,
-        )
+        print(f"kvfrontier: {said}; what was done is kept: {todo}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Interrupted) as e:
         for s in before:
             signal.signal(s, signal.SIG_IGN)  # one that was sent twice
         signum = getattr(e, "signum", signal.SIGINT)
-        name = signal.Signals(signum).name
-        print(f"kvfrontier: stopped by {name}; the same command goes on from here", file=sys.stderr)
+        _say_stopped(signum)
         return 128 + signum
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _say_stopped(signum: int) -> None:
+    name = signal.Signals(signum).name
+    print(f"kvfrontier: stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether this file is importing a module, before or between what it does; an exception there would come to
+    libraries that are half loaded, of which some go on and others abort."""
+    asked = importing = False
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            importing = True
+        elif importing:  # who asked for it; the outermost comes last
+            importing, asked = False, frame.f_code.co_filename == __file__
+        frame = frame.f_back
+    return asked
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,14 +128,16 @@ def _parser() -> argparse.ArgumentParser:
             help="the name of a study in studies/, a YAML file, or the directory of a study (default: quick)",
         )
         command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: runs/<study>)")
-        command.add_argument(
-            "--set",
-            dest="overrides",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="override a value of the study, such as train.tokens=2_000_000 or variants.gqa.kv_heads=1; repeatable",
-        )
+        if stage != "plot":
+            command.add_argument(
+                "--set",
+                dest="overrides",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="override a value of the study, such as train.tokens=2_000_000 or variants.gqa.kv_heads=1; "
+                "repeatable",
+            )
         command.set_defaults(command=_run_stages, stage=stage, one=None, workers=None, ray=None)
         if stage in ("run", "train"):
             how = command.add_mutually_exclusive_group()
@@ -136,8 +169,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 to 1024")
     return int(text)
 
 
@@ -254,20 +287,32 @@ def _given(args: argparse.Namespace) -> tuple[dict, Path]:
 
 
 def _plot(directory: Path, only_if_changed: bool = False) -> int:
-    report, results = directory / "report.html", directory / "results.json"
-    if only_if_changed and report.exists() and report.stat().st_mtime >= results.stat().st_mtime:
+    report = directory / "report.html"
+    if only_if_changed and _is_drawn(directory):
         print(f"unchanged: {report}")
         return 0
     from plots import ResultsError, draw
     from train.errors import InputError
+    from train.files import lock
 
     try:
-        draw(directory)
+        with lock(directory / "drawing", wait=-1) if directory.is_dir() else contextlib.nullcontext():
+            draw(directory)
     except ResultsError as e:
         raise InputError(str(e)) from None
     print((directory / "tables" / "results.md").read_text(encoding="utf-8"))
     print(f"figures, tables and the report are in {directory}: open {report}, or tensorboard --logdir {directory}")
     return 0
+
+
+def _is_drawn(directory: Path) -> bool:
+    """Whether the report, which is written last, is there and newer than what it is drawn from and with."""
+    folders = [directory / name for name in ("figures", "tables")]
+    if not all(path.exists() for path in (directory / "report.html", *folders)):
+        return False
+    drawn = (directory / "report.html").stat().st_mtime_ns
+    others = [directory / "results.json", *(path for folder in folders for path in folder.iterdir())]
+    return all(path.stat().st_mtime_ns <= drawn for path in others)
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@ holds can be drawn again at any time, on any machine, without the models that it
 
 import csv
 import io
+import os
 import time
 from pathlib import Path
 
@@ -31,17 +32,17 @@ def draw(directory: Path) -> list[Path]:
     def write(name: str, content: bytes | str) -> None:
         path = directory / name
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_name(f"{path.name}.tmp")  # a report that is there is whole
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        beside.replace(path)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a report that is there is whole
+        try:
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
         written.append(path)
 
-    drawn, left_out = [], {}
+    drawn, left_out, images = [], {}, {}
     with matplotlib.rc_context(matplotlib.rcParamsDefault | style.RC):
         for name, figure in FIGURES.items():
-            for old in directory.glob(f"figures/{name}*"):  # a figure that results no longer hold must not stay behind
-                if old.name.split(".")[0] in {name + suffix for suffix in style.PAGES}:
-                    old.unlink()
             try:
                 rows = figure.rows(study)
             except NotInResults as why:
@@ -51,7 +52,7 @@ def draw(directory: Path) -> list[Path]:
             for suffix, width in style.PAGES.items():
                 fig = figure.draw(rows, study, width)
                 files = style.render(fig)
-                svg[suffix] = files.pop("svg")
+                svg[suffix], images[name] = files.pop("svg"), files["png"]  # the wide one comes last
                 for kind, content in files.items():
                     write(f"figures/{name}{suffix}.{kind}", content)
             write(f"figures/{name}.csv", _csv(rows))
@@ -76,7 +77,10 @@ def draw(directory: Path) -> list[Path]:
                 (directory / "tables" / f"{name}.{kind}").unlink(missing_ok=True)
         found += long
     write("tables/matching.md", tables.to_markdown(*matching))
-    images = {name: directory / "figures" / f"{name}_wide.png" for name in FIGURES if name not in left_out}
+    for name in left_out:  # a figure that results no longer hold must not stay behind
+        for old in directory.glob(f"figures/{name}*"):
+            if old.name.split(".")[0] in {name + suffix for suffix in style.PAGES}:
+                old.unlink(missing_ok=True)
     written.append(_tensorboard(directory / "study", images, text))
     page = report.page(study, drawn, left_out, [*found, *matching])
     write("report.html", page)  # last: its being there says that all of it is
@@ -91,17 +95,17 @@ def _csv(rows: list[dict]) -> str:
     return out.getvalue()
 
 
-def _tensorboard(folder: Path, images: dict[str, Path], text: str) -> Path:
-    """The study's own run beside the training runs: every figure as an image and the tables as text."""
-    for old in folder.glob("events.out.tfevents*"):
-        old.unlink()
+def _tensorboard(folder: Path, images: dict[str, bytes], text: str) -> Path:
+    """The study's own run beside the training runs: every figure as a PNG and the tables as text."""
+    before = [*folder.glob("events.out.tfevents*")]
     writer = EventFileWriter(str(folder))
-    for name, path in images.items():
-        png = path.read_bytes()
+    for name, png in images.items():
         width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
         summary = Summary(value=[Summary.Value(tag=f"figures/{name}", image=image)])
         writer.add_event(Event(wall_time=time.time(), summary=summary))
     writer.add_event(Event(wall_time=time.time(), summary=text_pb("results/text_summary", text)))
     writer.close()
+    for old in before:
+        old.unlink(missing_ok=True)
     return next(folder.glob("events.out.tfevents*"))

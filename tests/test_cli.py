@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from texts import write_texts
 
 import kvfrontier
 from archs import VARIANTS
+from train.files import lock
 
 ROOT = Path(kvfrontier.__file__).parent
 STUDY = {
@@ -262,7 +264,7 @@ def test_commands_about_nothing_are_one_line_and_status_2(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run", "quick", "--workers", "0"], "argument --workers: '0' must be a whole number, 1 or more"),
+        (["run", "quick", "--workers", "0"], "argument --workers: '0' must be a whole number, 1 to 1024"),
         (["run", "--workers", "2", "--ray"], "argument --ray: not allowed with argument --workers"),
         (["trian"], "invalid choice: 'trian'"),
         ([], "the following arguments are required: COMMAND"),
@@ -330,6 +332,53 @@ def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(folder):
     stopped_at = json.loads(metrics.read_text().splitlines()[-1])["tokens"]
     assert 0 < stopped_at < 64 * 20_000
     assert list((out / "runs" / "mha-0" / "seed-0" / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_signal_while_modules_load_does_not_come_to_them(tmp_path, monkeypatch):
+    """Whether this file is importing is told from the stack; what others import while it trains does not count."""
+    probe = "import sys, kvfrontier\nSAID = kvfrontier._imports(sys._getframe())"
+    for name, asks, expected in (("first", kvfrontier.__file__, True), ("second", __file__, False)):
+        (tmp_path / f"{name}_probe.py").write_text(probe)
+        (tmp_path / f"{name}_asks.py").write_text(f"import {name}_probe")  # imported by what is imported
+        monkeypatch.syspath_prepend(tmp_path)
+        exec(compile(f"import {name}_asks", asks, "exec"), {})
+        assert expected == sys.modules[f"{name}_probe"].SAID
+    assert not kvfrontier._imports(sys._getframe())
+
+
+def test_what_was_drawn_in_part_is_drawn_again_by_one_at_a_time(done, folder, tmp_path, capsys):
+    out = tmp_path / "part"
+    shutil.copytree(done, out)
+    assert kvfrontier._is_drawn(out)
+    os.utime(out / "figures" / "frontier.png")  # a drawing that ended before its report
+    assert not kvfrontier._is_drawn(out)
+    shutil.rmtree(out / "figures")
+    with ThreadPoolExecutor(1) as pool, lock(out / "drawing"):
+        drawn = pool.submit(kvf, "plot", out)
+        time.sleep(0.5)
+        assert not (out / "figures").exists()
+    assert drawn.result() == 0
+    assert kvfrontier._is_drawn(out)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_who_stops_reading_ends_it_quietly(done, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    code = f"import sys, kvfrontier; sys.exit(kvfrontier.main(['status', {str(done)!r}]))"
+    ended = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("plan", ['{"a": 1}', "", '{"runs": [], "settings": {}}', '{"runs": null}'])
+def test_a_damaged_plan_is_one_line_and_status_2(plan, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(plan)
+    for command in ("status", "train", "eval"):
+        assert kvf(command, tmp_path) == 2
+        said = capsys.readouterr().err
+        assert "plan.json is damaged: give the study's YAML file with --out" in said
+        assert "\n" not in said.strip()
 
 
 def test_the_readme_names_the_commands_that_ci_runs():

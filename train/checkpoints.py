@@ -8,6 +8,7 @@ Nothing is ever unpickled but tensors and plain values.
 import hashlib
 import io
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from train.plan import Run
 
 KEPT = 2
+NAME = re.compile(r"step-\d+-[0-9a-f]{16}")
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -31,7 +33,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 def checkpoints(directory: Path) -> list[Path]:
     """Those of a run's directory, newest first."""
-    found = (directory / "checkpoints").glob("step-*-*.ckpt")
+    found = [path for path in (directory / "checkpoints").glob("step-*.ckpt") if NAME.fullmatch(path.stem)]
     return sorted(found, key=lambda path: int(path.stem.split("-")[1]), reverse=True)
 
 
@@ -45,7 +47,10 @@ def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, d
             with path.open("rb") as f:
                 if _digest(f) != path.stem.split("-")[2]:
                     raise ValueError("its content is not what was written")
-            return path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(content, dict) or not {"seen", "state_dict"} <= content.keys():
+                raise ValueError("it is no checkpoint of a run's")
+            return path, content
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
             say(f"{path} is damaged and not used: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     return None

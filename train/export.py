@@ -42,7 +42,11 @@ def export(run: Path, out: Path) -> None:
         raise InputError(f"{run} has no whole checkpoint: train it first")
     if not read_json(run / "record.json").get("train"):
         console.print(f"{run} is not trained to its end: its last checkpoint is exported", soft_wrap=True)
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in found[1]["state_dict"].items()})
+    weights = {name.removeprefix("model."): tensor for name, tensor in found[1]["state_dict"].items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise InputError(f"{found[0]} is of another model than {run / 'config.json'}: train the run again") from None
     encoding = _encoding(run, config)
     try:
         _write(out, model, hf_config, encoding, config)

@@ -366,7 +366,7 @@ def size_names(study: Study) -> list[str]:
     names = [f"{size['width']}x{size['layers']}" for size in sizes]
     if len(set(names)) < len(names):
         others = dict.fromkeys(key for size in study.sizes for key in size if key not in ("width", "layers"))
-        differing = [key for key in others if len({size.get(key) for size in sizes}) > 1]
+        differing = [key for key in others if len({str(size.get(key)) for size in sizes}) > 1]
         names = ["-".join([n, *(f"{key}{s.get(key)}" for key in differing)]) for s, n in zip(sizes, names, strict=True)]
     return names
 

@@ -45,7 +45,21 @@ def write_plan(study: str, study_file: Path, plan: "Plan") -> None:
 
 
 def read_plan(directory: Path) -> dict:
-    return read_json(directory / PLAN)
+    """{} without one. InputError for one that no kvfrontier has written."""
+    plan = read_json(directory / PLAN)
+    if (directory / PLAN).exists() and not _is_plan(plan):
+        raise InputError(f"{directory / PLAN} is damaged: give the study's YAML file with --out {directory}")
+    return plan
+
+
+def _is_plan(plan: dict) -> bool:
+    try:
+        whole = isinstance(plan["settings"]["train"]["batch_tokens"], int) and isinstance(plan["study_file"], str)
+        keys = "directory", "key", "eval_key", "steps"
+        runs = [run for run in plan["runs"] if "directory" in run]
+        return whole and all(run["name"] for run in plan["runs"]) and all(key in run for run in runs for key in keys)
+    except (KeyError, TypeError):
+        return False
 
 
 def states(directory: Path) -> dict[str, str]:

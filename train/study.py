@@ -106,7 +106,15 @@ class Study:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 2e-3 is one."""
+    """YAML 1.2's numbers: 2e-3 is one. A key that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for index, name in enumerate(names) if name in names[:index]]:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -219,8 +227,11 @@ def _check(study: Study) -> None:
     if not study.variants:
         raise InputError("variants: at least one is needed, such as {label: mha, arch: mha}")
     for number, variant in enumerate(study.variants):
-        if not isinstance(variant.get("arch"), str) or isinstance(variant.get("label"), bool):
+        if not isinstance(variant.get("arch"), str):
             raise InputError(f"variants: entry {number} needs an arch, such as {{label: mha, arch: mha}}")
+        label = variant.get("label")
+        if isinstance(label, bool) or not isinstance(label, str | int | float | None):
+            raise InputError(f"variants: entry {number}: label {label!r} is not text; put it in quotation marks")
         check_label(variant_label(variant))
         if odd := [key for key in variant if not isinstance(key, str)]:
             raise InputError(f"variants: {variant_label(variant)}: {odd[0]!r} is no option; give names")

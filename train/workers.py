@@ -145,7 +145,7 @@ class SideBySide:
     """On this machine, `count` at a time, where there are GPUs each with its own."""
 
     def __init__(self, plan: "Plan", count: int):
-        self.directory = plan.directory
+        self.directory = plan.directory.resolve()
         self.pool, self.free = ThreadPoolExecutor(count), queue.SimpleQueue()
         self.children: set[subprocess.Popen] = set()
         env = threads()

@@ -77,6 +77,7 @@ WRONG = [
     ({"match": "params"}, "match"),
     ({"variants": []}, "variants: at least one is needed"),
     ({"variants": [{"label": "x"}]}, "variants: entry 0 needs an arch"),
+    ({"variants": [{"label": True, "arch": "mha"}]}, "variants: entry 0: label True is not text; put it in quotation"),
     ({"variants": [{"arch": "mha"}, {"arch": "mha"}]}, "label 'mha' stands twice"),
     ({"variants": [{"arch": "mha", "label": "../x"}]}, "'../x' names a folder"),
     ({"variants": [{"arch": "mha", "label": "<script>"}]}, "'<script>' names a folder"),
@@ -151,6 +152,14 @@ def test_a_context_past_the_corpus_is_refused(data, tmp_path):
         Plan(study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
     with pytest.raises(InputError, match="less than one batch"):
         Plan(study("train.tokens=100"), data, tmp_path)
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    for content in ("seeds: [0]\nseeds: [1]\n", "variants: [{arch: mha, arch: mqa}]\n"):
+        (tmp_path / "twice.yaml").write_text(content)
+        with pytest.raises(InputError, match="is given twice") as caught:
+            read_yaml(tmp_path / "twice.yaml")
+        assert "\n" not in str(caught.value)
 
 
 def test_overrides_reach_every_place():
