@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from texts import write_texts
 
 import kvfrontier
+import plots
 from archs import VARIANTS
 from train.files import lock
 
@@ -346,7 +347,8 @@ def test_a_signal_while_modules_load_does_not_come_to_them(tmp_path, monkeypatch
     assert not kvfrontier._imports(sys._getframe())
 
 
-def test_what_was_drawn_in_part_is_drawn_again_by_one_at_a_time(done, folder, tmp_path, capsys):
+def test_what_was_drawn_in_part_is_drawn_again_by_one_at_a_time(done, tmp_path, monkeypatch):
+    monkeypatch.setattr("plots.FIGURES", {"frontier": plots.FIGURES["frontier"]})  # all of them take long
     out = tmp_path / "part"
     shutil.copytree(done, out)
     assert kvfrontier._is_drawn(out)
