@@ -135,7 +135,7 @@ def find_study(name: str) -> Path:
 def read_yaml(path: Path) -> dict:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise InputError(f"{path} is not a YAML file: {_one_line(str(e))}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must be a mapping with some of the keys {_names(Study)}")
@@ -175,7 +175,7 @@ def _override(settings: dict, override: str) -> None:
         raise InputError(f"--set {override}: must be key=value, such as train.tokens=100_000")
     try:
         parsed = yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise InputError(f"--set {override}: {_one_line(str(e))}") from None
     *parents, last = key.split(".")
     at: Any = settings
@@ -252,6 +252,8 @@ def _check(study: Study) -> None:
         for value in above_0[name] if isinstance(above_0[name], list) else [above_0[name]]:
             if isinstance(value, int | float) and not 0 < value < math.inf:
                 raise InputError(f"{name}={value}: must be above 0")
+    if (study.tokenizer.vocab_size or 0) >= 2**31:
+        raise InputError(f"tokenizer.vocab_size={study.tokenizer.vocab_size}: must be below 2**31")
     if study.eval.level >= 1:
         raise InputError(f"eval.level={study.eval.level}: must be below 1, such as 0.95")
     context = study.model["context"]

@@ -128,7 +128,8 @@ def _sample(texts: Sequence[str]) -> list[str]:
 
 def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:
     """Tokens in the order of their ranks: the 256 byte values, then each merge's result."""
-    trained = json.loads(train_hf(sample, vocab_size).to_str())["model"]["vocab"]
+    most = 257 + sum(len(piece.encode()) for piece in sample)  # each merge takes a byte's place at least
+    trained = json.loads(train_hf(sample, min(vocab_size, most)).to_str())["model"]["vocab"]
     if len(trained) < vocab_size - 1:
         raise InputError(
             f"tokenizer: the training text gives a bpe vocabulary of at most {len(trained) + 1} entries, "

@@ -67,6 +67,7 @@ WRONG = [
     ({"sizes": [{"width": 64, "tokens": [1, 2]}]}, "sizes: tokens=[1, 2]: must be a whole number"),
     ({"variants": [{"arch": "mha", 5: 3}]}, "variants: mha: 5 is no option"),
     ({"eval": {"level": 1.0}}, "eval.level=1.0: must be below 1"),
+    ({"tokenizer": {"name": "bpe", "vocab_size": 2**31}}, "tokenizer.vocab_size=2147483648: must be below 2**31"),
     ({"sizes": {"width": 3}}, "sizes"),
     ({"train": {"warmup_tokens": -1}}, "warmup_tokens=-1: must be at least 0"),
     ({"train": {"precision": "fp8"}}, "train.precision"),
