@@ -57,6 +57,12 @@ def graphs_decode(device: torch.device) -> bool:
     return True
 
 
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
 class RecordedStep:
     """The decode step of a cache, with the position on the device; recorded anew when a weight of the model has moved
     or a module has been replaced.
@@ -118,10 +124,18 @@ class RecordedStep:
         return logits_BV
 
     def _record_graph(self, model: "Decoder", cache: "Cache") -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-            self.logits_BV = self._step(model, cache)
-        self.replay = graph.replay
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=recording_stream(self.position.device)):
+                self.logits_BV = self._step(model, cache)
+            self.replay = graph.replay
+        except RuntimeError as e:  # an operator that cannot be recorded
+            torch.cuda.set_stream(stream)
+            warnings.warn(f"decode goes without a CUDA graph, more slowly: {e}", stacklevel=2)
+            self.replay, self.backend = partial(self._plain_step, model, cache), "split-kv triton"
+
+    def _plain_step(self, model: "Decoder", cache: "Cache") -> None:
+        self.logits_BV = self._step(model, cache)
 
     def _record_calls(self, model: "Decoder", cache: "Cache") -> None:
         """Runs the step, too."""

@@ -11,6 +11,7 @@ Shapes: B batch, H query heads, G KV heads, M = H/G, S slots, D key size, E valu
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-PROGRAMS_PER_PROCESSOR = 8  # enough loads in flight to fill the memory's queue, and a short tail
 TILE_BYTES = 2**14
 FEWEST_TILES = 2  # a split is worth its share of the second kernel
 
@@ -107,6 +107,21 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+class Tiling(NamedTuple):
+    """How attention is divided among programs."""
+
+    slots: int  # a tile
+    warps: int  # a program
+    programs: int  # a processor, enough to have loads under way always
+
+
+def tiling(columns: int, dtype: torch.dtype, shared: bool) -> Tiling:
+    """`columns` of a key are padded to a power of two. As many programs as a processor can hold where each has a large
+    tile and large outputs, which the second kernel reads (bench/tiles.py tries others)."""
+    slots = min(128, max(16, TILE_BYTES // (columns * dtype.itemsize)))
+    return Tiling(slots, 8 if dtype == torch.float32 or columns > 256 else 4, 4 if shared else 8)
+
+
 def split_kv_attention(
     q_BHD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor | None, position: Tensor, scale: float, value_size: int | None = None
 ) -> Tensor:
@@ -126,20 +141,19 @@ def split_kv_attention(
     blocks = {"BLOCK_M": min(64, max(16, triton.next_power_of_2(M)))}
     for name, size in (("A", A), ("R", D - A), ("E", E)):
         blocks[f"BLOCK_{name}"] = max(16, triton.next_power_of_2(size))
-    N = TILE_BYTES // (blocks["BLOCK_A"] * k_BGSD.element_size())
-    blocks["BLOCK_N"] = min(128, max(16, N))
-    wanted = -(-PROGRAMS_PER_PROCESSOR * processors(q_BHD.device) // (B * G))
-    splits = max(1, min(wanted, S // (FEWEST_TILES * blocks["BLOCK_N"]), 128))
+    tile = tiling(blocks["BLOCK_A"], k_BGSD.dtype, shared)
+    blocks["BLOCK_N"] = tile.slots
+    wanted = tile.programs * processors(q_BHD.device) // (B * G)
+    splits = max(1, min(wanted, S // (FEWEST_TILES * tile.slots), 128))
     part = torch.empty(B * G * splits * M * E, dtype=torch.float32, device=q_BHD.device)
     weight = torch.empty(B * G * splits * M, dtype=torch.float32, device=q_BHD.device)
     out_BHE = torch.empty(B, H, E, dtype=q_BHD.dtype, device=q_BHD.device)
-    fp32 = q_BHD.dtype == torch.float32
+    precision = "ieee" if q_BHD.dtype == torch.float32 else "tf32"
     attend_split[(B * G, splits, -(-M // blocks["BLOCK_M"]))](
         q_BGMD, k_BGSD, v_BGSE, position, part, weight, scale * LOG2_E,
         *q_BGMD.stride()[:3], *k_BGSD.stride()[:3], *v_BGSE.stride()[:3],
         G, M, S, splits,
-        A=A, R=D - A, E=E, SHARED=shared, PRECISION="ieee" if fp32 else "tf32", **blocks,
-        num_warps=8 if fp32 or blocks["BLOCK_A"] >= 256 else 4,
+        A=A, R=D - A, E=E, SHARED=shared, PRECISION=precision, **blocks, num_warps=tile.warps,
     )  # fmt: skip
     some = min(64, blocks["BLOCK_E"])  # of the columns: all would not fit into a program's registers
     combine_splits[(B * G, M, -(-E // some))](

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads, wide
 from archs.cache import Cache, FullCache, StateCache, WindowCache
-from archs.cpu.building import takes
+from archs.cpu.building import takes, transformed
 from archs.cpu.layers import fade, retention, takes_retention
 from archs.decoder import Decoder, Linear, Options, RMSNorm, kv_heads_divide, mean_seen, normed, option
+from archs.graph import graphs_decode
 from archs.grouped import GroupedAttention
 
 DECAY_TEMPERATURE = 16  # tau of the paper's equation for gamma
@@ -90,14 +91,31 @@ def retention_chunkwise(
 
 def retention_recurrent(
     q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, log_decay_BH1: Tensor, state_BHDD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token: S_n = gamma_n S_{n-1} + K_n^T V_n, output Q_n S_n; S_n replaces S_{n-1} in its storage."""
+) -> Tensor:
+    """One token: S_n = gamma_n S_{n-1} + K_n^T V_n, output Q_n S_n (B, H, 1, D); S_n replaces S_{n-1} in its storage,
+    in its dtype."""
     decay_BH1 = log_decay_BH1.exp()
-    if takes_retention(q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD):
-        return retention(q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD), state_BHDD
-    state_BHDD.mul_(decay_BH1[..., None])
-    out_BH1D = q_BH1D @ state_BHDD + own(q_BH1D, k_BH1D) * v_BH1D
-    return out_BH1D, state_BHDD.add_(k_BH1D.mT @ v_BH1D)
+    inputs = q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD
+    if isinstance(state_BHDD, Tensor):
+        if takes_retention(*inputs):
+            return retention(*inputs)
+        if retains_on_device(*inputs):
+            from archs.retention import retain  # which imports Triton
+
+            return retain(*inputs)
+    state = wide(state_BHDD) * decay_BH1[..., None]
+    state_BHDD.copy_(state + k_BH1D.mT @ v_BH1D)
+    return q_BH1D @ state + own(q_BH1D, k_BH1D) * v_BH1D
+
+
+def retains_on_device(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> bool:
+    """Whether Triton's kernel takes these: on a GPU, fp32 but for the state, and no gradient wanted."""
+    if not state_BHDD.is_cuda or torch.compiler.is_compiling() or transformed():
+        return False
+    inputs = q_BH1D, k_BH1D, v_BH1D, decay_BH1
+    fits = all(x.dtype == torch.float32 for x in inputs) and all(x.stride(3) == 1 for x in inputs[:3])
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return fits and not learns and state_BHDD.is_contiguous() and graphs_decode(state_BHDD.device)
 
 
 def own(q: Tensor, k: Tensor) -> Tensor:
@@ -129,16 +147,16 @@ class GatedRetention(nn.Module):
         with torch.autocast(x_BTW.device.type, enabled=False):
             q_BHTD, k_BHTD = rotate(wide(qk_BXTD), rope).chunk(2, dim=1)
             k_BHTD = k_BHTD * self.head_dim**-0.5
-            if cache:
-                state = wide(cache.state)
+            inputs = q_BHTD, k_BHTD, wide(v_BHTD), log_decay_BHT
+            if cache and x_BTW.shape[1] == 1:
+                out_BHTD = retention_recurrent(*inputs, cache.state)
             else:
-                state = q_BHTD.new_zeros(x_BTW.shape[0], self.heads, self.head_dim, self.head_dim)
-            inputs = q_BHTD, k_BHTD, wide(v_BHTD), log_decay_BHT, state
-            one = cache and x_BTW.shape[1] == 1
-            out_BHTD, state = retention_recurrent(*inputs) if one else retention_chunkwise(*inputs, CHUNK)
+                none = q_BHTD.new_zeros(x_BTW.shape[0], self.heads, self.head_dim, self.head_dim)
+                state = wide(cache.state) if cache else none
+                out_BHTD, state = retention_chunkwise(*inputs, state, CHUNK)
+                if cache:
+                    cache.state.copy_(state)
             out_BHTD = normed(out_BHTD)
-        if cache and state is not cache.state:
-            cache.state.copy_(state)
         return self.out(merge_heads(out_BHTD.to(gate_BHTD.dtype) * F.silu(gate_BHTD)))
 
 

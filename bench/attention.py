@@ -10,7 +10,7 @@ Where CUDA is there, torch's SDPA and flex_attention take their turns on the sam
 """
 
 # Before torch, whose threads it tells how to wait.
-from pairs import Report, in_turns, parser, spread
+from pairs import Report, in_turns, parser, said, spread
 
 # isort: split
 
@@ -75,11 +75,12 @@ def main() -> None:
     def made(*shape: int) -> Tensor:
         return zeros(args.batch, *shape, dtype=dtype, device=device).normal_()
 
-    x = zeros(ROOF_BYTES[device] // 4, dtype=torch.float32, device=device)
+    x = zeros(ROOF_BYTES[device] // 4, dtype=torch.float32, device=device).normal_()
     y = torch.empty_like(x) if device == "cuda" else None
     roofs = reads(x) | ({} if y is None else {"copy": lambda: y.copy_(x)})
     title = f"decode attention, batch {args.batch}, context {args.context}, {H} heads of {D}, {args.dtype}"
-    columns = ["what", "cache MiB", "ms", "GB/s", "of the read roof", "arithmetic bound"]
+    columns = ["what", "cache MiB", "ms", "GB/s", "of the read roof"]
+    columns += ["arithmetic bound"] if y is None else ["of a copy", "arithmetic bound"]
     report = Report(title, args.json, device, columns)
     peak = matmul_flops_per_s(device, dtype)
     # variant: KV heads, key size, value size (None: the values are columns of the keys)
@@ -107,10 +108,14 @@ def main() -> None:
                 read = device == "cpu" and label in roofs
                 steps[label], calls[label] = (step, 1) if read else in_a_row(each, device)
             except Exception as e:
-                print(f"{label}: {e}".splitlines()[0][:200], file=sys.stderr)
+                print(f"{label}: {said(e)}", file=sys.stderr)
         times = in_turns(steps, device, args.repeats)
-        moved = {read: x.nbytes * (2 if read == "copy" else 1) for read in roofs}
-        roof = max(calls[read] * moved[read] / statistics.median(times[read]) / 1e9 for read in roofs)
+        found = {
+            read: calls[read] * x.nbytes * (2 if read == "copy" else 1) / statistics.median(times[read]) / 1e9
+            for read in roofs
+            if read in times
+        }
+        roof = max(found.values())
         bound = 2 * args.batch * H * args.context * (key_size + used) / peak
         for label in [label for label in todo if label in times]:
             column = [t / calls[label] for t in times[label]]
@@ -122,7 +127,9 @@ def main() -> None:
                     "ms": spread(column),
                     "GB/s": f"{speed:.1f}",
                     "of the read roof": f"{speed / roof:.0%} of {roof:.1f}",
+                    "of a copy": f"{speed / found['copy']:.0%} of {found['copy']:.1f}" if "copy" in found else "",
                     "arithmetic bound": f"{1e3 * bound:.2f} ms",
+                    "roofs": ", ".join(f"{read} {rate:.1f}" for read, rate in found.items()),
                 }
             )
     report.show()

@@ -1,7 +1,8 @@
-"""Everything that has to be measured on a GPU, in two runs of less than ten minutes each.
+"""Everything that has to be measured on a GPU, in two runs of less than ten minutes each, and a third for tuning.
 
-    python bench/gpu.py 1 --out DIR     correctness, decode attention, decode of whole models
+    python bench/gpu.py 1 --out DIR     correctness, decode of whole models, decode attention
     python bench/gpu.py 2 --out DIR     training steps, prefill and decode against transformers, longer contexts
+    python bench/gpu.py 3 --out DIR     the decode kernel's tiles beside others
 
 Needs no installation, but jsonargparse and rich on the PYTHONPATH: the packages are taken from this checkout. Each step
 writes its output to DIR/<step>.log and its numbers to DIR/numbers.jsonl; a step that fails or takes too long does not
@@ -10,6 +11,7 @@ stop the others.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,23 +21,29 @@ ROOT = Path(__file__).parent.parent
 SHAPE_124M = ["--vocab-size", "50304", "--width", "768", "--layers", "12", "--heads", "12"]
 VARIANTS = ["--variants", "mha", "gqa kv_heads=4", "mqa", "mla kv_rank=256 rope_dim=32"]
 VARIANTS += ["yoco kv_heads=4 window=256", "yoco kv_heads=4 self_decoder=gret"]
+TRAINED = ["--variants", "mha", *VARIANTS[4:], *VARIANTS[2:4]]  # what matters most first, should time run out
 LATENT = ["--kv-rank", "256", "--rope-dim", "32"]
-LONG = ["--batch", "16", "--context", "65536"]
 TRAINING_124M = [*SHAPE_124M, "--context", "1024", "--batch", "32"]
-TESTS = [f"tests/archs/test_{name}.py" for name in ("cuda", "split_kv", "graph")]
+BF16 = ["bench/attention.py", "--dtype", "bf16", *LATENT]
+TESTS = [f"tests/archs/test_{name}.py" for name in ("cuda", "split_kv", "retention", "graph")]
 PARTS: dict[str, list[tuple[str, int, list[str]]]] = {  # name, seconds at most, command
     "1": [
         ("tests", 130, ["-m", "pytest", "-q", *TESTS]),
-        ("attention-8k", 110, ["bench/attention.py", "--dtype", "bf16", "--batch", "64", *LATENT]),
-        ("attention-64k", 110, ["bench/attention.py", "--dtype", "bf16", *LONG, *LATENT]),
         ("roof", 200, ["bench/roof.py", *SHAPE_124M, *VARIANTS, "--batch", "128", "--context", "8192"]),
+        ("attention-8k-256", 90, [*BF16, "--batch", "256"]),
+        ("attention-8k-64", 80, [*BF16, "--batch", "64"]),
+        ("attention-64k-16", 80, [*BF16, "--batch", "16", "--context", "65536"]),
     ],
     "2": [
-        ("training", 220, ["bench/training.py", *TRAINING_124M, *VARIANTS]),
+        ("training", 260, ["bench/training.py", *TRAINING_124M, *TRAINED, "--seconds", "190"]),
         ("training-compiled-peer", 90, ["bench/training.py", *TRAINING_124M, "--variants", "mha", "--compiled-peer"]),
         ("decode", 160, ["bench/decode.py", *SHAPE_124M, *VARIANTS, "--dtype", "bf16", "--batch", "32",
                          "--context", "4096"]),
         ("roof-long", 80, ["bench/roof.py", *SHAPE_124M, *VARIANTS, "--batch", "8", "--context", "65536"]),
+    ],
+    "3": [
+        ("tiles-8k", 300, ["bench/tiles.py", *LATENT]),
+        ("tiles-64k", 250, ["bench/tiles.py", *LATENT, "--batch", "16", "--context", "65536"]),
     ],
 }  # fmt: skip
 
@@ -54,17 +62,20 @@ def main() -> None:
         log = args.out / f"{name}.log"
         start = time.monotonic()
         with log.open("w", encoding="utf-8") as f:
+            child = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=f,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                code = subprocess.run(
-                    [sys.executable, *command],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=f,
-                    stderr=subprocess.STDOUT,
-                    timeout=seconds,
-                ).returncode
+                code = child.wait(seconds)
             except subprocess.TimeoutExpired:
                 code = f"stopped after {seconds} s"
+                os.killpg(child.pid, signal.SIGKILL)  # with processes of its own, which would share the GPU
+                child.wait()
         print(f"== {name}: {code}, {time.monotonic() - start:.0f} s", flush=True)
         print("\n".join(log.read_text(encoding="utf-8").splitlines()[-25:]), flush=True)
 

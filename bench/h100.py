@@ -2,11 +2,14 @@
 
     python bench/h100.py --out DIR                        # a piece; again for the next, until all is done
     python bench/h100.py --out DIR --from h100.tar.gz     # on another machine: with what earlier pieces had finished
+    python bench/h100.py --out DIR --set train.tokens=60_000_000 --set train.lr=2e-3    # in half an hour, by estimate
     python bench/h100.py --out DIR --study quick --seconds 60 --fit-context 1024 --fit-gb 0.5    # a miniature, on a CPU
 
 A piece trains, is stopped when the time for evaluation has come (with a checkpoint, which the next piece goes on from),
-evaluates what is trained, draws, and finds out how large a batch fits into memory. DIR/<study>.tar.gz then holds
-results, figures, tables, report and the records of all runs that are done, but no weights. Needs no installation.
+evaluates what is trained and, if time is left, draws and finds out how large a batch fits into memory. What has come
+of it is then in DIR/<study>.tar.gz: results, figures, tables, report and the records of all runs that are done, but no
+weights, so that a run that is not done can go on only on the same machine. The whole study is 16 billion tokens, hours
+of an H100. Needs no installation.
 """
 
 import argparse
@@ -31,7 +34,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory for the archive")
     parser.add_argument("--study", default="h100")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--seconds", type=int, default=560, help="of the whole piece (default: 560)")
+    parser.add_argument("--seconds", type=int, default=540, help="of the whole piece (default: 540)")
     parser.add_argument("--eval-seconds", type=int, help="of them for evaluation (default: a third)")
     parser.add_argument("--from", dest="earlier", type=Path, metavar="ARCHIVE", help="of an earlier piece")
     parser.add_argument("--fit-context", type=int, default=32768, help="tokens of each sequence that is to fit")
@@ -45,15 +48,34 @@ def main() -> int:
             archive.extractall(directory, filter="data")
     what = [args.study, "--out", str(directory), *(word for each in args.overrides for word in ("--set", each))]
     pieces = json.loads((directory / "pieces.json").read_text()) if (directory / "pieces.json").exists() else []
-    for_evaluation = args.eval_seconds or args.seconds / 3
+    for_evaluation, for_drawing = args.eval_seconds or args.seconds / 3, args.seconds / 6
     statuses = {
         "train": kvfrontier(["train", *what], left(for_evaluation)),
-        "eval": kvfrontier(["eval", *what], left(20)),
+        "eval": kvfrontier(["eval", *what], left(for_drawing)),
     }
-    if (directory / "results.json").exists():
-        statuses["plot"] = kvfrontier(["plot", str(directory)], max(60, left()))
+    states = [f"{name}  {state}" for name, state in run_states(directory).items()]
+    pieces.append(
+        {
+            "command": " ".join(sys.argv),
+            "device": device(),
+            "statuses": statuses,
+            "done": sum(line.endswith("  done") for line in states),
+            "runs": len(states),
+        }
+    )
+    archive = args.out / f"{directory.name}.tar.gz"
+
+    def keep() -> None:
+        pieces[-1]["seconds"] = time.monotonic() - began
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "pieces.json").write_text(json.dumps(pieces, indent=1) + "\n")
+        gather(directory, archive)
+
+    keep()  # before what may take longer than is left
+    if (directory / "results.json").exists() and left() > for_drawing / 2:
+        statuses["plot"] = kvfrontier(["plot", str(directory)], left())
         memory = args.fit_gb * 1e9 if args.fit_gb else gpu_memory()
-        if memory:
+        if memory and left() > for_drawing / 2:
             records = json.loads((directory / "results.json").read_text())["runs"]
             fits = {
                 "memory_bytes": memory,
@@ -61,20 +83,7 @@ def main() -> int:
                 "batch": fitting(records, memory, args.fit_context),
             }
             (directory / "fits.json").write_text(json.dumps(fits, indent=1) + "\n")
-    states = [f"{name}  {state}" for name, state in run_states(directory).items()]
-    pieces.append(
-        {
-            "command": " ".join(sys.argv),
-            "seconds": time.monotonic() - began,
-            "device": device(),
-            "statuses": statuses,
-            "done": sum(line.endswith("  done") for line in states),
-            "runs": len(states),
-        }
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "pieces.json").write_text(json.dumps(pieces, indent=1) + "\n")
-    gather(directory, args.out / f"{directory.name}.tar.gz")
+        keep()
     print("\n".join(states))
     all_done = bool(states) and all(line.endswith("  done") for line in states)
     print(

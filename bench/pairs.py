@@ -79,6 +79,11 @@ def in_turns(steps: dict[str, Step], device: str, repeats: int, warmup: int = 2)
     return times
 
 
+def said(error: Exception) -> str:
+    """The first line of what an error says, cut."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values if len(values) > 1 else 2 * values, n=4, method="inclusive")
 

@@ -9,12 +9,13 @@ runs.
 """
 
 # Before torch, whose threads it tells how to wait.
-from pairs import Report, in_turns, model_parser, options, ratio, spread
+from pairs import Report, in_turns, model_parser, options, ratio, said, spread
 
 # isort: split
 
 import statistics
 import sys
+import time
 
 import torch
 from peers import peer
@@ -28,6 +29,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 100  # several models in one process
     made = model_parser(__doc__.splitlines()[0], batch=16, context=256, precision="auto", repeats=9)
     made.add_argument("--no-compile", action="store_true", help="ours as short runs are trained, not compiled")
+    made.add_argument("--seconds", type=int, help="leave out what has not begun to compile after so many")
     made.add_argument("--compiled-peer", action="store_true", help="transformers' through torch.compile, too")
     args = made.parse_args()
     compiled = bool(compiler()) and not args.no_compile
@@ -67,14 +69,17 @@ def main() -> None:
         if args.compiled_peer:
             quick = torch.compile(theirs)
             steps[f"{name}, compiled"] = stepper(lambda: quick(inputs, labels=targets, use_cache=False).loss, theirs)
+    began = time.monotonic()
     for name in list(steps):
         try:
+            if name != baseline and args.seconds and time.monotonic() - began > args.seconds:
+                raise TimeoutError(f"left out after {args.seconds} s")
             steps[name]()
         except Exception as e:  # a peer that does not run here, or no memory for it
             if name == baseline:
                 raise
             del steps[name]
-            print(f"{name}: {str(e).splitlines()[0]}", file=sys.stderr)
+            print(f"{name}: {said(e)}", file=sys.stderr)
     columns = ["what", "step ms", "to the first", "quartiles", "tokens/s", "MFU"]
     title = (
         f"training step, batch {args.batch} x {args.context}, width {args.width}, {args.layers} layers, {precision}, "

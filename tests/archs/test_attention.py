@@ -10,7 +10,8 @@ def by_definition(q, k, v, window=None, scale=None):
     H, T, D = q.shape[1:]
     G, S = k.shape[1:3]
     k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)
-    query, key = torch.arange(S - T, S)[:, None], torch.arange(S)[None]
+    key = torch.arange(S, device=q.device)
+    query = key[S - T :, None]
     seen = key <= query
     if window:
         seen &= key > query - window

@@ -1,5 +1,6 @@
 """A recorded decode step equals the step as it is: of every variant, and of operators of every kind."""
 
+import contextlib
 import copy
 import gc
 import io
@@ -11,7 +12,7 @@ from test_laws import each_variant, make
 from torch.utils.flop_counter import FlopCounterMode
 
 from archs.cpu.building import compiler
-from archs.graph import Calls
+from archs.graph import Calls, RecordedStep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_cpu = pytest.mark.skipif(not compiler(), reason="no C++ compiler here: nothing is recorded on a CPU")
@@ -39,6 +40,33 @@ def test_replayed_steps_are_the_steps_as_they_are(arch, options):
         assert recorded.length == plain.length
     assert recorded.step.replay
     assert recorded.step.position.item() == recorded.length - (DEVICE == "cpu")
+
+
+def test_a_step_that_no_cuda_graph_takes_runs_as_it_is(monkeypatch):
+    """Without a GPU: what records is put in its place, and fails as CUDA does."""
+
+    @contextlib.contextmanager
+    def fails(graph, stream):
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    back = []
+    for name, pretended in (("CUDAGraph", object), ("graph", fails), ("current_stream", lambda: "before")):
+        monkeypatch.setattr(torch.cuda, name, pretended)
+    monkeypatch.setattr(torch.cuda, "set_stream", back.append)
+    monkeypatch.setattr("archs.graph.recording_stream", lambda device: None)
+    model, tokens = make("mha", {}), torch.randint(97, (2, 4))
+    cache, plain = model.new_cache(2, 5), model.new_cache(2, 5)
+    step = RecordedStep(2, torch.device("cpu"))
+    with torch.inference_mode(), pytest.warns(UserWarning, match="without a CUDA graph, more slowly: operation not"):
+        step._record_graph(model, cache)
+    assert (back, step.backend) == (["before"], "split-kv triton")
+    for t in range(4):
+        step.tokens_B.copy_(tokens[:, t])
+        step.position.fill_(t)
+        with torch.inference_mode():
+            step.replay()
+        torch.testing.assert_close(step.logits_BV, as_it_is(model, tokens[:, t], plain), rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_kernels_do_not_take_is_not_recorded():

@@ -58,6 +58,8 @@ def test_a_step_with_its_position_on_the_device_equals_the_full_forward(arch, op
     """From an empty cache on, and after a prompt."""
     monkeypatch.setattr("archs.attention.takes_attention", lambda *tensors: False)
     monkeypatch.setattr("archs.attention.attend_on_device", split_kv_attention)
+    monkeypatch.setattr("archs.yoco.takes_retention", lambda *tensors: False)
+    monkeypatch.setattr("archs.yoco.retains_on_device", lambda *tensors: True)
     model = make(arch, options).to(DEVICE)
     tokens = torch.randint(97, (2, 18), device=DEVICE)
     with torch.inference_mode():
@@ -89,7 +91,7 @@ for tile in sys.argv[1:]:
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     print(made.metadata.shared, made.asm["ptx"].count("cp.async"))
 """
-TILES = {"mha": "64,0,64,0,16,128,4", "mla": "256,32,256,1,16,32,8"}
+TILES = {"mha": "64,0,64,0,16,128,4", "mla": "256,32,256,1,16,32,4"}
 
 
 def test_the_kernel_compiles_for_hopper():

@@ -38,8 +38,9 @@ def test_parallel_chunkwise_and_recurrent_retention_agree(chunk):
     for t in range(21):
         one = slice(t, t + 1)
         part = q[:, :, one], k[:, :, one], v[:, :, one], log_decay[:, :, one]
-        step, in_torch = retention_recurrent(*(x.clone().requires_grad_() for x in part), state.clone())
-        ours, state = retention_recurrent(*part, state)
+        in_torch = state.clone()
+        step = retention_recurrent(*(x.clone().requires_grad_() for x in part), in_torch)
+        ours = retention_recurrent(*part, state)
         torch.testing.assert_close(ours, step.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(state, in_torch.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(step, out[:, :, one], rtol=1e-4, atol=1e-4)
