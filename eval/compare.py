@@ -85,9 +85,9 @@ def gap_changes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
         if math.isfinite(record["loss"][METRIC]):
             at = record["size"], record["label"].removesuffix(f"-{record['size']}")
             losses.setdefault(at, {})[record["seed"]] = record["loss"][METRIC]
-    baseline, *others = dict.fromkeys(name for _, name in losses)
+    baseline = records[0]["baseline"].removesuffix(f"-{records[0]['size']}")
     changes = []
-    for name in others:
+    for name in dict.fromkeys(name for _, name in losses if name != baseline):
         here, base_here, there, base_there = (losses.get((s, n), {}) for s in (first, last) for n in (name, baseline))
         seeds = sorted(set(here).intersection(base_here, there, base_there))
         if seeds:

@@ -86,9 +86,9 @@ def _evaluate_runs(plan: Plan) -> list[str]:
                     progress.say(failures[-1])
                     continue
                 if turn < ROUNDS - 1:
-                    write_json(run.directory / FIRST_ROUND, {"eval_key": run.eval_key, "measured": known})
+                    write_json(run.directory / FIRST_ROUND, _state(run) | {"measured": known})
                     continue
-                facts = run.settings() | {"eval_key": run.eval_key, "measured_on": describe_machine()}
+                facts = run.settings() | _state(run)
                 record = read_record(run) | known | facts
                 _log_hyperparameters(run, record)
                 write_json(run.directory / "record.json", record)
@@ -103,9 +103,14 @@ def is_trained(plan: Plan, run: Run) -> bool:
 
 
 def _first_round(run: Run) -> dict:
-    """What an interrupted evaluation with the same settings has measured; {} where there was none."""
+    """What an interrupted evaluation with these settings on such a machine has measured; {} where there was none."""
     found = read_json(run.directory / FIRST_ROUND)
-    return found["measured"] if found.get("eval_key") == run.eval_key else {}
+    measured = found.pop("measured", {})
+    return measured if found == _state(run) else {}
+
+
+def _state(run: Run) -> dict:
+    return {"eval_key": run.eval_key, "measured_on": describe_machine()}
 
 
 def _in_a_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from archs import Cache, Decoder
 from archs.cache import zeros
 from archs.cpu.layers import reader
+from train.runner import out_of_memory
 
 if TYPE_CHECKING:
     from eval.subject import Subject
@@ -47,6 +48,9 @@ def measure(subject: "Subject") -> dict:
         else:
             rounds = point, known.get((point["batch"], point["context"]), point)
             steps, prefill = (min(rounds, key=operator.itemgetter(name)) for name in ("token_ms", "prefill_ms"))
+            roof = max(each["roof_gb_s"] for each in rounds)
+            fraction = steps["roof_fraction"] * steps["roof_gb_s"] / roof
+            steps |= {"roof_gb_s": roof, "roof_fraction": fraction, "memory_bound": fraction >= MEMORY_BOUND}
             measured["decode"].append(steps | {name: prefill[name] for name in ("prefill_ms", "prefill_ms_iqr")})
             subject.show(f"batch {point['batch']} context {point['context']}: {point['tokens_per_s']:,.0f} tokens/s")
     if measured["decode"]:
@@ -131,8 +135,12 @@ def measure_decode(model: Decoder, batches: list[int], contexts: list[int], roof
                 continue
             try:
                 yield _decode_point(model, batch, context, roof_gb_s)
-            except torch.OutOfMemoryError as e:
-                yield {"batch": batch, "context": context, "skipped": str(e).splitlines()[0]}
+                continue
+            except (RuntimeError, MemoryError, OSError) as e:
+                if not out_of_memory(e):
+                    raise
+                reason = (str(e) or "out of memory").splitlines()[0]
+            yield {"batch": batch, "context": context, "skipped": reason}
 
 
 @torch.inference_mode()

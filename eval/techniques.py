@@ -4,7 +4,6 @@ The first half of a held-out sequence is the prompt; the second half is decoded 
 the true token, with the technique active. `full` without `bits` is what all others are measured against.
 """
 
-import math
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from archs.techniques import Quantisation, Technique, compressed_cache, from_set
 from archs.techniques.dmc import DMC
 from train.batches import IGNORED
 from train.module import bits_per_byte, token_nats
+from train.mqar import RecallTask
 
 TOKENS_AT_ONCE = 32_768  # of all sequences that are decoded together
 
@@ -37,7 +37,7 @@ def measure(subject: "Subject") -> dict:
             continue
         model = model.to(subject.model.embed.weight.device)
         found = under(subject, model, technique, quantisation, prompt)
-        subject.show(f"{options['technique']}: {found['val_bpb']:.4f} bits per byte")
+        subject.show(f"{options['technique']}: {found['bytes_held']:,.0f} bytes held")
         measured.append(options | found)
     return {"techniques": measured} if measured else {}
 
@@ -51,7 +51,12 @@ def under(
     context = model.options.context
     given = subject.predictions.inputs_NT, subject.predictions.targets_NT
     sequences = min(len(given[0]), -(-subject.config.technique_tokens // context))
-    spread = torch.linspace(0, len(given[0]) - 1, sequences).long()
+    if isinstance(subject.data, RecallTask):  # its sequences are of each number of pairs in turn
+        turns = len(subject.data.pairs)
+        sequences = min(len(given[0]), -(-sequences // turns) * turns)
+        spread = torch.arange(sequences)
+    else:
+        spread = torch.linspace(0, len(given[0]) - 1, sequences).long()
     inputs_NT, targets_NT = (x_NT[spread] for x_NT in given)
     rows = max(1, TOKENS_AT_ONCE // context)
     for inputs, targets in zip(inputs_NT.split(rows), targets_NT.split(rows), strict=True):
@@ -75,9 +80,9 @@ def under(
     return {
         "prompt": prompt,
         "tokens": context,
-        "val_nats": nats / max(1, len(wanted_N)),
-        "val_bpb": bits_per_byte(nats, text_bytes) if text_bytes else math.nan,
-        "accuracy": right / max(1, len(wanted_N)),
+        "val_nats": nats / len(wanted_N) if len(wanted_N) else None,  # nothing is predicted in these second halves
+        "val_bpb": bits_per_byte(nats, text_bytes) if text_bytes else None,
+        "accuracy": right / len(wanted_N) if len(wanted_N) else None,
         "bytes_held": nbytes / sequences,
         "notes_bytes": notes / sequences,
         "tokens_per_s": sequences * (context - prompt) / seconds,

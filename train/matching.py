@@ -41,18 +41,24 @@ def matched(rule: str, arch: str, options: dict, params: int | None) -> Decoder:
 
 
 def matching_ffn_width(arch: str, options: dict, params: int) -> int:
-    """The FFN width that brings the total parameters to `params`: the roundest within a fifth of the tolerance.
+    """The FFN width that brings the total parameters to `params`: the roundest by which those beside the embeddings,
+    which a large vocabulary would hide, are off by no more than a fifth of the tolerance.
 
     GLA (arXiv 2505.21487) and MQA (arXiv 1911.02150) match in this way. ValueError if the nearest width is not within
     the tolerance.
     """
+    model = on_meta(arch, options | {"ffn_width": 1})
+    embeddings = model.count_params() - model.count_params(embedding=False)
     fixed, per_unit = _line(lambda width: on_meta(arch, options | {"ffn_width": width}).count_params())
     exact = (params - fixed) / per_unit
     for step in (64, 32, 16, 8, 4, 2, 1):
         width = max(step, round(exact / step) * step)
-        off = abs(fixed + width * per_unit - params) / params
-        if off <= (MATCH_TOLERANCE / 5 if step > 1 else MATCH_TOLERANCE):
+        off = abs(fixed + width * per_unit - params)
+        if off <= MATCH_TOLERANCE / 5 * (params - embeddings):
             return width
+    off /= params
+    if off <= MATCH_TOLERANCE:
+        return width
     raise ValueError(
         f"match: ffn cannot bring the parameters within {MATCH_TOLERANCE:.1%} of the first variant's {params:,}: "
         f"the nearest, ffn_width={width}, is {off:.1%} off; use a larger model or match: none"

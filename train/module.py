@@ -176,9 +176,9 @@ class LanguageModel(L.LightningModule):
             self.tokens_untimed += self.tokens_seen - self._logged[1]
             self._logged = self.train_seconds, self.tokens_seen
             self._compiles = False
-            self._tick(counts=False, wait=True)
+            self.tick(counts=False, wait=True)
         else:
-            self._tick()
+            self.tick()
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
             seconds, tokens = self.train_seconds - self._logged[0], self.tokens_seen - self._logged[1]
             self._logged = self.train_seconds, self.tokens_seen
@@ -204,10 +204,11 @@ class LanguageModel(L.LightningModule):
         return tokens_per_s * 3 * self.model.flops_per_token(self.model.options.context) / peak
 
     def on_train_end(self) -> None:
-        self._tick(wait=True)
+        self.tick(wait=True)
         self._check()
 
-    def _tick(self, counts: bool = True, wait: bool = False) -> None:
+    def tick(self, counts: bool = True, wait: bool = False) -> None:
+        """The time since the last tick was training, or was not."""
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -228,7 +229,7 @@ class LanguageModel(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self._tick(wait=True)
+            self.tick(wait=True)
         self._val = []  # nats, tokens, bytes of each batch
 
     def validation_step(self, batch: tuple[Tensor, Tensor, int], batch_idx: int) -> None:
@@ -245,7 +246,7 @@ class LanguageModel(L.LightningModule):
         self.log_dict(metrics, logger=not fitting)  # for callbacks, and as the result of Trainer.validate
         if fitting and not self.trainer.sanity_checking:
             self._log(metrics)
-            self._tick(counts=False)
+            self.tick(counts=False)
 
     def _log(self, metrics: dict[str, float]) -> None:
         for logger in self.loggers:

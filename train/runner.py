@@ -181,7 +181,7 @@ def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress, name: str) ->
 
 def out_of_memory(error: BaseException) -> bool:
     """A GPU's, and what torch says where the system gives a CPU none."""
-    said = "out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory"
+    said = "out of memory", "ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory", "not enough memory"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
 
@@ -263,7 +263,8 @@ def train_run(
 
 def make_module(run: Run, config: TrainConfig, tokens: int, pieces: int) -> LanguageModel:
     """With first weights, or those of the run that it goes on from. RuntimeError where these are missing."""
-    recipe = {"tokens": tokens, "lr": run.lr, "warmup_tokens": config.warmup_tokens, "seed": run.seed, "pieces": pieces}
+    warmup = min(config.warmup_tokens, tokens // 2)  # or a short run would never reach its rate
+    recipe = {"tokens": tokens, "lr": run.lr, "warmup_tokens": warmup, "seed": run.seed, "pieces": pieces}
     recipe |= {"weight_decay": config.weight_decay, "clip": config.clip}
     arch, options = run.variant.arch, run.variant.options
     if not run.dmc:
@@ -315,11 +316,16 @@ def find_checkpoint(run: Run) -> tuple[Path, dict] | None:
 
 def save(trainer: L.Trainer, directory: Path) -> None:
     """Writes a checkpoint, after what was logged: a run that goes on from it logs none of that again."""
+    module = trainer.lightning_module
+    if trainer.training:
+        module.tick(wait=True)
     started = time.perf_counter()
     for logger in trainer.loggers:
         logger.save()
     trainer.save_checkpoint(checkpoint_path(directory, trainer.global_step))
-    trainer.lightning_module.checkpoint_seconds += time.perf_counter() - started
+    module.checkpoint_seconds += time.perf_counter() - started
+    if trainer.training:
+        module.tick(counts=False)
 
 
 class KeepGoing(L.Callback):

@@ -311,11 +311,20 @@ def need_table(study: Study) -> Table | None:
         "seeds",
         "variants",
     ]
+    kept = {  # what the bytes a token leave out
+        str(entry.get("family")): max(
+            (study.labels[label].first("kv.constant_bytes") or 0 for label in labels), default=0
+        )
+        for entry in study.raw.get("bytes_for_baseline") or []
+        if (labels := [label for label in entry.get("labels") or [] if label in study.labels])
+    }
+    beside = [f"{family} up to {size_text(most)}" for family, most in kept.items() if most]
     levels = {number(entry.get("level")) or 0.95 for entry in study.raw.get("bytes_for_baseline") or []}
     notes = [
         "Interpolated along each family's variants over the logarithm of bytes, never extrapolated. Intervals "
         f"({', '.join(f'{100 * level:g} %' for level in levels)}): Student's t over seed-paired differences; an end "
-        'that runs past the variants measured is written "under" the smallest or "over" the largest.'
+        'that runs past the variants measured is written "under" the smallest or "over" the largest.',
+        *[f"Beside these bytes a sequence holds, however long it is: {', '.join(beside)}."] * bool(beside),
     ]
     return Table(header, rows, "llrrrrrl", notes, "KV bytes per token for the baseline's loss") if rows else None
 

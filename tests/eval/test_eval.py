@@ -1,7 +1,9 @@
 """Loss, bytes and speeds against what they are said to be."""
 
+import errno
 import itertools
 import math
+import os
 import random
 import time
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from eval.frontier import bytes_for_baseline, crossing
 from eval.memory import CONTEXTS, BytesDiffer, measure_memory
 from eval.speed import measure_decode, measure_recompute, measure_roof, timed
 from eval.subject import Predictions, Subject
+from train.batches import IGNORED
 from train.corpus import Corpus
 from train.module import token_nats
 from train.mqar import RecallTask
@@ -100,6 +103,7 @@ def test_the_decode_grid_is_filled_and_its_rates_follow_from_its_times():
 def test_of_two_rounds_the_faster_stands():
     model = build("mha", **SHAPE).eval()
     slow = {"token_ms": 1e9, "token_ms_iqr": 1.0, "prefill_ms": 0.0, "prefill_ms_iqr": 2.0, "tokens_per_s": 0.0}
+    slow |= {"roof_gb_s": 4.0, "roof_fraction": 1.0, "memory_bound": True}
     fast = slow | {"token_ms": 0.0, "prefill_ms": 1e9}
     before = {
         "decode": [{"batch": 1, "context": 8} | slow, {"batch": 1, "context": 16} | fast],
@@ -111,6 +115,7 @@ def test_of_two_rounds_the_faster_stands():
     assert (first["prefill_ms"], first["prefill_ms_iqr"]) == (0.0, 2.0)
     assert (second["token_ms"], second["token_ms_iqr"], second["tokens_per_s"]) == (0.0, 1.0, 0.0)
     assert 0 < second["prefill_ms"] < 1e9
+    assert (second["roof_gb_s"], second["roof_fraction"], second["memory_bound"]) == (10.0, 0.4, False)  # the best roof
     assert best["recompute"]["cached_ms"] == 0.0
     assert 0 < best["recompute"]["recomputed_ms"] < 1e9
 
@@ -122,6 +127,25 @@ def test_a_cache_that_does_not_fit_is_left_out_with_the_reason(monkeypatch):
     assert fits["token_ms"] > 0
     assert too_large.keys() == {"batch", "context", "skipped"}
     assert "GiB are free" in too_large["skipped"]
+
+
+def test_a_point_that_the_system_has_no_memory_for_is_left_out_and_the_others_are_measured(monkeypatch):
+    model = build("mha", **SHAPE).eval()
+    new_cache = model.new_cache
+
+    def limited(batch, *args):
+        if batch == 2:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        if batch == 3:
+            raise RuntimeError("broken")
+        return new_cache(batch, *args)
+
+    monkeypatch.setattr(model, "new_cache", limited)
+    one, two, four = measure_decode(model, [1, 2, 4], [8], 10.0)
+    assert two == {"batch": 2, "context": 8, "skipped": "[Errno 12] Cannot allocate memory"}
+    assert min(one["token_ms"], four["token_ms"]) > 0
+    with pytest.raises(RuntimeError, match="broken"):
+        list(measure_decode(model, [3], [8], 10.0))
 
 
 def test_recomputing_a_long_prefix_takes_longer_than_a_cached_step():
@@ -212,6 +236,17 @@ def test_the_change_of_the_gap_with_size_is_paired_by_seed_too():
     assert change["mean_diff"] == pytest.approx(0.22)
     assert (change["verdict"], change["seeds"]) == ("higher", [0, 1, 2])
     assert gap_changes([r for r in records if r["size"] == "s"]) == []
+
+
+def test_gaps_are_to_the_studys_baseline_alone():
+    records = [
+        record(f"{name}-{size}", seed, float(seed), size=size, params=n, baseline=f"a-{size}")
+        for n, size in enumerate("sl")
+        for name in "abc"
+        for seed in (0, 1)
+        if (name, size) != ("a", "s")  # diverged
+    ]
+    assert gap_changes(records) == []
 
 
 def test_each_size_has_a_baseline_of_its_own():
@@ -348,6 +383,34 @@ def test_accuracy_counts_queries_by_the_number_of_pairs():
     assert measured["accuracy_at"]["2"] == measured["accuracy_at"]["4"] == 1.0
     assert measured["accuracy_at"]["8"] < 0.2
     assert measured["accuracy"] == pytest.approx((2 + 4 + 8 * measured["accuracy_at"]["8"]) / 14)
+
+
+@pytest.mark.parametrize("pairs", [[1, 2], [1, 2, 3], [1, 2, 3, 4]])
+def test_techniques_see_every_number_of_pairs_equally_often(pairs, monkeypatch):
+    seen = []
+    found = techniques.token_nats
+    monkeypatch.setattr(techniques, "token_nats", lambda x, wanted: seen.append(wanted) or found(x, wanted))
+    model = build("mha", vocab_size=64, width=32, layers=2, heads=4, context=32).eval()
+    settings = [
+        f"eval.{key}" for key in ("loss_tokens=6400", "technique_tokens=1600", "techniques=[{technique: full}]")
+    ]
+    measured = techniques.measure(subject(model, RecallTask(pairs, 64), settings))["techniques"][0]
+    (wanted,) = seen
+    sequences = RecallTask(pairs, 64).validation(32, 1000, 6400)[0][1][: len(wanted)]
+    asked = (sequences != IGNORED).sum(1).tolist()
+    assert len({asked.count(n) for n in pairs}) == 1
+    assert torch.equal(wanted, sequences[:, 15:])
+    assert measured["accuracy"] is not None
+
+
+@torch.inference_mode()
+def test_without_a_query_there_is_no_accuracy():
+    model = build("mha", vocab_size=64, width=32, layers=2, heads=4, context=32).eval()
+    settings = [f"eval.{key}" for key in ("loss_tokens=32", "technique_tokens=32", "techniques=[{technique: full}]")]
+    of = subject(model, RecallTask([1], 64), settings)
+    of.predictions.targets_NT[:, 15:] = IGNORED
+    (measured,) = techniques.measure(of)["techniques"]
+    assert [measured[name] for name in ("accuracy", "val_nats", "val_bpb")] == [None] * 3
 
 
 def test_a_measure_is_a_module_of_the_package():

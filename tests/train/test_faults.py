@@ -19,7 +19,7 @@ from test_training import data, metrics, study  # noqa: F401  (a fixture)
 from test_training import weights as final_weights
 
 from archs import VARIANTS, Decoder
-from eval.evaluate import evaluate_runs
+from eval.evaluate import FIRST_ROUND, evaluate_runs
 from eval.results import write_results
 from train.checkpoints import KEPT, checkpoints, newest_whole
 from train.errors import InputError, Interrupted
@@ -320,6 +320,23 @@ def test_the_gap_that_a_failed_run_leaves_stands_in_the_results(data, tmp_path):
     results = read_json(tmp_path / "results.json")
     assert [run["label"] for run in results["runs"]] == [first.variant.label]
     assert results["missing"] == [{"label": second.variant.label, "seed": 0, "why": "the loss is nan"}]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_evaluation_goes_on_where_it_was_begun_and_elsewhere_begins_anew(data, tmp_path, monkeypatch, moved):  # noqa: F811
+    plan, run = one_run(data, tmp_path)
+    train_runs(plan)
+    roofs = iter([10.0])
+    monkeypatch.setattr("eval.evaluate.measure_roof", lambda device: next(roofs))
+    with pytest.raises(StopIteration):  # between the rounds
+        evaluate_runs(plan)
+    found = read_json(run.directory / FIRST_ROUND)
+    write_json(run.directory / FIRST_ROUND, found | {"measured": found["measured"] | {"mark": 1}})
+    monkeypatch.undo()
+    if moved:
+        monkeypatch.setattr("eval.evaluate.describe_machine", lambda: {"machine": {"device": "another"}})
+    assert evaluate_runs(plan) == []
+    assert ("mark" in read_record(run)) == (not moved)
 
 
 def test_a_run_whose_settings_changed_says_what_was_and_what_is(data, tmp_path, capsys):  # noqa: F811

@@ -215,6 +215,18 @@ def test_ffn_matching_brings_every_variant_within_half_a_percent():
             assert abs(variant.params - first.params) <= 0.005 * first.params, variant.options
 
 
+@pytest.mark.parametrize("vocab_size", [300, 50_257, 200_019])
+def test_a_large_vocabulary_does_not_hide_a_difference(vocab_size):
+    """Of the parameters beside the embeddings, where one unit of width is fine enough."""
+    shape = {"width": 64, "layers": 4, "heads": 4, "context": 32}
+    variants = [{"arch": "mha"}, {"arch": "gqa", "kv_heads": 2}, {"arch": "mqa"}, {"arch": "yoco", "kv_heads": 4}]
+    first, *others = (
+        on_meta(v.arch, v.options).count_params(embedding=False)
+        for v in resolve_variants(study(model=shape, variants=variants), vocab_size)
+    )
+    assert max(abs(params - first) for params in others) <= 0.005 * first
+
+
 def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
     variants = [{"arch": "mha"}, {"arch": "gqa", "kv_heads": 2}, {"arch": "mqa"}]
     first, *others = resolve_variants(study(match="heads", variants=variants), 300)

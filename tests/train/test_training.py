@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import signal
+import time
 from types import SimpleNamespace
 
 import lightning as L
@@ -17,11 +18,11 @@ from train.checkpoints import checkpoints, newest_whole
 from train.corpus import Corpus
 from train.data import TextData
 from train.errors import Interrupted
-from train.files import read_record
+from train.files import read_record, write_atomic
 from train.module import LanguageModel, SumNats, token_nats
 from train.plan import Plan
 from train.progress import StudyProgress
-from train.runner import KeepGoing, step_counts, train_run, train_runs
+from train.runner import KeepGoing, make_module, step_counts, train_run, train_runs
 from train.study import parse_study
 from train.tokens import prepare
 
@@ -148,6 +149,24 @@ def test_the_rate_warms_up_and_falls_to_a_tenth():
     assert max(rates) == rates[10] == pytest.approx(1.0)
     assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
     assert rates[-1] == pytest.approx(0.1)
+
+
+def test_a_short_run_reaches_its_rate(data, tmp_path):
+    """Whatever the warm-up of the study, which may be meant for longer ones."""
+    run = Plan(study(warmup_tokens=10**9), data, tmp_path).runs()[0]
+    module = make_module(run, study(warmup_tokens=10**9).train, tokens=2000, pieces=1)
+    assert max(map(module.rate, range(2001))) == 1.0
+
+
+def test_checkpoints_are_no_training_time(data, tmp_path, monkeypatch):
+    plan = Plan(study(checkpoint_steps=1, tokens=128 * 8), data, tmp_path)
+    run = plan.runs()[0]
+    monkeypatch.setattr("train.checkpoints.write_atomic", lambda *args: time.sleep(0.3) or write_atomic(*args))
+    with StudyProgress("training", 1) as progress:
+        train_run(run, plan.study.train, data, progress, "")
+    trained = read_record(run)["train"]
+    assert trained["checkpoint_seconds"] > 4 * 0.3
+    assert trained["seconds"] < trained["checkpoint_seconds"] / 2
 
 
 def test_decay_is_on_matrices_alone():
