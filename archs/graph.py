@@ -131,6 +131,8 @@ class RecordedStep:
             self.replay = graph.replay
         except RuntimeError as e:  # an operator that cannot be recorded
             torch.cuda.set_stream(stream)
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
             warnings.warn(f"decode goes without a CUDA graph, more slowly: {e}", stacklevel=2)
             self.replay, self.backend = partial(self._plain_step, model, cache), "split-kv triton"
 

@@ -114,6 +114,10 @@ class Tiling(NamedTuple):
     warps: int  # a program
     programs: int  # a processor, enough to have loads under way always
 
+    def splits(self, heads: int, S: int, processors: int) -> int:
+        """Of each of so many heads' tokens."""
+        return max(1, min(self.programs * processors // heads, S // (FEWEST_TILES * self.slots), 128))
+
 
 def tiling(columns: int, dtype: torch.dtype, shared: bool) -> Tiling:
     """`columns` of a key are padded to a power of two. As many programs as a processor can hold where each has a large
@@ -143,8 +147,7 @@ def split_kv_attention(
         blocks[f"BLOCK_{name}"] = max(16, triton.next_power_of_2(size))
     tile = tiling(blocks["BLOCK_A"], k_BGSD.dtype, shared)
     blocks["BLOCK_N"] = tile.slots
-    wanted = tile.programs * processors(q_BHD.device) // (B * G)
-    splits = max(1, min(wanted, S // (FEWEST_TILES * tile.slots), 128))
+    splits = tile.splits(B * G, S, processors(q_BHD.device))
     part = torch.empty(B * G * splits * M * E, dtype=torch.float32, device=q_BHD.device)
     weight = torch.empty(B * G * splits * M, dtype=torch.float32, device=q_BHD.device)
     out_BHE = torch.empty(B, H, E, dtype=q_BHD.dtype, device=q_BHD.device)

@@ -10,6 +10,7 @@ stop the others.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -74,7 +75,9 @@ def main() -> None:
                 code = child.wait(seconds)
             except subprocess.TimeoutExpired:
                 code = f"stopped after {seconds} s"
-                os.killpg(child.pid, signal.SIGKILL)  # with processes of its own, which would share the GPU
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # with processes of its own, which would share the GPU
+                    os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         print(f"== {name}: {code}, {time.monotonic() - start:.0f} s", flush=True)
         print("\n".join(log.read_text(encoding="utf-8").splitlines()[-25:]), flush=True)

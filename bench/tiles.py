@@ -3,8 +3,8 @@
     uv run python bench/tiles.py
     uv run python bench/tiles.py --batch 16 --context 65536
 
-Slots a tile, warps a program, programs a processor (archs/split_kv.py, `tiling`); of each kind the fastest ten and the
-kernel's own. On a GPU, or with TRITON_INTERPRET=1, which says nothing of its speed.
+Slots a tile, warps a program and, from programs a processor, splits (archs/split_kv.py, `tiling`); of each kind the
+fastest ten and the kernel's own. On a GPU, or with TRITON_INTERPRET=1, which says nothing of its speed.
 """
 
 # Before torch, whose threads it tells how to wait.
@@ -21,7 +21,7 @@ import torch
 from attention import in_a_row
 
 import archs.split_kv
-from archs.split_kv import Tiling, split_kv_attention, tiling
+from archs.split_kv import Tiling, processors, split_kv_attention, tiling
 
 TRIED = {"slots": [16, 32, 64, 128], "warps": [4, 8], "programs": [1, 2, 4, 8]}
 SHOWN = 10
@@ -38,7 +38,7 @@ def main() -> None:
     H, D = args.heads, args.head_dim
     kinds = {"mha": (H, D, False), "mqa": (1, D, False), "mla": (1, args.kv_rank + args.rope_dim, True)}
     title = f"tiles of decode attention, batch {args.batch}, context {args.context}, {H} heads of {D}, {args.dtype}"
-    report = Report(title, args.json, device, ["what", "slots", "warps", "programs", "ms", "GB/s"])
+    report = Report(title, args.json, device, ["what", "slots", "warps", "splits", "ms", "GB/s"])
     position = torch.tensor([args.context - 1], device=device)
     for kind, (G, size, shared) in kinds.items():
         q = torch.randn(args.batch, H, size, device=device, dtype=dtype)
@@ -54,7 +54,8 @@ def main() -> None:
         steps, calls = {}, 1
         own = tiling(1 << (used - 1).bit_length(), dtype, shared)
         tried = itertools.starmap(Tiling, itertools.product(args.slots, args.warps, args.programs))
-        for tile in dict.fromkeys([own, *tried]):
+        splits = {tile: tile.splits(args.batch * G, args.context, processors(q.device)) for tile in [own, *tried]}
+        for tile in {(tile.slots, tile.warps, splits[tile]): tile for tile in reversed(splits)}.values():
             try:
                 run(tile)
                 steps[tile] = partial(run, tile)
@@ -66,7 +67,8 @@ def main() -> None:
         ranked = sorted(times, key=lambda tile: statistics.median(times[tile]))
         for tile in dict.fromkeys([*ranked[:SHOWN], *(t for t in ranked if t == own)]):
             what, speed = f"{kind}, its own" if tile == own else kind, held / statistics.median(times[tile]) / 1e9
-            report.add(what=what, **tile._asdict(), ms=spread(times[tile]), **{"GB/s": f"{speed:.2f}"})
+            facts = tile._asdict() | {"splits": splits[tile], "ms": spread(times[tile]), "GB/s": f"{speed:.2f}"}
+            report.add(what=what, **facts)
     archs.split_kv.tiling = tiling
     report.show()
 

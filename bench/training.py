@@ -61,7 +61,7 @@ def main() -> None:
 
         return step
 
-    steps = {name: ours(module) for name, module in modules.items()}
+    steps = {baseline: ours(modules[baseline])}
     if theirs:
         name = f"transformers {type(theirs).__name__.removesuffix('ForCausalLM')}"
         theirs.train()
@@ -69,6 +69,7 @@ def main() -> None:
         if args.compiled_peer:
             quick = torch.compile(theirs)
             steps[f"{name}, compiled"] = stepper(lambda: quick(inputs, labels=targets, use_cache=False).loss, theirs)
+    steps |= {name: ours(module) for name, module in modules.items() if name != baseline}
     began = time.monotonic()
     for name in list(steps):
         try:

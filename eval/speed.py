@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from archs import Cache, Decoder
 from archs.cache import zeros
 from archs.cpu.layers import reader
-from train.runner import out_of_memory
+from train.errors import out_of_memory
 
 if TYPE_CHECKING:
     from eval.subject import Subject

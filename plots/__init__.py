@@ -3,7 +3,6 @@ holds can be drawn again at any time, on any machine, without the models that it
 
 import csv
 import io
-import os
 import time
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def draw(directory: Path) -> list[Path]:
     def write(name: str, content: bytes | str) -> None:
         path = directory / name
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a report that is there is whole
+        beside = path.with_name(f"{path.name}.tmp")  # a report that is there is whole
         try:
             beside.write_bytes(content.encode() if isinstance(content, str) else content)
             beside.replace(path)

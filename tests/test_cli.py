@@ -373,6 +373,11 @@ def test_who_stops_reading_ends_it_quietly(done, capfd):
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_a_closed_output_is_no_fault(done, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert kvf("status", done) == 0
+
+
 @pytest.mark.parametrize("plan", ['{"a": 1}', "", '{"runs": [], "settings": {}}', '{"runs": null}'])
 def test_a_damaged_plan_is_one_line_and_status_2(plan, tmp_path, capsys):
     (tmp_path / "plan.json").write_text(plan)

@@ -16,3 +16,10 @@ class Interrupted(BaseException):
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """A GPU's, and what torch and Python say where the system gives a CPU none."""
+    said = "out of memory", "ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory", "not enough memory"
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or any(text in str(error) for text in said)

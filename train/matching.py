@@ -42,7 +42,7 @@ def matched(rule: str, arch: str, options: dict, params: int | None) -> Decoder:
 
 def matching_ffn_width(arch: str, options: dict, params: int) -> int:
     """The FFN width that brings the total parameters to `params`: the roundest by which those beside the embeddings,
-    which a large vocabulary would hide, are off by no more than a fifth of the tolerance.
+    which a large vocabulary would hide, are off by no more than a fifth of the tolerance, else the nearest.
 
     GLA (arXiv 2505.21487) and MQA (arXiv 1911.02150) match in this way. ValueError if the nearest width is not within
     the tolerance.
@@ -56,8 +56,9 @@ def matching_ffn_width(arch: str, options: dict, params: int) -> int:
         off = abs(fixed + width * per_unit - params)
         if off <= MATCH_TOLERANCE / 5 * (params - embeddings):
             return width
+    nearest = off <= per_unit  # and not the narrowest of a model that has too many parameters beside the FFN
     off /= params
-    if off <= MATCH_TOLERANCE:
+    if nearest and off <= MATCH_TOLERANCE:
         return width
     raise ValueError(
         f"match: ffn cannot bring the parameters within {MATCH_TOLERANCE:.1%} of the first variant's {params:,}: "

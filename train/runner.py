@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from train.checkpoints import DurableCheckpoints, checkpoint_path, checkpoints, newest_whole, trained_weights
 from train.data import TextData
-from train.errors import InputError, Interrupted
+from train.errors import InputError, Interrupted, out_of_memory
 from train.files import (
     device_name,
     is_finished,
@@ -177,12 +177,6 @@ def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress, name: str) ->
         torch.cuda.empty_cache()
         pieces = min(2 * pieces, sequences)
         progress.say(f"{run.name}: out of memory; each batch now goes through the model in {pieces} pieces")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """A GPU's, and what torch says where the system gives a CPU none."""
-    said = "out of memory", "ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory", "not enough memory"
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
 
 def train_run(

@@ -108,13 +108,14 @@ class Study:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: 2e-3 is one. A key that is given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [name for index, name in enumerate(names) if name in names[:index]]:
             raise yaml.constructor.ConstructorError(
                 problem=f"{twice[0]!r} is given twice", problem_mark=node.start_mark
             )
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.add_implicit_resolver(

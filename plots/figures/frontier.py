@@ -311,13 +311,11 @@ def need_table(study: Study) -> Table | None:
         "seeds",
         "variants",
     ]
-    kept = {  # what the bytes a token leave out
-        str(entry.get("family")): max(
-            (study.labels[label].first("kv.constant_bytes") or 0 for label in labels), default=0
-        )
-        for entry in study.raw.get("bytes_for_baseline") or []
-        if (labels := [label for label in entry.get("labels") or [] if label in study.labels])
-    }
+    kept: dict[str, int] = {}  # what the bytes a token leave out, of a family at its largest
+    for entry in study.raw.get("bytes_for_baseline") or []:
+        labels = [study.labels[label] for label in entry.get("labels") or [] if label in study.labels]
+        held, family = [label.first("kv.constant_bytes") or 0 for label in labels], str(entry.get("family"))
+        kept[family] = max([kept.get(family, 0), *held])
     beside = [f"{family} up to {size_text(most)}" for family, most in kept.items() if most]
     levels = {number(entry.get("level")) or 0.95 for entry in study.raw.get("bytes_for_baseline") or []}
     notes = [

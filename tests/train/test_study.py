@@ -163,6 +163,12 @@ def test_a_key_given_twice_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_merge_key_is_no_second_time(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text("a:\n- &m {<<: &b {arch: mha, heads: 4}, heads: 2}\nb: {<<: *m}\n")
+    assert read_yaml(path) == {"a": [{"arch": "mha", "heads": 2}], "b": {"arch": "mha", "heads": 2}}
+
+
 def test_overrides_reach_every_place():
     changed = study(
         "train.tokens=1_000", "train.lr=1e-3", "variants.gqa.kv_heads=1", "variants.0.label=base", "seeds=[3, 4]"
@@ -225,6 +231,13 @@ def test_a_large_vocabulary_does_not_hide_a_difference(vocab_size):
         for v in resolve_variants(study(model=shape, variants=variants), vocab_size)
     )
     assert max(abs(params - first) for params in others) <= 0.005 * first
+
+
+def test_what_no_width_matches_is_refused_however_large_the_vocabulary():
+    shape = {"width": 64, "layers": 4, "heads": 4, "context": 32}
+    variants = [{"arch": "mha"}, {"arch": "mla", "kv_rank": 256, "rope_dim": 16}]
+    with pytest.raises(InputError, match="cannot bring the parameters"):
+        resolve_variants(study(model=shape, variants=variants), 200_019)
 
 
 def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
