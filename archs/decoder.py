@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from archs.attention import Rope, rope_table
 from archs.cache import Cache
 from archs.cpu.building import takes
-from archs.cpu.layers import FEW, add, learning_gated, learning_rms_norm, linear, swiglu, take, takes_few
+from archs.cpu.layers import (
+    FEW,
+    add,
+    learning_gated,
+    learning_rms_norm,
+    linear,
+    product,
+    swiglu,
+    take,
+    takes_few,
+    takes_product,
+)
 from archs.graph import RecordedStep, records
 
 NORM_EPS = 1e-6
@@ -134,13 +145,18 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """torch's without bias; on a CPU ours for few rows, as in a decode step, where no gradient is wanted."""
+    """torch's without bias; on a CPU ours for few rows, as in a decode step, where no gradient is wanted, and for many
+    where torch's is slower."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x.contiguous(), self.weight) if takes_few(x, self.weight) else super().forward(x)
+        if takes_few(x, self.weight):
+            return linear(x.contiguous(), self.weight)
+        if takes_product(x, self.weight):
+            return product(x.contiguous(), self.weight, True)
+        return super().forward(x)
 
 
 class FFN(nn.Module):

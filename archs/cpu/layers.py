@@ -5,14 +5,16 @@ Shapes: B batch, H heads, G KV heads, S cached tokens, D size of a head; K input
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from archs.cpu.building import Prepared, bound, build, learning, operator, takes, threads
+from archs.cpu.building import Prepared, bound, build, learning, library, operator, takes, threads, transformed
 
 FEW = 32  # rows; torch's products are as fast with more
+MANY = 256  # rows from which on `product` has enough to do
 
 
 def reader(x: Tensor) -> Callable[[], float] | None:
@@ -27,6 +29,23 @@ def takes_few(x: Tensor, *weights: Tensor) -> bool:
         if min(w.shape) < 16 or not w.is_contiguous():
             return False
     return x.numel() <= FEW * x.shape[-1] and not torch.is_autocast_enabled("cpu") and takes(x, *weights)
+
+
+@torch.compiler.assume_constant_result
+def products_pay() -> bool:
+    """Whether `product` is faster than torch's own: measured on an AMD with AVX2 (8 to 15 %), not on others."""
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        amd = False
+    return amd and torch.backends.cpu.get_cpu_capability() == "AVX2" and build() is not None
+
+
+def takes_product(x: Tensor, weight_FK: Tensor) -> bool:
+    """Whether `product` takes these: also many rows, and torch.compile takes it as it is; torch.func does not."""
+    fits = x.is_cpu and x.dtype == weight_FK.dtype == torch.float32 and x.numel() >= MANY * x.shape[-1]
+    fits = fits and weight_FK.is_contiguous() and min(weight_FK.shape) >= 16
+    return fits and not torch.is_autocast_enabled("cpu") and not transformed() and products_pay()
 
 
 def takes_heads(x_BHTK: Tensor, weight_HKF: Tensor) -> bool:
@@ -57,6 +76,40 @@ def linear(x: Tensor, weight_FK: Tensor) -> Prepared:
     F, K = weight_FK.shape
     out = x.new_empty(*x.shape[:-1], F)
     return out, bound(build().linear, x, weight_FK, out, x.numel() // K, K, F, threads(K * F))
+
+
+@operator("product(Tensor x, Tensor weight, bool transposed) -> Tensor")
+def product(x: Tensor, weight_FK: Tensor, transposed: bool) -> Prepared:
+    """x (..., K) weight^T, (..., F), or x (..., F) weight, (..., K); both contiguous. It has gradients."""
+    K, N = x.shape[-1], weight_FK.shape[0 if transposed else 1]
+    out, rows = x.new_empty(*x.shape[:-1], N), x.numel() // K
+    return out, bound(build().product, x, weight_FK, out, rows, N, K, transposed, threads(rows * N * K))
+
+
+@torch.library.register_fake(product, lib=library)
+def _(x, weight_FK, transposed):
+    return x.new_empty(*x.shape[:-1], weight_FK.shape[0 if transposed else 1])
+
+
+def _keeps(ctx, inputs: tuple, output: Tensor) -> None:
+    x, weight, ctx.transposed = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weight = ctx.saved_tensors
+    grad, (of_x, of_weight, _) = grad.contiguous(), ctx.needs_input_grad
+    pair = [some.view(-1, some.shape[-1]) for some in ((grad, x) if ctx.transposed else (x, grad))]
+    x_grad = product(grad, weight, not ctx.transposed) if of_x else None
+    return x_grad, pair[0].t() @ pair[1] if of_weight else None, None
+
+
+torch.library.register_autograd(product, _gradients, setup_context=_keeps, lib=library)
+
+
+@register_flop_formula(product.overloadpacket)
+def _product_flops(x_shape, weight_shape, transposed, *, out_shape=None) -> int:
+    return 2 * math.prod(x_shape[:-1]) * math.prod(weight_shape)
 
 
 @operator("swiglu(Tensor x, Tensor gate_up, Tensor down) -> Tensor")

@@ -17,6 +17,7 @@ from archs.cpu import building
 from archs.cpu.attention import causal, split_kv, takes_attention, takes_causal
 from archs.cpu.building import build, compiler, takes
 from archs.cpu.layers import (
+    MANY,
     add,
     cross_entropy,
     fade,
@@ -25,6 +26,7 @@ from archs.cpu.layers import (
     join,
     learning_gated,
     linear,
+    product,
     put,
     reader,
     rms_norm,
@@ -33,7 +35,7 @@ from archs.cpu.layers import (
     takes_few,
     takes_heads,
 )
-from archs.decoder import NORM_EPS, Embedding, RMSNorm, normed
+from archs.decoder import NORM_EPS, Embedding, Linear, RMSNorm, normed
 
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
 # query heads, KV heads, key size, value size (None: the values are the first columns of the keys)
@@ -129,6 +131,53 @@ def test_a_gradient_that_is_broken_stays_broken():
     assert got[0][:, 0].isnan().all(-1).nonzero()[:, 1].tolist() == [21]
     assert all(x[:, 0, :22].isnan().all() for x in got[1:])
     assert not any(x[:, 1:].isnan().any() for x in got)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 5, 48, 49, 300])
+@pytest.mark.parametrize(("K", "F"), [(16, 16), (100, 33), (64, 854), (769, 40), (1600, 16)])
+def test_products_of_many_rows_and_their_gradients_are_torchs(rows, K, F):
+    """Also through torch.compile, twice, and several gradients at once."""
+    x, weight = torch.randn(rows, K, requires_grad=True), torch.randn(F, K, requires_grad=True)
+    expected, got = x @ weight.T, product(x, weight, True)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(product(got, weight, False), expected @ weight, rtol=1e-4, atol=1e-1)
+    grads = torch.randn(3, rows, F)
+    for batched in (False, True):
+        given = grads if batched else grads[0]
+        found, wanted = (
+            torch.autograd.grad(y, (x, weight), given, retain_graph=True, is_grads_batched=batched)
+            for y in (got, expected)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-2)
+    with FlopCounterMode(display=False) as flops:
+        product(x, weight, True)
+    assert flops.get_total_flops() == 2 * rows * K * F
+
+
+@needs_compiler
+def test_products_of_many_rows_have_second_gradients_and_are_compiled():
+    x, weight = (torch.randn(20, 32, dtype=torch.float32, requires_grad=True) for _ in range(2))
+    for way in (product, torch.compile(product)):
+        seconds = []
+        for y in (way(x, weight, True), x @ weight.T):
+            firsts = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=way is product)
+            if way is product:
+                firsts = torch.autograd.grad(sum(first.square().sum() for first in firsts), (x, weight))
+            seconds.append(firsts)
+        torch.testing.assert_close(*seconds, rtol=1e-3, atol=1e-1)
+
+
+@needs_compiler
+def test_models_of_many_tokens_go_through_products_of_ours_where_these_pay(monkeypatch):
+    monkeypatch.setattr("archs.cpu.layers.products_pay", lambda: True)
+    layer, x = Linear(32, 48), torch.randn(2, MANY // 2, 32)
+    for some, ours in ((x, True), (x[:, 1:], False), (x.double(), False)):
+        with FlopCounterMode(display=False) as flops:
+            layer.to(some.dtype)(some)
+        assert (product.overloadpacket in flops.get_flop_counts()["Global"]) == ours
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.float()(x).dtype == torch.bfloat16
 
 
 @needs_compiler
