@@ -4,8 +4,8 @@ Attention of one new token over a static cache: torch's kernel computes and wait
 ahead (attention.cpp says how). Of a prompt, and its gradients: torch's computes at half the rate of a matrix product
 or less. Products of few rows with a weight matrix: torch's takes twice as long as reading it; of many on an AMD, whose
 units MKL leaves idle for a tenth of the time. Norms, gates, rotary positions, retention's decay, cross-entropy: several
-passes in torch, or operators that take longer to start than to run. And a read of memory, the roof. A build takes a second or two and is kept in the user's cache folder; without a
-compiler, torch's take over.
+passes in torch, or operators that take longer to start than to run. And a read of memory, the roof. A build takes a
+second or two and is kept in the user's cache folder; without a compiler, torch's take over.
 """
 
 import ctypes
