@@ -25,7 +25,7 @@ STUDY = {
     "model": {"width": 32, "layers": 2, "heads": 4, "context": 16},
     "match": "none",
     "variants": [{"arch": "mha"}, {"arch": "yoco", "kv_heads": 1, "window": 8}],
-    "train": {"tokens": 19200, "batch_tokens": 64, "val_tokens": 64, "val_points": 3, "precision": "fp32"},
+    "train": {"tokens": 9600, "batch_tokens": 64, "val_tokens": 64, "val_points": 3, "precision": "fp32"},
     "eval": {"loss_tokens": 128, "decode": {"batch": [1], "context": [8]}},
 }
 
