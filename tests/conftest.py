@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in ("test_workers", "test_cli", "test_faults"))
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same numbers whichever tests ran before in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def short_timings():
     """What is timed in tests is checked for its arithmetic; samples of the usual length would take minutes."""

@@ -575,7 +575,7 @@ def test_narrower_vectors_give_the_same(flags, monkeypatch):
         torch.testing.assert_close(got, by_definition(q, k, v, scale=0.2), rtol=1e-5, atol=2e-6)
     prompt = torch.randn(2, len(q[0]), 50, q.shape[3])
     given = [x.requires_grad_() for x in (prompt, k, v)]
-    expected = by_definition(prompt, k, v, 20, 0.2)
+    expected = by_definition(*(x.double() for x in given), 20, 0.2).float()
     got, _ = causal(prompt, k, v, 0.2, 20)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
     for grads in zip(*(torch.autograd.grad(x.square().sum(), given) for x in (got, expected)), strict=True):
