@@ -17,9 +17,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
 
 
+LONGEST = "workers", "cli", "faults", "plots", "training", "techniques", "split_kv", "laws", "retrofit"
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left with one of them at the end."""
-    items.sort(key=lambda item: item.path.stem not in ("test_workers", "test_cli", "test_faults"))
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(autouse=True)

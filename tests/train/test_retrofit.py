@@ -19,7 +19,7 @@ from train.status import states
 from train.study import load_data, parse_study
 
 DMCS = [
-    {"technique": "dmc", "budget": [1.0, 0.5], "train_tokens": 80_000, "lr": 0.005},
+    {"technique": "dmc", "budget": [1.0, 0.5], "train_tokens": 40_000, "lr": 0.005},
     {"technique": "dmc", "budget": 0.25, "train_tokens": 2048},
 ]
 SHORT = "dmc-0.25-tokens-2048-lr-0.001"
@@ -71,7 +71,7 @@ def test_an_mha_reaches_a_ratio_of_2(out):
 
 
 def test_retrofits_are_runs_like_others(out, capsys):
-    names = [f"mha seed 0 dmc-{budget}-tokens-80000-lr-0.005" for budget in ("1", "0.5")]
+    names = [f"mha seed 0 dmc-{budget}-tokens-40000-lr-0.005" for budget in ("1", "0.5")]
     assert [name for name in states(out) if "dmc" in name] == [*names, f"mha seed 0 {SHORT}"]
     assert set(states(out).values()) == {"done"}
     record = out / "retrofits" / "mha" / "seed-0" / SHORT / "record.json"
@@ -82,7 +82,7 @@ def test_retrofits_are_runs_like_others(out, capsys):
 
 
 def test_an_interrupted_retrofit_goes_on_to_the_same_weights(out):
-    run = out / "retrofits" / "mha" / "seed-0" / "dmc-0.5-tokens-80000-lr-0.005"
+    run = out / "retrofits" / "mha" / "seed-0" / "dmc-0.5-tokens-40000-lr-0.005"
     path, whole = newest_whole(run, print)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     losses = [line for line in lines if "val/loss" in line]
