@@ -1,7 +1,6 @@
 // What a model has beside attention, on a CPU; built by building.py, once for all shapes.
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "vectors.h"
@@ -358,7 +357,8 @@ extern "C" float read_all(const float *x, long n, long threads) {
 }
 
 // Products of R rows of x (K) with a panel (K, PANEL), added to what is in `out` from the second part of the columns on.
-constexpr int PANEL = 2 * NATIVE, TILE = (REGISTERS - 4) / 2, BLOCK = 8 * TILE, PART = 768;  // the panel's part: 48 KiB
+constexpr int PANEL = 2 * NATIVE, PART = 768;                 // columns and rows at a time: 48 KiB with AVX2
+constexpr int TILE = (REGISTERS - 4) / 2, BLOCK = 8 * TILE;  // rows of x
 
 template <int R> static void product_tile(In x, const float *panel, Out out, long K, bool adds) {
     native a[R][2] = {};
@@ -378,16 +378,15 @@ template <int R> static void product_tile(In x, const float *panel, Out out, lon
 
 // Rows of x (M, K) times w, (N, K) transposed or (K, N), into out (M, N). The matrix is laid out in panels of columns
 // first, which then go through the caches once for every BLOCK of rows.
-extern "C" void product(const float *x, const float *w, float *out, long M, long N, long K, long transposed,
-                        long threads) {
+extern "C" void product(const float *x, const float *w, float *packed, float *out, long M, long N, long K,
+                        long transposed, long threads) {
     const long panels = (N + PANEL - 1) / PANEL, parts = (K + PART - 1) / PART;
-    std::unique_ptr<float[]> packed(new float[panels * PANEL * K]);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
         for (long p = 0; p < panels; p++) {
             const long n = p * PANEL, columns = std::min<long>(PANEL, N - n);
-            float *panel = &packed[n * K];
+            float *panel = packed + n * K;
             for (long k = 0; k < K; k++)
                 for (long c = 0; c < PANEL; c++)
                     panel[k * PANEL + c] = c >= columns ? 0 : transposed ? w[(n + c) * K + k] : w[k * N + n + c];
@@ -397,15 +396,15 @@ extern "C" void product(const float *x, const float *w, float *out, long M, long
             for (long part = 0; part < parts; part++)
                 for (long p = 0; p < panels; p++) {
                     const long k = part * PART, n = p * PANEL, columns = std::min<long>(PANEL, N - n);
-                    const float *panel = &packed[n * K + k * PANEL];
+                    const float *panel = packed + n * K + k * PANEL;
                     auto tile = [&](auto rows, long m) {
                         constexpr int R = decltype(rows)::value;
                         In in{x + m * K + k, K};
                         Out to{out + m * N + n, N};
                         if (columns == PANEL) return product_tile<R>(in, panel, to, std::min<long>(PART, K - k), part);
-                        float some[R * PANEL];
+                        float some[R * PANEL] = {};
                         Out there{some, PANEL};
-                        for (int r = 0; r < R; r++) std::copy(to[r], to[r] + columns, there[r]);
+                        if (part) for (int r = 0; r < R; r++) std::copy(to[r], to[r] + columns, there[r]);
                         product_tile<R>(in, panel, there, std::min<long>(PART, K - k), part);
                         for (int r = 0; r < R; r++) std::copy(there[r], there[r] + columns, to[r]);
                     };

@@ -3,6 +3,7 @@
 Shapes: B batch, H heads, G KV heads, S cached tokens, D size of a head; K inputs and F outputs of a matrix.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from archs.cpu.building import Prepared, bound, build, learning, library, operator, takes, threads, transformed
 
 FEW = 32  # rows; torch's products are as fast with more
-MANY = 256  # rows from which on `product` has enough to do
+MANY, MUCH = 1024, 2**28  # rows and multiplications from which on `product` has enough to do
 
 
 def reader(x: Tensor) -> Callable[[], float] | None:
@@ -25,27 +26,41 @@ def reader(x: Tensor) -> Callable[[], float] | None:
 
 def takes_few(x: Tensor, *weights: Tensor) -> bool:
     """Whether `linear` or `swiglu` takes these: also few rows, and sizes of 16 or more."""
+    if x.shape[-1] != weights[0].shape[1]:
+        return False  # torch says so
     for w in weights:
         if min(w.shape) < 16 or not w.is_contiguous():
             return False
     return x.numel() <= FEW * x.shape[-1] and not torch.is_autocast_enabled("cpu") and takes(x, *weights)
 
 
-@torch.compiler.assume_constant_result
-def products_pay() -> bool:
-    """Whether `product` is faster than torch's own: measured on an AMD with AVX2 (8 to 15 %), not on others."""
+@functools.cache
+def _is_amd() -> bool:
     try:
-        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii")
-    except (OSError, ValueError):
-        amd = False
-    return amd and torch.backends.cpu.get_cpu_capability() == "AVX2" and build() is not None
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+
+
+@torch.compiler.assume_constant_result
+def rows_that_pay() -> float:
+    """From how many on `product` is faster than torch's own: measured on an AMD with AVX2, infinite on others."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX2" or not _is_amd() or build() is None:
+        return math.inf
+    return max(MANY, 4 * 48 * torch.get_num_threads())  # blocks of 48 are what threads share out
 
 
 def takes_product(x: Tensor, weight_FK: Tensor) -> bool:
-    """Whether `product` takes these: also many rows, and torch.compile takes it as it is; torch.func does not."""
-    fits = x.is_cpu and x.dtype == weight_FK.dtype == torch.float32 and x.numel() >= MANY * x.shape[-1]
-    fits = fits and weight_FK.is_contiguous() and min(weight_FK.shape) >= 16
-    return fits and not torch.is_autocast_enabled("cpu") and not transformed() and products_pay()
+    """Whether `product` takes these: fp32 on a CPU, many rows, a contiguous matrix.
+
+    Unlike what `takes` is asked for, torch.compile takes it as it is; torch.func and torch.export do not.
+    """
+    F, K = weight_FK.shape
+    if not (x.is_cpu and weight_FK.is_cpu and x.dtype == weight_FK.dtype == torch.float32 and x.shape[-1] == K):
+        return False
+    if min(F, K) < 16 or not weight_FK.is_contiguous() or x.numel() * F < MUCH or torch.is_autocast_enabled("cpu"):
+        return False
+    return not torch.compiler.is_exporting() and not transformed() and x.numel() // K >= rows_that_pay()
 
 
 def takes_heads(x_BHTK: Tensor, weight_HKF: Tensor) -> bool:
@@ -83,7 +98,12 @@ def product(x: Tensor, weight_FK: Tensor, transposed: bool) -> Prepared:
     """x (..., K) weight^T, (..., F), or x (..., F) weight, (..., K); both contiguous. It has gradients."""
     K, N = x.shape[-1], weight_FK.shape[0 if transposed else 1]
     out, rows = x.new_empty(*x.shape[:-1], N), x.numel() // K
-    return out, bound(build().product, x, weight_FK, out, rows, N, K, transposed, threads(rows * N * K))
+
+    def multiply() -> None:
+        panels = x.new_empty(-(-N // 32) * 32, K)  # what the matrix is laid out in: of 32 columns or a divisor
+        bound(build().product, x, weight_FK, panels, out, rows, N, K, transposed, threads(rows * N * K))()
+
+    return out, multiply
 
 
 @torch.library.register_fake(product, lib=library)

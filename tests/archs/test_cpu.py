@@ -4,16 +4,18 @@ import gc
 import math
 import mmap
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import by_definition
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from archs.attention import attend, rope_table, rotate
 from archs.cache import HUGE_PAGE, zeros
-from archs.cpu import building
+from archs.cpu import building, layers
 from archs.cpu.attention import causal, split_kv, takes_attention, takes_causal
 from archs.cpu.building import build, compiler, takes
 from archs.cpu.layers import (
@@ -157,27 +159,88 @@ def test_products_of_many_rows_and_their_gradients_are_torchs(rows, K, F):
 
 @needs_compiler
 def test_products_of_many_rows_have_second_gradients_and_are_compiled():
-    x, weight = (torch.randn(20, 32, dtype=torch.float32, requires_grad=True) for _ in range(2))
-    for way in (product, torch.compile(product)):
-        seconds = []
+    x, weight = torch.randn(20, 32, requires_grad=True), torch.randn(40, 32, requires_grad=True)
+    for way in (product, torch.compile(product, backend="aot_eager", fullgraph=True)):
+        found = []
         for y in (way(x, weight, True), x @ weight.T):
-            firsts = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=way is product)
+            of = torch.autograd.grad(y.square().sum(), (x, weight), create_graph=way is product)
             if way is product:
-                firsts = torch.autograd.grad(sum(first.square().sum() for first in firsts), (x, weight))
-            seconds.append(firsts)
-        torch.testing.assert_close(*seconds, rtol=1e-3, atol=1e-1)
+                of = torch.autograd.grad(sum(first.square().sum() for first in of), (x, weight))
+            found.append(of)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-1)
+
+
+def goes_through_product(layer, x) -> bool:
+    with FlopCounterMode(display=False) as flops:
+        layer(x)
+    return product.overloadpacket in flops.get_flop_counts()["Global"]
+
+
+@pytest.fixture
+def products_pay(monkeypatch):
+    """From 256 rows on, on every processor."""
+    monkeypatch.setattr(layers, "rows_that_pay", lambda: 256)
+    monkeypatch.setattr(layers, "MUCH", 0)
 
 
 @needs_compiler
-def test_models_of_many_tokens_go_through_products_of_ours_where_these_pay(monkeypatch):
-    monkeypatch.setattr("archs.cpu.layers.products_pay", lambda: True)
-    layer, x = Linear(32, 48), torch.randn(2, MANY // 2, 32)
-    for some, ours in ((x, True), (x[:, 1:], False), (x.double(), False)):
-        with FlopCounterMode(display=False) as flops:
-            layer.to(some.dtype)(some)
-        assert (product.overloadpacket in flops.get_flop_counts()["Global"]) == ours
+def test_models_of_many_tokens_go_through_products_of_ours_where_these_pay(products_pay):
+    layer, x = Linear(32, 48), torch.randn(2, 128, 32)
+    assert goes_through_product(layer, x)
+    assert not goes_through_product(layer, x[:, 1:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer.float()(x).dtype == torch.bfloat16
+        assert layer(x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(torch.randn(1000, 16))
+    assert layers.takes_product(x, layer.weight)
+    assert not layers.takes_product(x, layer.weight.to("meta"))
+    assert not goes_through_product(layer.double(), x.double())
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize("weight", ["contiguous", "transposed"])
+def test_products_of_what_is_not_contiguous_are_torchs(products_pay, tokens, weight):
+    """Also of gradients that are one number, and through torch.func."""
+    layer, x = Linear(32, 48), torch.randn(2, 300, 32)
+    x = {"contiguous": x, "transposed": x.mT.contiguous().mT, "expanded": x[:1].expand(2, -1, -1)}[tokens]
+    if weight == "transposed":
+        layer.weight = nn.Parameter(layer.weight.detach().T.contiguous().T)
+    assert goes_through_product(layer, x) == (weight == "contiguous")
+    for sums in (torch.sum, lambda y: y.square().sum()):
+        x = x.detach().requires_grad_()
+        exact = x.detach().double().requires_grad_(), layer.weight.detach().double().requires_grad_()
+        loss, expected = sums(layer(x)), sums(F.linear(*exact))
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-3)
+        wanted = torch.autograd.grad(expected, exact)
+        for one, other in zip(torch.autograd.grad(loss, (x, layer.weight)), wanted, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+        found = torch.func.grad(lambda x, sums=sums: sums(layer(x)))(x.detach())
+        torch.testing.assert_close(found.double(), wanted[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_products_of_ours_are_for_processors_that_gain(monkeypatch):
+    assert layers.rows_that_pay() >= MANY
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    said = iter(["vendor_id : AuthenticAMD", "vendor_id : GenuineIntel", OSError()])
+
+    def read_text(path, **_):
+        if isinstance(text := next(said), OSError):
+            raise text
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(layers, "build", object)
+    pays = []
+    for _ in range(3):
+        layers._is_amd.cache_clear()
+        pays.append(layers.rows_that_pay() < math.inf)
+    layers._is_amd.cache_clear()
+    assert pays == [True, False, False]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert layers.rows_that_pay() == math.inf
 
 
 @needs_compiler
@@ -329,6 +392,8 @@ def test_products_of_few_rows_are_torchs(rows, width, hidden):
         torch.testing.assert_close(swiglu(x, gate_up, down), expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
         expected = F.linear(x.double(), gate_up.double()).float()
         torch.testing.assert_close(linear(x, gate_up), expected, rtol=1e-5, atol=1e-6 * expected.abs().max())
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            Linear(width, hidden)(x[..., 1:])
 
 
 @needs_compiler
