@@ -26,7 +26,7 @@ def reader(x: Tensor) -> Callable[[], float] | None:
 
 def takes_few(x: Tensor, *weights: Tensor) -> bool:
     """Whether `linear` or `swiglu` takes these: also few rows, and sizes of 16 or more."""
-    if x.shape[-1] != weights[0].shape[1]:
+    if weights and x.shape[-1] != weights[0].shape[1]:
         return False  # torch says so
     for w in weights:
         if min(w.shape) < 16 or not w.is_contiguous():
