@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
             default="quick",
             help="the name of a study in studies/, a YAML file, or the directory of a study (default: quick)",
         )
-        command.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: runs/<study>)")
+        command.add_argument("--out", type=_folder, metavar="DIR", help="where to write (default: runs/<study>)")
         if stage != "plot":
             command.add_argument(
                 "--set",
@@ -164,8 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="OUT")
     export.set_defaults(command=_export)
     status = commands.add_parser("status", help="which runs are done, running, interrupted, failed, stale, missing")
-    status.add_argument("directory", type=Path, metavar="DIR")
-    status.set_defaults(command=_status)
+    status.add_argument(
+        "study", nargs="?", default="quick", help="the directory of a study, its name or its YAML file (default: quick)"
+    )
+    status.set_defaults(command=_status, out=None)
     return parser
 
 
@@ -173,6 +175,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 to 1024")
     return int(text)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a directory")
+    return Path(text)
 
 
 def _run_stages(args: argparse.Namespace) -> int:
@@ -253,7 +261,11 @@ def _report(failures: list[str]) -> int:
 def _directory(args: argparse.Namespace) -> tuple[str, Path]:
     """The study's name and where its results are."""
     from train.errors import InputError
-    from train.status import read_plan
+    from train.files import read_json
+    from train.status import PLAN, read_plan
+
+    if Path(args.study).name == "results.json":
+        args.study = str(Path(args.study).parent)
 
     if _is_study_directory(args.study):
         if args.out:
@@ -262,8 +274,12 @@ def _directory(args: argparse.Namespace) -> tuple[str, Path]:
         return read_plan(directory).get("study", directory.resolve().name), directory
     from train.study import find_study
 
-    name = find_study(args.study).stem
-    return name, args.out or Path("runs") / name
+    file = find_study(args.study)
+    directory = args.out or Path("runs") / file.stem
+    other = Path(str(read_json(directory / PLAN).get("study_file", file)))
+    if not args.out and other.is_file() and not other.samefile(file):
+        raise InputError(f"{directory} has the runs of {other}, another study; name another directory with --out")
+    return file.stem, directory
 
 
 def _is_study_directory(study: str) -> bool:
@@ -327,7 +343,8 @@ def _export(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from train.status import states
 
-    for name, state in states(args.directory).items():
+    directory = Path(args.study) if Path(args.study).is_dir() else _directory(args)[1]
+    for name, state in states(directory).items():
         print(f"{name}  {state}")
     return 0
 

@@ -9,6 +9,7 @@ A new variant is one file here with a subclass of `Decoder`, and one line in VAR
 """
 
 import dataclasses
+import difflib
 
 from archs.cache import Cache
 from archs.decoder import Decoder
@@ -34,7 +35,9 @@ def build(arch: str, **options) -> Decoder:
     fields = dataclasses.fields(VARIANTS[arch].Options)
     allowed = [f.name for f in fields]
     if unknown := [name for name in options if name not in allowed]:
-        raise ValueError(f"{arch} has no option {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}")
+        close = difflib.get_close_matches(unknown[0], ["label", "arch", *allowed], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"{arch} has no option {', '.join(map(repr, unknown))}; {hint}allowed: {', '.join(allowed)}")
     if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]:
         raise ValueError(f"{arch} needs the option {', '.join(map(repr, missing))}")
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from plots.style import Look, plain_text
 
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 NAMED = 12  # runs without results that are named one by one
 
 
@@ -159,6 +160,12 @@ class Study:
         """Fewest and most seeds of a variant."""
         counts = [variant.seeds for variant in self.variants]
         return min(counts), max(counts)
+
+    @property
+    def cache_text(self) -> str:
+        """What caches' bytes are of, such as " (fp32)"."""
+        dtypes = {DTYPES.get(str(variant.first("kv.dtype"))) for variant in self.variants} - {None}
+        return f" ({', '.join(sorted(dtypes))})" if dtypes else ""
 
     @property
     def seeds_text(self) -> str:

@@ -69,7 +69,7 @@ def results_table(study: Study) -> Table:
     at = study.reference
     timed = {variant.label: variant.decode[at] for variant in study.variants if at in variant.decode}
     rows = [_row(variant, timed.get(variant.label, {})) for variant in study.variants]
-    notes = [f"Losses and training speeds: {study.seeds_text}. KiB, MiB: powers of 1024."]
+    notes = [f"Losses and training speeds: {study.seeds_text}. KV{study.cache_text}: KiB, MiB are powers of 1024."]
     if at:
         others = [variant.label for variant in study.variants if variant.label not in timed]
         which = f"that most variants were timed at ({', '.join(others)} not)" if others else "that all were timed at"
@@ -83,7 +83,7 @@ def results_table(study: Study) -> Table:
             "the seeds compared."
         )
     if any(row[-3].endswith(NOT_BOUND) for row in rows):
-        notes.append(f"{NOT_BOUND} Not bound by memory: launches, Python or arithmetic set the time.")
+        notes.append(f"{NOT_BOUND} Not bound by memory: launches, Python, arithmetic or another program set the time.")
     if study.gaps:
         notes.append(study.gaps)
     header = "variant,arch,parameters,FFN width,KV per token,constant,learning rate,val bits/byte,val nats/token,"

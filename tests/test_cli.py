@@ -268,6 +268,7 @@ def test_commands_about_nothing_are_one_line_and_status_2(folder, capsys):
         (["run", "quick", "--workers", "0"], "argument --workers: '0' must be a whole number, 1 to 1024"),
         (["run", "--workers", "2", "--ray"], "argument --ray: not allowed with argument --workers"),
         (["trian"], "invalid choice: 'trian'"),
+        (["run", "--out", ""], "argument --out: is empty"),
         ([], "the following arguments are required: COMMAND"),
     ],
 )
@@ -386,6 +387,29 @@ def test_a_damaged_plan_is_one_line_and_status_2(plan, tmp_path, capsys):
         said = capsys.readouterr().err
         assert "plan.json is damaged: give the study's YAML file with --out" in said
         assert "\n" not in said.strip()
+
+
+def test_a_study_is_found_by_file_directory_or_results(done, folder, tmp_path, monkeypatch, capsys):
+    """By its file in runs/ of the current folder, unless another file of that name has its runs there."""
+    (folder / "elsewhere" / "runs").mkdir(parents=True)
+    shutil.copytree(done, folder / "elsewhere" / "runs" / "mini", symlinks=True)
+    monkeypatch.chdir(folder / "elsewhere")
+    said = []
+    for name in (done, done / "results.json", folder / "mini.yaml"):
+        assert kvf("status", name) == 0
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 1
+    assert "yoco-1 seed 0  done" in said[0]
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    study = write_study(tmp_path, "mini.yaml")
+    assert kvf("run", study) == 2
+    assert re.search(r"runs/mini has the runs of .*mini.yaml, another study; name another", capsys.readouterr().err)
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
+    (folder / "mini.yaml").rename(folder / "moved.yaml")
+    try:
+        assert kvf("status", study) == 0
+    finally:
+        (folder / "moved.yaml").rename(folder / "mini.yaml")
 
 
 def test_the_readme_names_the_commands_that_ci_runs():

@@ -194,9 +194,7 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise InputError(
-            f"corpus: {path} needs pyarrow to be read; install the hf extra: pip install -e '.[hf]'"
-        ) from None
+        raise InputError(f"corpus: {path} needs pyarrow to be read; install the hf extra: uv sync --extra hf") from None
     try:
         table = parquet.ParquetFile(path)
         if "text" not in table.schema_arrow.names:

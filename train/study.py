@@ -11,6 +11,7 @@ import difflib
 import itertools
 import math
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,8 @@ def _check_keys(given: dict, config: type, where: str = "") -> dict:
                 keys = _names(allowed[key].type)
                 raise InputError(f"{where}{key}: must be a mapping with the keys {keys}, not {value!r}")
             value = _check_keys(value, allowed[key].type, f"{where}{key}.")
+        if int in typing.get_args(allowed[key].type) or allowed[key].type in (int, list[int]):
+            value = _whole(value)
         if value is not None:
             checked[key] = value
     required = (dataclasses.MISSING, dataclasses.MISSING)
@@ -213,6 +216,13 @@ def _check_keys(given: dict, config: type, where: str = "") -> dict:
         if name not in checked and (f.default, f.default_factory) == required:
             raise InputError(f"{where}{name}: needs a value")
     return checked
+
+
+def _whole(value: Any) -> Any:
+    """1e6 as 1_000_000, also in lists; what is no whole number stays as it is."""
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check(study: Study) -> None:
@@ -229,7 +239,7 @@ def _check(study: Study) -> None:
         raise InputError("variants: at least one is needed, such as {label: mha, arch: mha}")
     for number, variant in enumerate(study.variants):
         if not isinstance(variant.get("arch"), str):
-            raise InputError(f"variants: entry {number} needs an arch, such as {{label: mha, arch: mha}}")
+            raise InputError(f"variants: entry {number} needs an arch, such as {{label: mha, arch: mha}}: {variant}")
         label = variant.get("label")
         if isinstance(label, bool) or not isinstance(label, str | int | float | None):
             raise InputError(f"variants: entry {number}: label {label!r} is not text; put it in quotation marks")
@@ -252,7 +262,7 @@ def _check(study: Study) -> None:
     for name in above_0.keys() - at_least_0.keys():
         for value in above_0[name] if isinstance(above_0[name], list) else [above_0[name]]:
             if isinstance(value, int | float) and not 0 < value < math.inf:
-                raise InputError(f"{name}={value}: must be above 0")
+                raise InputError(f"{name}={value}: must be above 0{' and finite' if value == math.inf else ''}")
     if (study.tokenizer.vocab_size or 0) >= 2**31:
         raise InputError(f"tokenizer.vocab_size={study.tokenizer.vocab_size}: must be below 2**31")
     if study.eval.level >= 1:
@@ -307,9 +317,30 @@ def _names(config: type) -> str:
     return ", ".join(f.name for f in dataclasses.fields(config))
 
 
+IN_WORDS = {
+    "float": "a number, such as 0.1",
+    "int": "a whole number, such as 100",
+    "int, NoneType": "a whole number, such as 100",
+    "str": "text",
+    "str, NoneType": "text",
+    "list": "a list, in [brackets]",
+    "list[int], NoneType": "a list of whole numbers, such as [0, 1]",
+    "float, list[float]": "a number or a list of numbers, such as 3e-3 or [1e-3, 3e-3]",
+}
+OF_ONE = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
+OF_SEVERAL = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* value: (.*)"
+)
+
+
 def _one_line(text: str) -> str:
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("typing.Literal", "one of ").replace("Parser key ", "")
-    return re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = text.replace("a typing.Literal", "one of ").replace("Parser key ", "")
+    text = re.sub(r"\s+", " ", text).strip()
+    for pattern in (OF_ONE, OF_SEVERAL):
+        if (found := pattern.search(text)) and found[1] in IN_WORDS:
+            return f"{text[: found.start()]}must be {IN_WORDS[found[1]]}, not {found[2]}"
+    return text
 
 
 def load_data(study: Study, study_file: Path, cache_dir: Path | None = None) -> TokenSet | RecallTask:

@@ -78,11 +78,10 @@ def with_cost(name: str, row: dict) -> str:
 
 
 def cache_caption(study: Study, rows: Rows) -> str:
-    dtypes = sorted({str(variant.first("kv.dtype")) for variant in study.variants if variant.first("kv.dtype")})
     legend = "Legend: the constant part (windows, recurrent states) and what each further token adds."
     legend = legend if len(study.sizes) == 1 else sizes_caption(study).strip()
     return (
-        f"KV cache that one sequence holds{' in ' + ' / '.join(dtypes) if dtypes else ''}, against context; both axes "
+        f"KV cache that one sequence holds{study.cache_text}, against context; both axes "
         f"logarithmic. {legend} Exact byte counts: no timing and no seeds involved."
     )
 

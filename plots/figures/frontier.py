@@ -79,7 +79,8 @@ def draw_frontier(rows: Rows, study: Study, width: float) -> Figure:
             ax.set_title(hint, loc="right", fontsize=7, color=style.GREY, style="italic")
         else:
             ax.set_title(study.size_title(size))
-    label_outer(axes, "KV cache per token", loss_axis_name(study) if alone or not is_narrow(width) else "val bits/byte")
+    kept = f"KV cache per token{study.cache_text}"
+    label_outer(axes, kept, loss_axis_name(study) if alone or not is_narrow(width) else "val bits/byte")
     names = [
         {row["label"]: style.wrapped(study.labels[row["label"]].short, 24) for row in points} for _, points, _ in plots
     ]

@@ -74,7 +74,7 @@ def draw_recall(rows: Rows, study: Study, width: float) -> Figure:
     right.set_xlim(min(places) / 1.5, max(places) * 1.5)
     ticks = style.powers_of_two(min(kept) / 1.5, max(places) * 1.5)
     style.octave_ticks(right.xaxis, ([zero] if zero in places else []) + ticks, text, panel_inches(right), 0.5)
-    right.set_xlabel("KV cache per token")
+    right.set_xlabel(f"KV per token{study.cache_text}")
     left.set_title("by number of pairs")
     right.set_title(f"at {shown[0]['pairs']} pairs")
     left.set_ylim(-0.03, 1.03)

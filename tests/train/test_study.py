@@ -176,6 +176,29 @@ def test_overrides_reach_every_place():
     assert (changed.train.tokens, changed.train.lr, changed.seeds) == (1000, 1e-3, [3, 4])
     with pytest.raises(InputError, match="variants: entry 0 needs an arch"):
         study("variants=[{label: x}]")
+    whole = study("train.tokens=2e4", "seeds=[1e0, 2]", "train.checkpoint_steps=1e2", "train.clip=2")
+    assert (whole.train.tokens, whole.seeds, whole.train.checkpoint_steps) == (20_000, [1, 2], 100)
+    assert {type(number) for number in (whole.train.tokens, *whole.seeds)} == {int}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.lr=fast", "must be a number or a list of numbers, such as 3e-3 or [1e-3, 3e-3], not fast"),
+        ("train.lr=.inf", "must be above 0 and finite"),
+        ("train.tokens=100k", "must be a whole number, such as 100, not 100k"),
+        ("train.tokens=1.5", "must be a whole number, such as 100, not 1.5"),
+        ("seeds=3", "must be a list, in [brackets], not 3"),
+        ("eval.decode.seeds=1", "must be a list of whole numbers, such as [0, 1], not 1"),
+        ("tokenizer.name=3", "must be text, not 3"),
+        ("train.precision=fp8", "one of ['auto', 'bf16', 'fp32']"),
+    ],
+)
+def test_wrong_values_are_told_in_words(override, says):
+    with pytest.raises(InputError) as caught:
+        study(override)
+    assert says in str(caught.value)
+    assert override.partition("=")[0].rpartition(".")[2] in str(caught.value)
 
 
 def test_overrides_of_a_given_list_name_variants_by_label_or_place():
