@@ -32,6 +32,16 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def two_figures():
+    """Of those that a command draws, for tests that are about something else: all of them take long."""
+    import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plots.FIGURES", {name: plots.FIGURES[name] for name in ("frontier", "recall")})
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def short_timings():
     """What is timed in tests is checked for its arithmetic; samples of the usual length would take minutes."""

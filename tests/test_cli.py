@@ -19,7 +19,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from texts import write_texts
 
 import kvfrontier
-import plots
 from archs import VARIANTS
 from train.files import lock
 
@@ -150,7 +149,7 @@ def test_a_changed_value_redoes_what_it_touches(done, folder):
     assert {r["options"]["kv_rank"] for r in results["runs"] if r["label"] == changed["label"]} == {changed["kv_rank"]}
 
 
-def test_stages_one_by_one_and_by_the_directory_alone(folder, capsys):
+def test_stages_one_by_one_and_by_the_directory_alone(folder, capsys, two_figures):
     out = folder / "stages"
     variants = STUDY["variants"][:2]
     study = write_study(folder, "stages.yaml", variants=variants)
@@ -207,7 +206,7 @@ def test_families_tuned_rates_and_an_a_a_comparison_end_to_end(folder, capsys):
     assert snapshot(out) == before
 
 
-def test_the_generated_recall_task_goes_through_the_same_stages(folder):
+def test_the_generated_recall_task_goes_through_the_same_stages(folder, two_figures):
     out = folder / "recall"
     corpus, tokenizer = {"name": "mqar", "pairs": [1, 2]}, {"name": "ids", "vocab_size": 16}
     study = write_study(folder, "recall.yaml", corpus=corpus, tokenizer=tokenizer, variants=STUDY["variants"][:2])
@@ -348,8 +347,7 @@ def test_a_signal_while_modules_load_does_not_come_to_them(tmp_path, monkeypatch
     assert not kvfrontier._imports(sys._getframe())
 
 
-def test_what_was_drawn_in_part_is_drawn_again_by_one_at_a_time(done, tmp_path, monkeypatch):
-    monkeypatch.setattr("plots.FIGURES", {"frontier": plots.FIGURES["frontier"]})  # all of them take long
+def test_what_was_drawn_in_part_is_drawn_again_by_one_at_a_time(done, tmp_path, two_figures):
     out = tmp_path / "part"
     shutil.copytree(done, out)
     assert kvfrontier._is_drawn(out)

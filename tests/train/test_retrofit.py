@@ -47,7 +47,7 @@ STUDY = {
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(tmp_path_factory, two_figures):
     folder = tmp_path_factory.mktemp("retrofit")
     write_texts(folder)
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
