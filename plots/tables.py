@@ -126,6 +126,8 @@ def comparison_table(study: Study) -> Table | None:
         rows.append([each.label, each.baseline, each.metric, difference, interval, str(each.seeds), each.verdict])
     header = ["variant", "against", "metric", "mean difference", "confidence interval", "seeds", "verdict"]
     note = "Differences are paired by seed; negative: lower than the baseline."
+    if all(each.low is None for each in study.comparisons):
+        note += " Of one seed there is no interval: it shows of no difference that it is one."
     return Table(header, rows, "lllrrrl", [note], "Differences to the baseline") if rows else None
 
 
