@@ -127,7 +127,7 @@ def comparison_table(study: Study) -> Table | None:
     header = ["variant", "against", "metric", "mean difference", "confidence interval", "seeds", "verdict"]
     note = "Differences are paired by seed; negative: lower than the baseline."
     if all(each.low is None for each in study.comparisons):
-        note += " Of one seed there is no interval: it shows of no difference that it is one."
+        note += " One seed gives no interval: no difference is shown by it."
     return Table(header, rows, "lllrrrl", [note], "Differences to the baseline") if rows else None
 
 
