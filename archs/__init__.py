@@ -35,7 +35,7 @@ def build(arch: str, **options) -> Decoder:
     fields = dataclasses.fields(VARIANTS[arch].Options)
     allowed = [f.name for f in fields]
     if unknown := [name for name in options if name not in allowed]:
-        close = difflib.get_close_matches(unknown[0], ["label", "arch", *allowed], n=1)
+        close = difflib.get_close_matches(unknown[0], allowed, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{arch} has no option {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}{hint}")
     if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]:

@@ -1,6 +1,7 @@
 """The command line on a miniature study: what it writes, what it does again, what it says of bad input."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from texts import write_texts
 
 import kvfrontier
 from archs import VARIANTS
+from archs.decoder import Options
 from train.files import lock
 
 ROOT = Path(kvfrontier.__file__).parent
@@ -408,6 +410,17 @@ def test_a_study_is_found_by_file_directory_or_results(done, folder, tmp_path, m
         assert kvf("status", study) == 0
     finally:
         (folder / "moved.yaml").rename(folder / "mini.yaml")
+
+
+def test_the_readmes_table_of_options_is_that_of_the_variants():
+    table = (ROOT / "README.md").read_text().partition("| arch | options |\n")[2].partition("\n\n")[0]
+    listed = dict(re.findall(r"^\| (`.*?) \| (.*) \|$", table, re.M))
+    common = {field.name for field in dataclasses.fields(Options)}
+    for archs, options in listed.items():
+        for arch in re.findall(r"`(\w+)`", archs):
+            own = {field.name for field in dataclasses.fields(VARIANTS[arch].Options)} - common
+            assert own == set(re.findall(r"(?:^|, )`(\w+)`", options)), arch
+    assert len(listed) > 1
 
 
 def test_the_readme_names_the_commands_that_ci_runs():

@@ -11,7 +11,6 @@ import difflib
 import itertools
 import math
 import re
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from train.mqar import RecallTask
 from train.tokens import TokenSet, default_cache_dir, prepare
 
 STUDIES = Path(__file__).resolve().parent.parent / "studies"
+WHOLE = int, int | None, list[int], list[int] | None
 MERGED = "model", "train", "eval"  # sections that a study overrides key by key; the others it replaces whole
 
 
@@ -207,7 +207,7 @@ def _check_keys(given: dict, config: type, where: str = "") -> dict:
                 keys = _names(allowed[key].type)
                 raise InputError(f"{where}{key}: must be a mapping with the keys {keys}, not {value!r}")
             value = _check_keys(value, allowed[key].type, f"{where}{key}.")
-        if int in typing.get_args(allowed[key].type) or allowed[key].type in (int, list[int]):
+        if allowed[key].type in WHOLE:
             value = _whole(value)
         if value is not None:
             checked[key] = value
@@ -317,19 +317,17 @@ def _names(config: type) -> str:
     return ", ".join(f.name for f in dataclasses.fields(config))
 
 
-IN_WORDS = {
+IN_WORDS = {  # a key's type, as jsonargparse names it
     "float": "a number, such as 0.1",
     "int": "a whole number, such as 100",
-    "int, NoneType": "a whole number, such as 100",
     "str": "text",
-    "str, NoneType": "text",
     "list": "a list, in [brackets]",
-    "list[int], NoneType": "a list of whole numbers, such as [0, 1]",
+    "list[int]": "a list of whole numbers, such as [0, 1]",
     "float, list[float]": "a number or a list of numbers, such as 3e-3 or [1e-3, 3e-3]",
 }
 OF_ONE = re.compile(r"Expected an? (.*?)\. Got value: (.*)")
 OF_SEVERAL = re.compile(
-    r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* value: (.*)"
+    r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)(?:, NoneType)?\] Errors: .* value: (.*)"
 )
 
 

@@ -176,9 +176,9 @@ def test_overrides_reach_every_place():
     assert (changed.train.tokens, changed.train.lr, changed.seeds) == (1000, 1e-3, [3, 4])
     with pytest.raises(InputError, match="variants: entry 0 needs an arch"):
         study("variants=[{label: x}]")
-    whole = study("train.tokens=2e4", "seeds=[1e0, 2]", "train.checkpoint_steps=1e2", "train.clip=2")
+    whole = study("train.tokens=2e4", "seeds=[1e0, 2]", "train.checkpoint_steps=1e2", "eval.decode.seeds=[2e0]")
     assert (whole.train.tokens, whole.seeds, whole.train.checkpoint_steps) == (20_000, [1, 2], 100)
-    assert {type(number) for number in (whole.train.tokens, *whole.seeds)} == {int}
+    assert {type(number) for number in (whole.train.tokens, *whole.seeds, *whole.eval.decode.seeds)} == {int}
 
 
 @pytest.mark.parametrize(
