@@ -140,6 +140,13 @@ def attention(
     return score_BHTS.softmax(-1) @ v_BHSE
 
 
+@accelerated(fused.masked_attention)
+def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Softmax attention with a mask (B, H, T, S) that is added to the scores, and may have gradients."""
+    k_BHSD, v_BHSE = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BGSD, v_BGSE))
+    return (q_BHTD @ k_BHSD.mT * scale + mask).softmax(-1) @ v_BHSE
+
+
 @accelerated(cpu_attention.paged_decode)
 def paged_attention(
     q_BH1D: Tensor, k_PGCD: Tensor, v_PGCE: Tensor, scale: float, position_B: Tensor, table_BN: Tensor

@@ -58,6 +58,11 @@ def attention(
     return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask, causal=T == S)[..., :E]
 
 
+@kernel(is_floating)
+def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
+    return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask)[..., : v_BGSE.shape[-1]]
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """scaled_dot_product_attention on its fast paths; on a CPU the result may have further columns of zeros.
 
