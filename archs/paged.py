@@ -1,8 +1,8 @@
 """A paged cache: sequences of different lengths share one pool of blocks, which come and go with them.
 
 A cache of `max_tokens` a sequence holds mostly room for tokens that never come. Here the storages are cut into blocks
-of `block_size` tokens; a sequence has a table of the blocks that it fills, the same in every layer, and wastes less than
-one (PagedAttention, vLLM, arXiv 2309.06180, section 4).
+of `block_size` tokens; a sequence has a table of the blocks that it fills, the same in every layer, and wastes less
+than one (PagedAttention, vLLM, arXiv 2309.06180, section 4).
 
     cache = PagedCache(model, sequences=8, blocks=512, block_size=16)
     a, b = cache.admit(), cache.admit()
