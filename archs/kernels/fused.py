@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archs.kernels import kernel
-from archs.kernels.cpu.build import compiler
+from archs.kernels.cpu.build import compiler, is_transformed
 
 # For one query on a GPU: cuDNN, PyTorch's first choice on Hopper, makes a plan for each length.
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -30,10 +30,11 @@ def sequences_at_once(tokens_BT: Tensor) -> int:
 
 
 def are_columns(v: Tensor, k: Tensor) -> bool:
-    """True if the values are the first columns of the keys, in the same memory (MLA's latent)."""
-    return (
-        v.shape[-1] < k.shape[-1] and v._base is not None and v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
-    )
+    """True if the values are the first columns of the keys, in the same memory (MLA's latent). Under torch.compile and
+    torch.func tensors have no address, and the answer is False."""
+    if v.shape[-1] >= k.shape[-1] or torch.compiler.is_compiling() or is_transformed() or v._base is None:
+        return False
+    return v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
 
 
 def is_floating(q: Tensor, *others: object) -> bool:
@@ -46,7 +47,7 @@ def attention(
 ) -> Tensor:
     """`ops.attention` through scaled_dot_product_attention."""
     (B, H, T, D), (G, S), E = q_BHTD.shape, k_BGSD.shape[1:3], v_BGSE.shape[-1]
-    if D > E and not torch.compiler.is_compiling() and are_columns(v_BGSE, k_BGSD):
+    if are_columns(v_BGSE, k_BGSD):
         v_BGSE = k_BGSD  # equal sizes are on the fast path; the further columns are cut off
     if 0 < window < S and T > 1:
         return windowed(q_BHTD, k_BGSD, v_BGSE, scale, window)[..., :E]

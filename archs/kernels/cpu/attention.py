@@ -160,10 +160,14 @@ torch.library.register_autograd(causal_forward, _gradients, setup_context=_save,
 torch.library.register_autograd(causal_backward, _no_second_gradients, lib=library)
 
 
-@register_flop_formula([decode.overloadpacket, paged_decode.overloadpacket])
-def _decode_flops(q_shape, k_shape, v_shape, scale, _, table_shape=None, *, out_shape=None) -> int:
-    blocks = 1 if table_shape is None or len(table_shape) < 2 else table_shape[1]
-    return 2 * math.prod(q_shape[:3]) * blocks * v_shape[2] * (k_shape[3] + v_shape[3])
+@register_flop_formula(decode.overloadpacket)
+def _decode_flops(q_shape, k_shape, v_shape, scale, *args, out_shape=None) -> int:
+    return 2 * math.prod(q_shape[:3]) * v_shape[2] * (k_shape[3] + v_shape[3])
+
+
+@register_flop_formula(paged_decode.overloadpacket)
+def _paged_decode_flops(q_shape, k_shape, v_shape, scale, position_shape, table_shape, *, out_shape=None) -> int:
+    return table_shape[1] * _decode_flops(q_shape, k_shape, v_shape, scale)
 
 
 @register_flop_formula(causal_forward.overloadpacket)

@@ -1,0 +1,39 @@
+"""What tests of models share: the cases that laws run over, models whose attention is far from uniform, cached logits.
+
+`pytest tests/archs/test_laws.py --variant my_file.py:MyVariant` puts a variant under the laws that is not in the registry.
+"""
+
+import os
+
+import pytest
+import torch
+
+from archs import VARIANTS, build, find_variant
+
+CHOSEN = {arch: find_variant(arch) for arch in filter(None, [os.environ.get("KVFRONTIER_VARIANT")])} or VARIANTS
+CASES = [(arch, options) for arch, variant in CHOSEN.items() for options in variant.examples]
+each_variant = pytest.mark.parametrize(
+    ("arch", "options"), CASES, ids=[f"{arch.rpartition(':')[2]}-{n}" for n, (arch, _) in enumerate(CASES)]
+)
+SHAPE = {"vocab_size": 97, "width": 64, "layers": 2, "heads": 4, "context": 64}
+
+
+def make(arch, options, seed=0, **shape):
+    torch.manual_seed(seed)
+    model = build(arch, **SHAPE | shape, **options).eval()
+    with torch.no_grad():  # weights large enough that attention is far from uniform
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def cached_logits(model, tokens, chunks, cache):
+    """Position -> logits: prefill in `chunks`, then decode to the end."""
+    logits, start = {}, 0
+    for chunk in chunks:
+        logits[start + chunk - 1] = model.prefill(tokens[:, start : start + chunk], cache)
+        start += chunk
+    for t in range(start, tokens.shape[1]):
+        logits[t] = model.decode(tokens[:, t], cache)
+    return logits
