@@ -39,21 +39,18 @@ def find_variant(arch: str) -> type[Decoder]:
     if not colon:
         raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}, or give file.py:Class")
     try:
-        variant = getattr(_load(place), name, None)
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
     except (ImportError, OSError, SyntaxError) as e:
         raise ValueError(f"architecture {arch!r}: cannot load {place}: {e}") from None
+    variant = getattr(module, name, None)
     if not (isinstance(variant, type) and issubclass(variant, Decoder)):
         raise ValueError(f"architecture {arch!r}: {place} has no subclass of archs.Decoder named {name!r}")
     return variant
-
-
-def _load(place: str):
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def build(arch: str, **options) -> Decoder:

@@ -219,12 +219,12 @@ class Decoder(Costs, nn.Module):
         """Makes modules that belong to no layer."""
 
     def hf_class(self) -> tuple[str, str, dict[str, Any]]:
-        """(model type, class, config entries of its own) in Hugging Face transformers; ValueError without one."""
-        raise ValueError(f"transformers has no class that computes {type(self).__name__}")
+        """(model type, class, config entries of its own) in Hugging Face transformers; ValueError without one.
 
-    def hf_attention(self, attention: nn.Module) -> dict[str, Tensor]:
-        """The weights of a layer's attention, except the output projection, under that class's names."""
-        raise NotImplementedError
+        A variant that has one also defines `hf_attention(attention)`, the weights of a layer's attention, except the
+        output projection, under that class's names.
+        """
+        raise ValueError(f"transformers has no class that computes {type(self).__name__}")
 
 
 def tie(model: Decoder, *_: Any) -> None:

@@ -162,26 +162,19 @@ class YOCO(Decoder):
             x_BTW = block(x_BTW, chunk, kv)
         return x_BTW
 
-    def kv_elements_per_token(self) -> int:
-        """2 g d, once for all cross-decoder layers."""
-        return 2 * self.options.kv_heads * self.options.head_dim
-
-    def kv_constant_elements(self) -> int:
-        return self._self_decoder_elements(self.options.window)
-
     def kv_stored_elements(self, context: int) -> int:
-        return self.kv_elements_per_token() * context + self._self_decoder_elements(context)
+        return self._kv_elements(context, readers=1)
 
     def kv_read_elements(self, context: int) -> int:
         """The shared K/V is stored once and read by every cross-decoder layer."""
-        half = self.options.layers // 2
-        return half * self.kv_elements_per_token() * context + self._self_decoder_elements(context)
+        return self._kv_elements(context, readers=self.options.layers // 2)
 
-    def _self_decoder_elements(self, context: int) -> int:
-        """For each layer a window, 2 g d min(context, window), or a state, h d d."""
+    def _kv_elements(self, context: int, readers: int) -> int:
+        """The shared K/V, 2 g d a token, and for each layer of the self-decoder a window, 2 g d min(context, window),
+        or a state, h d d."""
         o = self.options
         rows = 2 * o.kv_heads * min(context, o.window) if o.self_decoder == "swa" else o.heads * o.head_dim
-        return o.layers // 2 * o.head_dim * rows
+        return (readers * 2 * o.kv_heads * context + o.layers // 2 * rows) * o.head_dim
 
     def score_flops(self, context: int) -> float:
         """Retention in the recurrent form: two FLOPs for writing and two for reading each element of the state."""
