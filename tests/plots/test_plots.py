@@ -18,6 +18,7 @@ import matplotlib.image
 import pytest
 
 import plots
+from eval.compare import compare
 from eval.equal_bytes import equal_bytes, technique_differences
 from plots import drawing, figures, labels, report, style, tables, technique_tables
 from plots.figures import decode, frontier, recall, techniques
@@ -41,28 +42,6 @@ def relabelled(study: dict, names: list[str]) -> dict:
     return study
 
 
-def shifted(run: dict, seed: int, by: float) -> dict:
-    """The same run with another seed, its losses moved by `by` bits per byte."""
-    run = copy.deepcopy(run) | {"seed": seed}
-    run["loss"] = {key: value + by for key, value in run["loss"].items()}
-    run["curve"] = [point | {"val_bpb": point["val_bpb"] + by} for point in run["curve"]]
-    return run
-
-
-def many_seeds() -> dict:
-    """Three seeds of each variant, and a second label of the fourth architecture."""
-    study = copy.deepcopy(FIVE)
-    other = shifted(study["runs"][3], 0, 0.011) | dict.fromkeys(("label", "family"), "mla small rank")
-    other["kv"] |= {"bytes_per_token": 768, "formula_bytes_per_token": 768}
-    bases = [*study["runs"], other]
-    study["runs"] = [shifted(run, seed, by) for run in bases for seed, by in enumerate((0.0, 0.006, -0.003))]
-    study["comparisons"] = [
-        {"label": "mqa", "baseline": "mha", "metric": "val_bpb", "seeds": [0, 1, 2], "mean_diff": 0.0118,
-         "ci_low": 0.004, "ci_high": 0.0196, "level": 0.95, "verdict": "higher"}
-    ]  # fmt: skip
-    return study
-
-
 SHAPES = {  # label: family, bytes per token, what it adds to the loss of mha-16
     "mha-16": ("mha", 1024, 0.0), "mha-8": ("mha", 512, 0.015), "mqa": ("mqa", 128, 0.03), "gqa-4": ("gqa", 512, 0.0),
     "gqa-2": ("gqa", 256, 0.02), "mla-64": ("mla", 576, -0.03), "mla-32": ("mla", 320, 0.001),
@@ -78,6 +57,7 @@ def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text",
         run = copy.deepcopy(FIVE["runs"][FIVE["archs"].index(family)])
         full, first = (f"{name}-{size}" if size else name for name in (label, labels[0]))
         run |= {"label": full, "family": family, "size": size, "baseline": first, "seed": seed, "match": "ffn"}
+        run["corpus_fingerprint"] = FIVE["corpus"]["fingerprint"]
         run |= {"params": run["params"] * scale**2, "tokenizer": {"name": "bpe", "vocab_size": 1024}}
         run["kv"] |= {"bytes_per_token": kept * scale, "formula_bytes_per_token": kept * scale}
         run["train"] |= {"lr": 0.004, "flops_per_token": 6e6 * scale**2}
@@ -94,11 +74,7 @@ def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text",
             at = {str(pairs): 1 / (1 + pairs * max(worse + 0.03, 0)) + draw.gauss(0, 0.001) for pairs in (4, 16, 64)}
             run["loss"] |= {"accuracy": statistics.fmean(at.values()), "accuracy_at": at}
         runs.append(run)
-    loss = runs[0]["loss"]
-    paths = [path for path in loss if path not in ("tokens", "nats_at", "accuracy_at", "hit_tokens", "rest_tokens")]
-    paths += [f"{name}.{key}" for name in ("nats_at", "accuracy_at") for key in loss.get(name, ())]
-    made = {path: differences(runs, path) for path in paths}
-    heads = [path for path in ("val_bpb", "accuracy") if path in made]
+    comparisons, details = compare(runs)
     of = f"mha-16-{sizes[0]}" if sizes[0] else "mha-16"
     need = {"size": sizes[0], "baseline": of, "baseline_bytes_per_token": 1024, "seeds": list(range(seeds))}
     need |= {"level": 0.95, "low": None, "high": None}
@@ -112,8 +88,8 @@ def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text",
     ]
     return FIVE | {
         "runs": runs,
-        "comparisons": [each for path in heads for each in made[path]],
-        "details": [each for path in made if path not in heads for each in made[path]],
+        "comparisons": comparisons,
+        "details": details,
         "bytes_for_baseline": [
             need | {"family": "mla", "labels": mla} | reached,
             need | {"family": "mqa", "labels": mqa, "verdict": "not reached", "bytes_per_token": None, "low": 128},
@@ -127,27 +103,6 @@ def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text",
         ],
         "matching": {"none": shapes, "ffn": shapes, "heads": [{"label": "mla-64", "error": "cannot be done"}]},
     }
-
-
-def differences(runs: list[dict], path: str) -> list[dict]:
-    losses: dict[str, list[float]] = {}
-    for run in runs:
-        value = run["loss"]
-        for key in path.split("."):
-            value = value[key]
-        losses.setdefault(run["label"], []).append(value)
-    found = []
-    for label, baseline in {run["label"]: run["baseline"] for run in runs if run["label"] != run["baseline"]}.items():
-        by_seed = [a - b for a, b in zip(losses[label], losses[baseline], strict=True)]
-        middle, low, high = statistics.fmean(by_seed), None, None
-        if len(by_seed) == 3:
-            half = 4.303 * statistics.stdev(by_seed) / math.sqrt(3)
-            low, high = middle - half, middle + half
-        verdict = "not separable" if low is None or low <= 0 <= high else "lower" if high < 0 else "higher"
-        entry = {"label": label, "baseline": baseline, "metric": path, "seeds": list(range(len(by_seed)))}
-        entry |= {"mean_diff": middle, "ci_low": low, "ci_high": high, "level": 0.95, "verdict": verdict}
-        found.append(entry)
-    return found
 
 
 EVICTION = ("h2o", "streaming-llm", "vatp", "snapkv", "l2-norm", "fastgen")
@@ -239,11 +194,6 @@ def hostile(tmp_path_factory) -> Path:
     (directory / "figures" / "curves_wide.pdf").write_text("from an older results file")
     plots.draw(directory)
     return directory
-
-
-@pytest.fixture(scope="module")
-def seeds(tmp_path_factory):
-    return load(put(tmp_path_factory.mktemp("seeds"), many_seeds()))
 
 
 @pytest.fixture(scope="module")
@@ -343,12 +293,13 @@ def test_csvs_equal_the_results(five):
         assert float(row["speed_up"]) == pytest.approx(times["recomputed_ms"] / times["cached_ms"])
 
 
-def test_points_are_drawn_where_the_csv_says(seeds):
+def test_points_are_drawn_where_the_csv_says(studies):
+    study = studies["families"]
     with matplotlib.rc_context(style.RC):
-        data = frontier.frontier_rows(seeds)
-        (ax,) = frontier.draw_frontier(data, seeds, 3.35).axes
+        data = frontier.frontier_rows(study)
+        (ax,) = frontier.draw_frontier(data, study, 3.35).axes
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if len(line.get_xdata()) == 1]
-    assert points == [(row["kv_bytes_per_token"], row["val_bpb"]) for row in data]
+    assert sorted(points) == sorted((row["kv_bytes_per_token"], row["val_bpb"]) for row in data)
 
 
 def test_points_not_bound_by_memory_are_hollow(five):
@@ -362,16 +313,17 @@ def test_points_not_bound_by_memory_are_hollow(five):
     assert any("hollow" in text.get_text() for text in fig.legends[0].get_texts())
 
 
-def test_seeds_are_averaged_and_bars_are_paired_intervals(seeds):
-    first, second, third, *_ = frontier.frontier_rows(seeds)
-    base, mqa = (run["loss"]["val_bpb"] + 0.001 for run in FIVE["runs"][:2])
+def test_seeds_are_averaged_and_bars_are_paired_intervals(studies):
+    study = studies["families"]
+    first, second, *_ = frontier.frontier_rows(study)
+    base, other = (statistics.fmean(study.labels[row["label"]].values("loss.val_bpb")) for row in (first, second))
     assert first["seeds"] == 3
-    assert first["val_bpb"] == pytest.approx(base)
+    assert (first["val_bpb"], second["val_bpb"]) == pytest.approx((base, other))
     assert first["baseline"]
-    assert first["val_bpb_low"] is first["val_bpb_high"] is third["val_bpb_low"] is None  # nothing to compare
-    bar = second["val_bpb_low"], second["val_bpb_high"]
-    assert bar == pytest.approx((mqa - 0.0118 + 0.004, mqa - 0.0118 + 0.0196))
-    caption = frontier.frontier_caption(seeds, [first, second])
+    assert first["val_bpb_low"] is first["val_bpb_high"] is None  # it is compared with nothing
+    each = study.differences[second["label"], "val_bpb"]
+    assert (second["val_bpb_low"], second["val_bpb_high"]) == pytest.approx((base + each.low, base + each.high))
+    caption = frontier.frontier_caption(study, [first, second])
     assert "mean of 3 seeds" in caption
     assert "95 % intervals (Student, paired by seed, n = 3)" in caption
 
@@ -572,7 +524,6 @@ def check_texts(fig, name) -> None:
 LAYOUTS = [  # (study, width, figures): what crowds each figure most; the narrow page does more than the wide one
     ("long labels", 3.35, NAMES),
     ("long labels", 6.9, ["frontier", "decode"]),
-    ("seeds", 3.35, ["frontier", "curves"]),
     ("families", 3.35, [*NAMES, "rates", "positions", "recall_hits"]),
     ("families", 6.9, ["frontier", "rates", "positions"]),
     ("sizes", 3.35, ["frontier", "sizes", "cache_bytes", "decode"]),
@@ -587,7 +538,7 @@ LAYOUTS = [  # (study, width, figures): what crowds each figure most; the narrow
 
 
 @pytest.mark.parametrize(("study", "width", "names"), LAYOUTS)
-def test_no_text_is_cut_off_or_overlaps(seeds, studies, tmp_path, study, width, names):
+def test_no_text_is_cut_off_or_overlaps(studies, tmp_path, study, width, names):
     long = [f"{n} multi-head latent attention of rank {n}, without a query latent, and W{'W' * 40}" for n in range(5)]
     long = relabelled(FIVE, long)
     one = copy.deepcopy(long)
@@ -595,7 +546,7 @@ def test_no_text_is_cut_off_or_overlaps(seeds, studies, tmp_path, study, width, 
         run["decode"] = run["decode"][-1:]
     for name, made in (("long labels", long), ("long labels, one context", one)):
         studies = studies | {name: load(put(tmp_path, made))}
-    study = (studies | {"seeds": seeds})[study]
+    study = studies[study]
     with matplotlib.rc_context(style.RC):
         for name in names:
             check_texts(figures.FIGURES[name].draw(figures.FIGURES[name].rows(study), study, width), name)
@@ -623,12 +574,12 @@ def test_frontier_labels_never_overlap_on_random_data(five):
     assert placed > 4
 
 
-def test_architectures_keep_colour_and_marker_and_labels_differ(seeds):
-    looks = {variant.label: variant.look for variant in seeds.variants}
-    assert looks["mla"].color == looks["mla small rank"].color == style.PALETTE[FIVE["archs"].index("mla")]
-    assert looks["mla"].marker == looks["mla small rank"].marker
-    assert looks["mla"].fill != looks["mla small rank"].fill
-    assert looks["mla"].line != looks["mla small rank"].line
+def test_architectures_keep_colour_and_marker_and_labels_differ(studies):
+    first, second = (studies["families"].labels[label].look for label in ("mla-64", "mla-32"))
+    assert first.color == second.color == style.PALETTE[FIVE["archs"].index("mla")]
+    assert first.marker == second.marker
+    assert first.fill != second.fill
+    assert first.line != second.line
     assert len({style.Look.of(arch, 0) for arch in range(50)}) == 50
     assert len({style.Look.of(0, sibling) for sibling in range(20)}) == 20
 
@@ -715,11 +666,10 @@ def test_one_seed_of_several_timed_is_called_one(tmp_path):
 
 
 def test_variants_without_a_common_seed_are_said_not_to_be_compared(tmp_path):
-    study = many_seeds()
-    label, baseline = study["runs"][-1]["label"], study["runs"][0]["label"]
-    study["comparisons"] = [each for each in study["comparisons"] if each["label"] != label]
-    said = frontier.frontier_findings(load(put(tmp_path, study)))
-    assert ("Loss", f"{label} is not compared: it has no seed in common with {baseline}.") in said
+    study = copy.deepcopy(STUDIES["families"])
+    study["comparisons"] = [each for each in study["comparisons"] if each["label"] != "mqa"]
+    sentence = "mqa is not compared: it has no seed in common with mha-16."
+    assert ("Loss", sentence) in frontier.frontier_findings(load(put(tmp_path, study)))
 
 
 def test_shortened_labels_keep_their_ends():
@@ -820,26 +770,12 @@ def test_findings_on_techniques_say_what_was_chosen_and_one_seed_concludes_nothi
     assert {row[8] for row in technique_tables.technique_tables(study)[2].rows} == {tables.MISSING}
 
 
-def test_technique_names_from_a_file_are_escaped_and_drawn(tmp_path, monkeypatch):
+def test_tables_that_results_no_longer_hold_do_not_stay_behind(tmp_path, monkeypatch):
     for module in (plots, report):
         monkeypatch.setattr(module, "FIGURES", {"techniques": techniques.FIGURE})
-    text = json.dumps(under_techniques(1, names=EVICTION[:4]))
-    for name, hostile in zip(EVICTION, HOSTILE, strict=False):
-        text = text.replace(json.dumps(name), json.dumps(hostile))
-    study = json.loads(text)
-    for entry in (*study["techniques"], *study["equal_bytes"]):
-        entry["settings"]["x|y <b>"] = {r"\input{z}": ["$", "<script>"]}
-    plots.draw(put(tmp_path, study))
-    page, tex = (tmp_path / "report.html").read_text(), (tmp_path / "tables" / "techniques.tex").read_text()
-    assert page.count("<script") == 1
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "<b>" not in page.replace("<b>Figure", "")
-    assert not any(r"\input" in line for line in tex.splitlines() if not line.startswith("%"))
-    for text in (tmp_path / "tables" / "techniques.md", tmp_path / "tables" / "results.md"):
-        assert "<" not in text.read_text()
-    long = (tmp_path / "tables" / "techniques.md").read_text().splitlines()
-    assert {line.count("|") for line in long if line.startswith("|")} == {13}
-    plots.draw(put(tmp_path, FIVE))  # what results no longer hold does not stay behind
+    plots.draw(put(tmp_path, STUDIES["techniques, one seed"]))
+    assert len(list(tmp_path.glob("*/techniques*"))) == 7
+    plots.draw(put(tmp_path, FIVE))
     assert not list(tmp_path.glob("*/techniques*"))
 
 
@@ -871,19 +807,11 @@ def test_report_says_that_one_seed_shows_no_order(five):
         assert fact in page
 
 
-def test_report_with_seeds_gives_the_verdicts(seeds):
-    concluded = dict(report.conclusions(seeds))
-    assert "One seed" not in concluded["Loss"]
-    assert "3 seeds" in concluded["Loss"]
-    assert (
-        "mqa has a higher loss than mha: +0.0118 bits per byte (95 % interval +0.0040 to +0.0196, n = 3)."
-    ) in findings(seeds)
-
-
 @pytest.mark.parametrize("name", ["families", "sizes", "recall"])
 def test_findings_hold_every_comparison_with_its_interval_and_n(studies, name):
     study = studies[name]
     assert {each.verdict for each in study.comparisons} >= {"higher", "not separable"} or name == "recall"
+    assert "3 seeds: only a difference" in dict(report.conclusions(study))["Loss"]
     for each in study.comparisons:
         (sentence,) = (
             s
@@ -965,17 +893,6 @@ def test_gaps_are_named_in_the_report_and_under_the_table(tmp_path):
     assert page.count("<script") == 1
     assert "% Without results: " in tex
     assert not any(r"\input" in line for line in tex.splitlines() if not line.startswith("%"))
-
-
-def test_labels_lead_nowhere(tmp_path):
-    """Nothing is written but beside the results, whatever a file from elsewhere calls its variants."""
-    study = relabelled(FIVE, ["../" * 3 + "x", "/tmp/y", r"..\z", "../../v", "/w"])
-    inner = tmp_path / "a" / "b" / "c" / "d"
-    inner.mkdir(parents=True)
-    (inner / "results.json").write_text(json.dumps(study))
-    written = plots.draw(inner)
-    assert all(path.resolve().is_relative_to(inner) for path in written)
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*written, inner / "results.json"}
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
