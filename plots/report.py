@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from plots.figures import FIGURES
-from plots.results import Results, dig, number
+from plots.results import Results, dig
 from plots.tables import Table, options_table
 
 MEANINGS = {
@@ -128,10 +128,8 @@ def chance_conclusions(results: Results) -> list[tuple[str, str]]:
     many, separable = len(results.comparisons), sum(each.separable for each in results.comparisons)
     if many < 2 or not separable:
         return []
-    text = (
-        f"{many} comparisons, {separable} of them separable, each at its own level: with more comparisons, a false one"
-    )
-    return [("Chance", f"{text} becomes more likely.")]
+    text = f"{many} comparisons, {separable} of them separable, each at its own level"
+    return [("Chance", f"{text}: with more comparisons, a false one becomes more likely.")]
 
 
 def memory_conclusion(results: Results) -> str:
@@ -139,10 +137,8 @@ def memory_conclusion(results: Results) -> str:
     runs = [run for variant in results.variants for run in variant.runs]
     odd = {run["label"] for run in runs for a, b in pairs if dig(run, f"kv.{b}") not in (None, dig(run, f"kv.{a}"))}
     if odd:
-        return (
-            f"Measured and computed cache bytes differ for {', '.join(sorted(odd))}: do not use them until this is "
-            "explained."
-        )
+        names = ", ".join(sorted(odd))
+        return f"Measured and computed cache bytes differ for {names}: do not use them until this is explained."
     return (
         "Cache bytes are exact: counted, not estimated. They hold for these shapes on any machine and do not depend "
         "on the seed; another data type scales them."
@@ -156,18 +152,14 @@ def speed_conclusion(results: Results) -> str:
     devices = sorted(
         {str(entry.get("device")) for v in results.variants for run in v.runs for entry in run.get("decode") or []}
     )
-    text = (
-        f"Timings on this one machine ({', '.join(devices)}): another machine, kernel or size may reverse their order. "
-    )
+    text = f"Timings of one machine ({', '.join(devices)}): another machine, kernel or size may reverse their order. "
     if skipped := [(v.label, point) for v in results.variants for point in v.first("decode_skipped") or []]:
         places = "; ".join(f"{label} at batch {p['batch']}, context {p['context']}" for label, p in skipped)
         text += f"Not timed, as it did not fit into memory: {places}. "
     free = sum(bound is False for bound in bounds)
     if None in bounds:
-        return (
-            text
-            + "The results do not say which points are bound by memory: do not attribute speed to fewer cache bytes."
-        )
+        text += "The results do not say which points are bound by memory: "
+        return text + "do not attribute speed to fewer cache bytes."
     if not free:
         return text + "Every decode point is bound by memory traffic: fewer bytes are the reason for more speed."
     return text + (
@@ -177,9 +169,6 @@ def speed_conclusion(results: Results) -> str:
 
 
 def size_conclusion(results: Results) -> str:
-    counts = [count for v in results.variants if (count := number(v.first("params")))]
-    if len(counts) < len(results.variants):
-        return "Parameter counts are missing: whether the variants have one size is unknown."
     if missing := sorted({v.baseline for v in results.variants} - set(results.labels)):
         return f"The first variant, {', '.join(missing)}, to whose size the others were matched, has no results."
     off = max(abs(v.first("params") / results.labels[v.baseline].first("params") - 1) for v in results.variants)
@@ -192,13 +181,9 @@ def size_conclusion(results: Results) -> str:
 
 def reach_conclusion(results: Results) -> str:
     baselines = [variants[0] for variants in results.sizes.values()]
-    smallest_and_largest = baselines if len(baselines) == 1 else [baselines[0], baselines[-1]]
-    ends = [(number(v.first("params")), number(v.first("train_tokens"))) for v in smallest_and_largest]
-    if not all(params and tokens for params, tokens in ends):
-        return "Nothing here speaks about larger models or longer training."
-    shapes = [
-        f"{params / 1e6:.3g} M parameters after {tokens / 1e6:.3g} M training tokens ({tokens / params:.2g} per "
-        "parameter)"
-        for params, tokens in ends
-    ]
+    shapes = []
+    for variant in baselines if len(baselines) == 1 else (baselines[0], baselines[-1]):
+        params, tokens = variant.first("params"), variant.first("train_tokens")
+        seen = f"{tokens / 1e6:.3g} M training tokens ({tokens / params:.2g} per parameter)"
+        shapes.append(f"{params / 1e6:.3g} M parameters after {seen}")
     return f"Models of {' to '.join(shapes)}: nothing here speaks about larger models or longer training."

@@ -4,7 +4,7 @@ tables and report work on variants, never on single runs."""
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -101,7 +101,8 @@ class TechniqueResult:
 
     @classmethod
     def of(cls, entry: dict) -> "TechniqueResult":
-        known = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
+        is_optional = {field.name: field.default is not MISSING for field in fields(cls) if field.name != "difference"}
+        known = {name: entry[name] for name, optional in is_optional.items() if not optional or name in entry}
         return cls(**known, difference=Difference.of(entry))
 
     @property

@@ -1,5 +1,5 @@
 """Loss on recall hits: tokens that end a pair which the context has already shown, where a smaller cache loses first
-(Zoology, and Table 5 of the YOCO paper)."""
+(Zoology, arXiv 2312.04927)."""
 
 from itertools import chain
 

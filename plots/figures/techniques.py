@@ -219,8 +219,8 @@ def technique_caption(results: Results, rows: d.Rows) -> str:
         "Techniques on the caches of the trained models, a panel per model: bytes that the cache of one sequence "
         f"holds at its end (logarithmic axis) against {quality} in the second halves of held-out sequences, decoded "
         f"with the technique active ({results.seeds_text}). A line starts at the model's full cache (black) and runs "
-        "over the technique's budget, or over bits where the cache is quantised. Grey: the full caches of the other "
-        f"models. All panels have the same axes; {corner} left is better.",
+        "over what the technique may keep, or over bits where the cache is quantised. Grey: the full caches of the "
+        f"other models. All panels have the same axes; {corner} left is better.",
         d.interval_caption(results, rows, "quality_low", "Bars, of the difference to the same model's full cache"),
     ]
     if above := [row["quality"] for row in rows if row["quality"] > limits(rows)[1]]:
