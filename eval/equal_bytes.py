@@ -31,10 +31,14 @@ class Point:
     skipped: str = ""
 
     @property
-    def further(self) -> str:
-        """The training that it had after the others."""
+    def trained_further(self) -> dict:
+        """The training that it had after the others; {} for none."""
         names = ("train_tokens", "lr") if self.settings["technique"] == "dmc" else ()
-        return json.dumps({name: self.settings.get(name) for name in names})
+        return {name: self.settings.get(name) for name in names}
+
+    @property
+    def further(self) -> str:
+        return json.dumps(self.trained_further)
 
     @property
     def is_full(self) -> bool:
@@ -65,6 +69,8 @@ class Point:
             "size": self.size,
             "settings": self.settings,
             "kind": self.kind,
+            "is_full": self.is_full,
+            "trained_further": self.trained_further,
             "metric": metric,
             "mean": statistics.fmean(found.values()) if found else None,
             "not_finite": sorted(self.entries.keys() - found.keys()),  # seeds
@@ -77,13 +83,14 @@ class Point:
 def technique_differences(records: Sequence[dict], level: float = 0.95) -> list[dict]:
     """For each variant and technique the means over seeds, and with `mean_diff` a COMPARISON with the same variant's
     full cache, its `baseline`, after as much training; where a technique was not measured {label, size, settings, kind,
-    skipped}."""
+    is_full, trained_further, skipped}."""
     metric, points = _metric(records), _points(records)
     full = _full_caches(points)
     found = []
     for point in points:
         if not point.entries:
             facts = {"label": point.label, "size": point.size, "settings": point.settings, "kind": point.kind}
+            facts |= {"is_full": point.is_full, "trained_further": point.trained_further}
             found.append(facts | {"skipped": point.skipped})
             continue
         own, base = point.qualities(metric), full.get((point.label, point.further))

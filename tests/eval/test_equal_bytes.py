@@ -154,7 +154,8 @@ def test_what_is_not_finite_skipped_or_missing_breaks_nothing_and_wins_nothing()
     assert (null["seeds"], null["mean"], null["not_finite"]) == ([], None, [0, 1, 2])
     assert "mean_diff" not in null
     assert differences["c", str(SETTINGS[4])] == {
-        "label": "c", "size": "", "settings": SETTINGS[4], "kind": "h2o", "skipped": "not here",
+        "label": "c", "size": "", "settings": SETTINGS[4], "kind": "h2o", "is_full": False, "trained_further": {},
+        "skipped": "not here",
     }  # fmt: skip
     assert differences["b", str(SETTINGS[1])]["seeds"] == [0, 1]
     best = equal_bytes(runs)
