@@ -68,6 +68,8 @@ def main() -> int:
         add(f"{variant} prefill", report.in_turns({variant: prefill, name: peer_prefill}, args.prefill_repeats, 1))
         times: dict[str, list[float]] = {variant: [], name: []}
         for turn in range(-1, args.decode_repeats):
+            if turn > 0 and report.out_of_time():
+                break
             if excess := state["cache"].get_seq_length() - args.context:
                 state["cache"].crop(-excess)
             for step, seconds in report.in_turns({variant: decode, name: peer_decode}, 1, 0).items():

@@ -126,11 +126,11 @@ class Report:
         return self.args.seconds is not None and time.monotonic() - START > self.args.seconds
 
     def in_turns(self, steps: dict[str, Step], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-        """Seconds of each step, one time a turn, after `warmup` turns. Out of time, one turn is enough."""
+        """Seconds of each step, one time a turn, after `warmup` turns. Out of time, one of each is enough."""
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(-warmup, repeats):
-            if turn > 0 and self.out_of_time():
-                break
+            if turn not in (-warmup, 0) and self.out_of_time():
+                continue
             for name, step in steps.items():
                 self._synchronize()
                 start = time.perf_counter()
@@ -154,7 +154,7 @@ class Report:
             with self.args.json.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(about | dict(zip(self.columns, row, strict=True))) + "\n")
 
-    def measure(self, names: Iterable[str], function: Callable[[str], object], show: bool = True) -> int:
+    def measure(self, names: Iterable[str], function: Callable[[str], object]) -> int:
         """Calls `function` for each name as long as there is time, then shows the table. Returns the exit status: 1 if
         a call failed, which does not stop the others."""
         status = 0
@@ -167,12 +167,8 @@ class Report:
             except Exception as e:
                 print_failure(name, e)
                 status = 1
-        if show:
-            self.show()
-        return status
-
-    def show(self) -> None:
         table = Table(*self.columns, title=self.title, caption=self.device)
         for row in self.rows:
             table.add_row(*row)
         Console().print(table)
+        return status

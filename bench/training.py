@@ -3,12 +3,13 @@
     uv run python bench/training.py
     uv run python bench/training.py --context 1024 --batch 32 --variants mha "gqa kv_heads=4"
 
-All have the same shape, batch and precision, and the same AdamW with clipping. Ratios are to the first variant's step.
+All have the same shape, batch and precision, and the same AdamW with clipping. Each is timed in turns with the first
+variant, and its ratio is to that one's step.
 MFU is the share of the rate of a large matrix product, measured here. Variants are compiled where there is a C++
 compiler, as in longer runs.
 """
 
-from pairs import DTYPES, Report, Step, model_parser, options, print_failure, ratio, spread
+from pairs import DTYPES, Report, Step, model_parser, options, ratio, spread
 
 import statistics
 import sys
@@ -33,7 +34,6 @@ def main() -> int:
     title += ", variants compiled" if compiles else ", nothing compiled"
     report = Report(title, args, ["what", "step ms", "to the first", "quartiles", "tokens/s", "MFU"])
     inputs, targets = torch.randint(args.vocab_size, (2, args.batch, args.context), device=args.device)
-    first, flops, steps = args.variants[0], {}, {}
 
     def stepper(model: torch.nn.Module, loss: Step) -> Step:
         optimizer = adamw(model, lr=1e-4, weight_decay=0.1)
@@ -48,37 +48,34 @@ def main() -> int:
 
         return step
 
-    def prepare(variant: str) -> LanguageModel:
+    def prepare(variant: str) -> tuple[LanguageModel, Step]:
         module = LanguageModel(*options(variant, args), tokens=1).to(args.device).train()
         if compiles:
             module.compile_parts()
-        step = stepper(module, lambda: module.mean_nats(inputs, targets))
-        step()
-        steps[variant], flops[variant] = step, 3 * module.model.flops_per_token(args.context)
-        return module
+        return module, stepper(module, lambda: module.mean_nats(inputs, targets))
 
-    def prepare_peer(model: torch.nn.Module, name: str) -> None:
-        step = stepper(model, lambda: model(inputs, labels=targets, use_cache=False).loss)
-        step()
-        steps[name], flops[name] = step, flops[first]
-
-    module = prepare(first)
-    try:
-        if other := peer(module.model):
-            prepare_peer(other.train(), peer_name(other))
-            if args.compiled_peer:
-                prepare_peer(torch.compile(other), f"{peer_name(other)}, compiled")
-    except Exception as e:  # it does not run here, or does not fit
-        print_failure("transformers", e)
-    status = report.measure(args.variants[1:], prepare, show=False)
-    times = report.in_turns(steps, args.repeats, warmup=3)
+    first = args.variants[0]
+    first_module, first_step = prepare(first)
+    peers = {}
+    if other := peer(first_module.model):
+        peers[peer_name(other)] = other.train()
+        if args.compiled_peer:
+            peers[f"{peer_name(other)}, compiled"] = torch.compile(other)
     peak = matmul_flops_per_s(args.device, DTYPES[precision])
-    for name, column in times.items():
-        tokens_per_s = inputs.numel() / statistics.median(column)
-        mfu = f"{tokens_per_s * flops[name] / peak:.0%} of {peak / 1e12:.2f} TFLOP/s"
-        report.add(name, spread(column), *ratio(column, times[first]), f"{tokens_per_s:,.0f}", mfu)
-    report.show()
-    return status
+
+    def measure(name: str) -> None:
+        module, step = first_module, first_step
+        if model := peers.get(name):
+            step = stepper(model, lambda: model(inputs, labels=targets, use_cache=False).loss)
+        elif name != first:
+            module, step = prepare(name)
+        times = report.in_turns({first: first_step, name: step}, args.repeats)
+        tokens_per_s = inputs.numel() / statistics.median(times[name])
+        flops = 3 * module.model.flops_per_token(args.context) * tokens_per_s
+        mfu = f"{flops / peak:.0%} of {peak / 1e12:.2f} TFLOP/s"
+        report.add(name, spread(times[name]), *ratio(times[name], times[first]), f"{tokens_per_s:,.0f}", mfu)
+
+    return report.measure([first, *peers, *args.variants[1:]], measure)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from plots.drawing import Drawing, NotInResults, Rows, dot_axis, grouped, named,
 from plots.results import Study
 
 MARKERS = {"contiguous": "s", "doubling": "D", "paged": "o"}
-FILLS = "full", "none", "left", "right"  # of paged caches, by block size
 
 
 def paging_rows(study: Study) -> Rows:
@@ -24,10 +23,13 @@ def paging_rows(study: Study) -> Rows:
 
 def kinds(rows: Rows) -> dict[tuple, dict]:
     """(cache, block size) -> how its marker looks."""
-    found = dict.fromkeys((row["cache"], row["block_size"]) for row in rows)
-    paged = [kind for kind in found if kind[0] == "paged"]
-    fills = {kind: FILLS[index % len(FILLS)] for index, kind in enumerate(paged)}
-    return {kind: {"marker": MARKERS[kind[0]], "fillstyle": fills.get(kind, "full")} for kind in found}
+    looks = {}
+    for cache, block_size in dict.fromkeys((row["cache"], row["block_size"]) for row in rows):
+        # Paged caches hold almost the same: the first is a dot, the others are rings around it.
+        rings = sum(kind[0] == cache for kind in looks)
+        look = {"marker": MARKERS[cache], "markersize": 4 + 3 * rings, "fillstyle": "none" if rings else "full"}
+        looks[cache, block_size] = look
+    return looks
 
 
 def kind_name(cache: str, block_size: int | None) -> str:
@@ -45,7 +47,7 @@ def draw_paging(rows: Rows, study: Study, width: float) -> Figure:
         ax.plot([needed], [y], marker="|", markersize=9, color=color, zorder=3)
         for row in group:
             marks = looks[row["cache"], row["block_size"]]
-            ax.plot([row["held_bytes"]], [y], color=color, markerfacecoloralt="white", zorder=3, **marks)
+            ax.plot([row["held_bytes"]], [y], color=color, zorder=3, **marks)
     ax.set_xscale("log", base=2)
     ax.margins(x=0.06)
     dot_axis(ax, names)
@@ -57,7 +59,7 @@ def draw_paging(rows: Rows, study: Study, width: float) -> Figure:
     ax.set_xlabel(f"cache of {rows[0]['sequences']} sequences")
     entries = [(Line2D([], [], marker="|", markersize=9, linestyle="none", color=style.GREY), "needed by the tokens")]
     for kind, marks in looks.items():
-        handle = Line2D([], [], linestyle="none", color=style.GREY, markerfacecoloralt="white", **marks)
+        handle = Line2D([], [], linestyle="none", color=style.GREY, **marks)
         entries.append((handle, kind_name(*kind)))
     style.add_legend(fig, entries)
     return fig
