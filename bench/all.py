@@ -79,13 +79,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, required=True, help="time for all of them")
     parser.add_argument("--out", type=Path, required=True, help="directory for bench.jsonl and the logs")
     args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
     import torch
 
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
-    end = time.monotonic() + 60 * args.minutes
     steps = GPU if torch.cuda.is_available() else CPU
     failures, shares = [], sum(share for share, _ in steps.values())
     for number, (name, (share, command)) in enumerate(steps.items(), 1):

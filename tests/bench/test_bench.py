@@ -100,18 +100,18 @@ def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_others(all_benche
     steps = {
         "slow": (1, "-c 'import time; time.sleep(60)'"),
         "broken": (1, "-c 1/0"),
-        "roof": (9, f"bench/roof.py {words}"),
+        "paging": (20, f"bench/paging.py {words}"),
     }
     start = time.monotonic()
-    assert all_benches(steps, minutes=0.6) == 1
-    assert time.monotonic() - start < 40
-    (row,) = map(json.loads, (tmp_path / "out" / "bench.jsonl").read_text().splitlines())
-    assert (row["bench"], row["what"]) == ("roof", "mha")
+    assert all_benches(steps, minutes=0.7) == 1
+    assert time.monotonic() - start < 45
+    rows = [json.loads(line) for line in (tmp_path / "out" / "bench.jsonl").read_text().splitlines()]
+    assert {row["bench"] for row in rows} == {"paging"}
     assert "ZeroDivisionError" in (tmp_path / "out" / "broken.log").read_text()
     printed = capsys.readouterr().out
-    assert "slow: stopped after 3 s" in printed
+    assert "slow: stopped after 2 s" in printed
     assert "broken: failed with status 1" in printed
-    assert "roof: done" in printed
+    assert "paging: done" in printed
 
 
 def test_a_signal_ends_the_current_step_and_keeps_what_was_written(all_benches, tmp_path, capsys):
