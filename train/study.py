@@ -71,6 +71,16 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class PagingConfig:
+    """Sequences of different lengths, for the bytes that contiguous, doubling and paged caches of them hold."""
+
+    lengths: Literal["documents", "uniform"] = "documents"  # of the corpus, or uniform up to max_tokens
+    max_tokens: int = 8192  # of a sequence; longer documents are cut
+    sequences: int = 64
+    block_sizes: list[int] = dataclasses.field(default_factory=lambda: [16, 64])  # tokens in a block of a paged cache
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     loss_tokens: int
     decode: DecodeConfig
@@ -78,6 +88,7 @@ class EvalConfig:
     level: float
     technique_tokens: int  # of held-out text for each technique
     techniques: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # on the trained model's cache
+    paging: PagingConfig | None = None  # None: not measured
 
     def technique_settings(self) -> list[dict[str, Any]]:
         """Each technique's, without lists; `full`, which the others are compared with, is always among them."""
@@ -252,6 +263,12 @@ def _check(study: Study) -> None:
     at_least_0 = {"warmup_tokens": study.train.warmup_tokens, "weight_decay": study.train.weight_decay}
     decode = {"batch": study.eval.decode.batch, "context": study.eval.decode.context}
     above_0 = vars(study.train) | vars(study.eval) | decode | vars(study.tokenizer)
+    if paging := study.eval.paging:
+        above_0 |= vars(paging)
+        if not paging.block_sizes:
+            raise InputError("eval.paging.block_sizes: at least one is needed")
+        if paging.lengths == "documents" and study.corpus.name == "mqar":
+            raise InputError("eval.paging.lengths=documents: corpus mqar has no documents; choose uniform")
     if unknown := set(study.eval.decode.seeds or []) - set(study.seeds):
         raise InputError(f"eval.decode.seeds={sorted(unknown)[0]}: must be among the study's seeds {study.seeds}")
     if too_large := [seed for seed in study.seeds if seed >= 2**32]:
