@@ -10,6 +10,10 @@ A new variant is one file here with a subclass of `Decoder`, and one line in VAR
 
 import dataclasses
 import difflib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
 
 from archs.cache import Cache
 from archs.decoder import Decoder
@@ -17,7 +21,7 @@ from archs.grouped import GQA, MHA, MQA
 from archs.mla import MLA
 from archs.yoco import YOCO
 
-__all__ = ["VARIANTS", "Cache", "Decoder", "build"]
+__all__ = ["VARIANTS", "Cache", "Decoder", "build", "find_variant"]
 
 VARIANTS: dict[str, type[Decoder]] = {
     "mha": MHA,
@@ -28,11 +32,32 @@ VARIANTS: dict[str, type[Decoder]] = {
 }
 
 
+def find_variant(arch: str) -> type[Decoder]:
+    """The class that `mha`, `package.module:Class` or `file.py:Class` names; ValueError says what is wrong."""
+    where, _, name = arch.rpartition(":")
+    if not where:
+        if arch not in VARIANTS:
+            raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}")
+        return VARIANTS[arch]
+    try:
+        if where.endswith(".py"):
+            module = sys.modules.get(str(Path(where).resolve()))
+            if module is None:
+                spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                sys.modules[str(Path(where).resolve())] = module
+        else:
+            module = importlib.import_module(where)
+        return getattr(module, name)
+    except (ImportError, OSError, AttributeError) as e:
+        raise ValueError(f"{arch}: {e}") from None
+
+
 def build(arch: str, **options) -> Decoder:
     """A freshly initialised model of the variant `arch`. ValueError names a wrong, unknown or missing option."""
-    if arch not in VARIANTS:
-        raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}")
-    fields = dataclasses.fields(VARIANTS[arch].Options)
+    variant = find_variant(arch)
+    fields = dataclasses.fields(variant.Options)
     allowed = [f.name for f in fields]
     if unknown := [name for name in options if name not in allowed]:
         close = difflib.get_close_matches(unknown[0], allowed, n=1)
@@ -41,6 +66,6 @@ def build(arch: str, **options) -> Decoder:
     if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]:
         raise ValueError(f"{arch} needs the option {', '.join(map(repr, missing))}")
     try:
-        return VARIANTS[arch](VARIANTS[arch].Options(**options))
+        return variant(variant.Options(**options))
     except ValueError as e:
         raise ValueError(f"{arch}: {e}") from None

@@ -42,6 +42,11 @@ def option(default: Any = dataclasses.MISSING, *, at_least: float = 1, below: fl
     return field(default=default, metadata={"at_least": at_least, "below": below})
 
 
+class _Fields:
+    def __get__(self, options, kind):
+        return {f.name: f for f in dataclasses.fields(kind)}
+
+
 @dataclass(kw_only=True)
 class Options:
     """What `build` takes for every variant. A ValueError names an option that is wrong and what is allowed."""
@@ -57,6 +62,11 @@ class Options:
     tie_embeddings: bool = option(True)
     dropout: float = option(0.0, at_least=0, below=1)
     rotary: ClassVar[str] = "head_dim"  # the option that is the size of what is rotated
+
+    model_fields = _Fields()
+
+    def model_dump(self) -> dict:
+        return dataclasses.asdict(self)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -359,50 +369,6 @@ class Decoder(nn.Module):
     def matmul_flops(self) -> int:
         """Forward FLOPs a token in the weight matrices, unembedding included: two for each weight."""
         return 2 * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-
-    # As other people's code knows it
-
-    def hf_config(self) -> dict[str, Any]:
-        """config.json of the class in Hugging Face transformers that computes the same; ValueError without one."""
-        o = self.options
-        model_type, architecture, own = self.hf_class()
-        return {
-            "architectures": [architecture],
-            "model_type": model_type,
-            "vocab_size": o.vocab_size,
-            "hidden_size": o.width,
-            "intermediate_size": o.ffn_width,
-            "num_hidden_layers": o.layers,
-            "num_attention_heads": o.heads,
-            "max_position_embeddings": o.context,
-            "hidden_act": "silu",
-            "rms_norm_eps": NORM_EPS,
-            "rope_parameters": {"rope_type": "default", "rope_theta": o.rope_base},
-            "rope_theta": o.rope_base,  # where versions before 5 look
-            "attention_bias": False,
-            "tie_word_embeddings": o.tie_embeddings,
-            "dtype": str(self.embed.weight.dtype).removeprefix("torch."),
-            **own,
-        }
-
-    def hf_weights(self) -> dict[str, Tensor]:
-        """The weights under the names that the class of `hf_config` has for them."""
-        weights = {"model.embed_tokens.weight": self.embed.weight, "model.norm.weight": self.norm.weight}
-        if not self.options.tie_embeddings:
-            weights["lm_head.weight"] = self.unembed.weight
-        for layer, block in enumerate(self.blocks):
-            gate, up = block.ffn.gate_up.weight.chunk(2)
-            named = {
-                "input_layernorm": block.attention_norm.weight,
-                "post_attention_layernorm": block.ffn_norm.weight,
-                "mlp.gate_proj": gate,
-                "mlp.up_proj": up,
-                "mlp.down_proj": block.ffn.down.weight,
-                "self_attn.o_proj": block.attention.out.weight,
-                **{f"self_attn.{name}": weight for name, weight in self.hf_attention(block.attention).items()},
-            }
-            weights |= {f"model.layers.{layer}.{name}.weight": weight for name, weight in named.items()}
-        return {name: weight.detach().contiguous() for name, weight in weights.items()}
 
     # What a variant says of itself
 

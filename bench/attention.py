@@ -28,7 +28,7 @@ from archs.attention import attend
 from archs.cache import zeros
 from archs.graph import Calls
 from eval.speed import ROOF_BYTES, reads
-from train.module import matmul_flops_per_s
+from train.machine import matmul_flops_per_s
 
 REPLAYED = 20  # calls at least in one CUDA graph: launches are then not what is timed
 

@@ -120,8 +120,7 @@ def gpu_memory() -> int:
 def device() -> str:
     import torch
 
-    from train.files import device_name
-    from train.plan import find_device
+    from train.machine import device_name, find_device
 
     return f"{device_name(find_device())}, torch {torch.__version__}"
 
@@ -129,7 +128,7 @@ def device() -> str:
 def run_states(directory: Path) -> dict[str, str]:
     """Of each run by name; {} where the time did not even do for the corpus."""
     from train.errors import InputError
-    from train.status import states
+    from train.store import states
 
     try:
         return states(directory)
@@ -143,7 +142,7 @@ def fitting(records: list[dict], memory: float, context: int) -> dict[str, dict]
     import torch
 
     from archs import build
-    from train.plan import find_device
+    from train.machine import find_device
 
     device, found = find_device(), {}
     models = {record["label"]: record for record in records}

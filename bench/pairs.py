@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvfrontier import tune_process
+from train.machine import tune_process
 
 tune_process()  # before torch is imported
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archs import Decoder, build
-from train.files import device_name
+from train.machine import device_name
 
 Step = Callable[[], object]
 SHAPE = {"vocab_size": 4096, "width": 256, "layers": 6, "heads": 8}

@@ -21,8 +21,8 @@ import torch
 from peers import peer
 
 from archs.cpu.building import compiler
-from train.module import LanguageModel, adamw, matmul_flops_per_s
-from train.plan import resolve_precision
+from train.machine import matmul_flops_per_s, resolve_precision
+from train.module import LanguageModel, adamw
 
 
 def main() -> None:

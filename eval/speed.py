@@ -23,7 +23,7 @@ from archs.cpu.layers import reader
 from train.errors import out_of_memory
 
 if TYPE_CHECKING:
-    from eval.subject import Subject
+    from eval.subject import EvalContext
 
 REPEATED = True  # in each round of the evaluation
 DECODE_STEPS = 40  # room in the cache after the prompt; longer samples go through it again
@@ -32,7 +32,7 @@ MEMORY_BOUND = 0.5  # share of the roof from which on memory is said to set a st
 ROOF_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the last-level cache; on a GPU also than a launch's worth
 
 
-def measure(subject: "Subject") -> dict:
+def measure(subject: "EvalContext") -> dict:
     """decode: a point for each batch and context of the study's grid; decode_skipped: those that did not fit;
     recompute: the time of a token without a cache. Of what was timed in an earlier round too, the faster."""
     model, before = subject.model, subject.measured

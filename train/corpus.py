@@ -47,7 +47,7 @@ class Corpus:
 
 
 def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to: Sequence[Path] = ()) -> Corpus:
-    """The corpus `name` ("stdlib", "environment"), or the one made of `files`; InputError says what a user has to mend.
+    """The corpus `name` ("stdlib", "environment"), or the one made of `files`; InputError says what to change.
 
     `files` are paths or glob patterns (`**` for any depth), absolute or relative to the first folder of `relative_to`
     (default: the current one) in which they match. `.jsonl` holds a document a line in the field "text", `.parquet` a
@@ -194,7 +194,9 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise InputError(f"corpus: {path} needs pyarrow to be read; install the hf extra: uv sync --extra hf") from None
+        raise InputError(
+            f"corpus: reading {path} needs pyarrow; install the data extra: uv sync --extra data"
+        ) from None
     try:
         table = parquet.ParquetFile(path)
         if "text" not in table.schema_arrow.names:

@@ -23,6 +23,7 @@ from archs.techniques.technique import Technique
 
 BIAS = -3.0  # of the decision: at first hardly a token merges
 TEMPERATURE = 0.1  # of the Gumbel sigmoid
+FADED, RISEN = 0.1, 0.7  # shares of the budget
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class DMC(Technique):
     rate of `lr`; with a budget of 1.0 it is trained as much and nothing merges. ValueError for numbers that can't be.
     """
 
+    trains = True
     train_tokens: int = 1_000_000
     lr: float = 1e-3
 
@@ -45,6 +47,26 @@ class DMC(Technique):
     @property
     def merges(self) -> bool:
         return self.budget < 1
+
+    @property
+    def is_full(self) -> bool:
+        return not self.merges
+
+    def validate_model(self, model: Decoder) -> None:
+        if not isinstance(model, Grouped):
+            raise ValueError(f"DMC merges keys and values of KV heads (MHA, GQA, MQA); {type(model).__name__} has none")
+
+    def retrofit(self, model: Decoder) -> Decoder:
+        return merging(model) if self.merges else model
+
+    def before_step(self, model: Decoder, done: float) -> None:
+        for block in model.blocks:
+            block.attention.attended_D[0] = max(0.0, 1 - done / FADED)
+
+    def penalty(self, model: Decoder, done: float) -> Tensor:
+        must_merge = (1 - self.budget) * min(1.0, max(0.0, (done - FADED) / (RISEN - FADED)))
+        merged = torch.stack([block.attention.merged for block in model.blocks]).mean()
+        return (must_merge - merged).clamp(min=0)
 
     def keep(self, slots: Slots, prompt: bool) -> None:
         """Nothing is let go of: it was merged before it was kept."""

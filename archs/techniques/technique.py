@@ -24,6 +24,30 @@ class Technique:
 
     budget: float = 1.0
     observes: ClassVar[bool] = False
+    trains: ClassVar[bool] = False  # the technique works on a model that was trained further for it
+
+    @property
+    def is_full(self) -> bool:
+        """True if nothing is dropped or merged."""
+        return False
+
+    def model_dump(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def validate_model(self, model) -> None:
+        """ValueError where the technique cannot act on the model."""
+        self.suits(model.options.layers)
+
+    def retrofit(self, model):
+        """The model in the form in which it is trained further."""
+        return model
+
+    def before_step(self, model, done: float) -> None:
+        """Called before each training step of a retrofit, with the share of the budget that is done."""
+
+    def penalty(self, model, done: float) -> Tensor | float:
+        """Added to the loss of a retrofit's training step."""
+        return 0.0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -76,6 +100,8 @@ class Technique:
 @dataclass(frozen=True)
 class Full(Technique):
     """Lets go of nothing."""
+
+    is_full = True
 
     def check(self) -> None:
         if self.budget != 1.0:

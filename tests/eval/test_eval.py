@@ -18,7 +18,7 @@ from eval.evaluate import measures
 from eval.frontier import bytes_for_baseline, crossing
 from eval.memory import CONTEXTS, BytesDiffer, measure_memory
 from eval.speed import measure_decode, measure_recompute, measure_roof, timed
-from eval.subject import Predictions, Subject
+from eval.subject import EvalContext, Predictions
 from train.batches import IGNORED
 from train.corpus import Corpus
 from train.module import token_nats
@@ -33,7 +33,7 @@ EACH = [(arch, options) for arch, variant in VARIANTS.items() for options in var
 
 def subject(model, data=None, overrides=("eval.loss_tokens=1_000_000",), measured=None):
     config = parse_study({}, overrides).eval
-    return Subject(model, data, config, torch.float32, 10.0, lambda _: None, measured or {})
+    return EvalContext(model, data, config, torch.float32, 10.0, lambda _: None, measured or {})
 
 
 @pytest.mark.parametrize(("arch", "options"), EACH)
@@ -423,7 +423,8 @@ def test_a_measure_is_a_module_of_the_package():
 def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_bytes_are():
     texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
     ones = torch.ones(300, dtype=torch.long).numpy()
-    data = SimpleNamespace(token_bytes=ones, token_kinds=(0 * ones).astype("uint8"))
+    kinds = (0 * ones).astype("uint8")
+    data = SimpleNamespace(token_bytes=ones, token_kinds=kinds, spread=lambda sequences, available: range(available))
     model = build("gqa", vocab_size=257, width=32, layers=3, heads=4, context=32, kv_heads=2).eval()
     tokens = torch.tensor([list(text.encode()[:33]) for text in texts[:6]])
     nats = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).detach()

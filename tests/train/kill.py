@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kvfrontier import main, tune_process
+from train.machine import tune_process
 
 tune_process()
 
@@ -35,8 +35,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import eval.evaluate
 import eval.speed
 from archs import VARIANTS
+from kvfrontier import main
+from train.callbacks import CheckpointAndStop
 from train.checkpoints import checkpoints
-from train.runner import KeepGoing
 
 OWN = {"gqa": {"kv_heads": 1}, "mla": {"kv_rank": 8, "rope_dim": 4}, "yoco": {"kv_heads": 1, "window": 8}}
 BATCH = 128
@@ -63,7 +64,7 @@ def in_child(arguments: list, dies_at: float, signum: int) -> int:
     batches are done; where that is a half, before a checkpoint and its validation."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    whole = KeepGoing.on_train_batch_end
+    whole = CheckpointAndStop.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest):
         early = dies_at % 1 and trainer.global_step > dies_at
@@ -73,7 +74,7 @@ def in_child(arguments: list, dies_at: float, signum: int) -> int:
         if trainer.global_step >= dies_at and not early:
             os.kill(os.getpid(), signum)
 
-    KeepGoing.on_train_batch_end = on_train_batch_end
+    CheckpointAndStop.on_train_batch_end = on_train_batch_end
     silence()
     try:
         os._exit(main([str(argument) for argument in arguments]))
