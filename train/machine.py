@@ -21,9 +21,8 @@ PACKAGES = "kvfrontier", "torch", "lightning", "tiktoken", "tokenizers", "numpy"
 def tune_process() -> None:
     """Sets how long idle OpenMP threads spin and how often Python collects garbage. Call it before torch is imported.
 
-    Idle threads spin for about 0.5 ms before they sleep. Longer spinning slows steps down by up to 50x where several
-    processes share the cores (measured on a busy 2-core virtual machine); without any, each of the hundreds of
-    operators in a decode step would first have to wake the threads.
+    Idle threads spin for about 0.5 ms before they sleep. Longer spinning slows steps down by up to 50x where cores are
+    shared; without any, each of the hundreds of operators in a decode step would have to wake the threads.
     Collecting garbage among the objects that imports make, all of which stay, takes a quarter of a command's start.
     """
     gc.set_threshold(100_000)

@@ -50,7 +50,6 @@ class RecallTask:
         return {"name": "mqar", "fingerprint": fingerprint, "generated": True, "pairs": self.pairs, **counts}
 
     def check(self, context: int) -> None:
-        """InputError if the pairs and their queries do not fit into `context` tokens."""
         if 4 * self.pairs[-1] > context:
             raise InputError(
                 f"{self.pairs[-1]} key-value pairs and as many queries take {4 * self.pairs[-1]} tokens, more than "

@@ -53,7 +53,8 @@ class Plan:
         self.variants = resolve_variants(study, data.n_vocab, study_file.parent)
         data.check(study.model["context"])
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
-        self.precision = resolve_precision(study.train.precision)
+        train = {key: value for key, value in study.train.model_dump().items() if key not in NOT_IN_KEY}
+        self._train_settings = train | {"precision": resolve_precision(study.train.precision)}
         evaluation = study.eval.model_dump() | {"level": None}  # of intervals: no measure depends on it
         self.evaluation = [evaluation, sorted(measures), resolve_dtype(study.eval.dtype), find_device().type]
 
@@ -97,44 +98,39 @@ class Plan:
     # Runs
 
     def compared_run(self, variant: Variant, seed: int, lr: float, tuning: dict | None) -> Run:
+        """`tuning`: how the rate was found, {seed, at_edge, rates: [{lr, val_bpb}]}; None if the study gives it."""
         directory = self.directory / "runs" / variant.label / f"seed-{seed}"
-        return self._run("compared", variant, seed, lr, tuning, directory, run_name(variant, seed))
+        settings = self._run_settings(variant, seed, lr, tuning)
+        return Run("compared", variant, seed, lr, settings, directory, run_name(variant, seed))
 
     def tuning_run(self, variant: Variant, lr: float) -> Run:
         variant = dataclasses.replace(variant, tokens=self.study.train.tuning_tokens or variant.tokens)
         directory = self.directory / "tuning" / variant.label / f"lr-{lr!r}"
         seed = tuning_seed(self.study.seeds)
-        return self._run("tuning", variant, seed, lr, None, directory, f"{variant.label} lr {lr:g}")
+        settings = self._run_settings(variant, seed, lr, None)
+        return Run("tuning", variant, seed, lr, settings, directory, f"{variant.label} lr {lr:g}")
 
-    def _run(
-        self, kind: str, variant: Variant, seed: int, lr: float, tuning: dict | None, directory: Path, name: str
-    ) -> Run:
+    def _run_settings(self, variant: Variant, seed: int, lr: float, tuning: dict | None) -> dict:
         fingerprint, tokenizer = self.data.facts["fingerprint"], self.study.tokenizer.model_dump()
-        train = {"precision": self.precision, "lr": lr, "tokens": variant.tokens}
         determines = {
             "arch": variant.arch,
             "options": variant.options,
             "seed": seed,
             "corpus": fingerprint,
             "tokenizer": tokenizer,
-            "train": self._train_settings | train,
+            "train": self._train_settings | {"lr": lr, "tokens": variant.tokens},
         }
         if variant.source:  # the place of its file does not determine the weights
             determines |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
-        return Run(
-            kind=kind,
-            variant=variant,
-            seed=seed,
-            lr=lr,
-            precision=self.precision,
-            match=self.study.match,
-            corpus_fingerprint=fingerprint,
-            tokenizer=tokenizer,
-            tuning=tuning,
-            key=content_key(determines),
-            directory=directory,
-            name=name,
-        )
+        return variant.facts() | {
+            "seed": seed,
+            "match": self.study.match,
+            "precision": self._train_settings["precision"],
+            "corpus_fingerprint": fingerprint,
+            "tokenizer": tokenizer,
+            "tuning": tuning,
+            "key": content_key(determines),
+        }
 
     def retrofits(self, run: Run) -> list[Run]:
         """The runs that train `run` further, one for each technique of the study that needs it and can act on its
@@ -142,20 +138,11 @@ class Plan:
         retrofits = []
         for name, technique in self._trained_techniques[run.variant.label]:
             shape = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
-            retrofits.append(
-                dataclasses.replace(
-                    run,
-                    kind="retrofit",
-                    variant=dataclasses.replace(run.variant, tokens=technique.train_tokens),
-                    lr=technique.lr,
-                    tuning=None,
-                    key=content_key([run.key, technique.model_dump()]),
-                    directory=self.directory / "retrofits" / run.variant.label / f"seed-{run.seed}" / shape,
-                    name=f"{run.name} {shape}",
-                    parent=run,
-                    technique=technique,
-                )
-            )
+            key = content_key([run.key, technique.model_dump()])
+            variant = dataclasses.replace(run.variant, tokens=technique.train_tokens)
+            settings = run.settings | {"tuning": None, "key": key}
+            where = self.directory / "retrofits" / variant.label / f"seed-{run.seed}" / shape, f"{run.name} {shape}"
+            retrofits.append(Run("retrofit", variant, run.seed, technique.lr, settings, *where, run, technique))
         return retrofits
 
     @cached_property
@@ -168,16 +155,12 @@ class Plan:
                 trained.append((settings["technique"], technique))
         return {variant.label: [each for each in trained if acts_on(each[1], variant)] for variant in self.variants}
 
-    @cached_property
-    def _train_settings(self) -> dict[str, Any]:
-        return {key: value for key, value in self.study.train.model_dump().items() if key not in NOT_IN_KEY}
-
     # config.json
 
     def config(self, run: Run) -> dict:
         """The content of a run's config.json: what determines its result, and its names."""
         train = self._train_settings | {"lr": run.lr, "tokens": run.variant.tokens}
-        config = run.settings() | {"train": train, "corpus": self.data.facts}
+        config = run.settings | {"train": train, "corpus": self.data.facts}
         if run.technique:
             config["retrofit"] = run.technique.model_dump() | {"of": run.parent.key, "is_full": run.technique.is_full}
         return config
@@ -288,7 +271,7 @@ class Snapshot:
         A run is evaluated without the retrofits that failed, and again when these are trained: they are part of it.
         """
         failed = [retrofit.key for retrofit in self.plan.retrofits(run) if "failed" in self.record(retrofit)]
-        return content_key([run.settings(), *self.plan.evaluation, *([failed] if failed else [])])
+        return content_key([run.settings, *self.plan.evaluation, *([failed] if failed else [])])
 
     def is_evaluated(self, run: Run) -> bool:
         return self.record(run).get("eval_key") == self.eval_key(run)

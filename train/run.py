@@ -18,21 +18,16 @@ class Run:
     variant: Variant
     seed: int
     lr: float
-    precision: str
-    match: str
-    corpus_fingerprint: str
-    tokenizer: dict
-    tuning: dict | None  # {seed, at_edge, rates: [{lr, val_bpb}]}: how the rate was found; None: the study gives it
-    key: str  # hash of everything that determines the trained weights
+    settings: dict  # the part of its record that is known before anything is measured
     directory: Path
     name: str  # as `kvfrontier status` shows it
     parent: "Run | None" = None
     technique: Technique | None = None
 
-    def settings(self) -> dict:
-        """The part of the record that is known before anything is measured."""
-        names = "seed", "match", "precision", "corpus_fingerprint", "tokenizer", "tuning", "key"
-        return self.variant.facts() | {name: getattr(self, name) for name in names}
+    @property
+    def key(self) -> str:
+        """Hash of everything that determines the trained weights."""
+        return self.settings["key"]
 
     def record(self) -> dict:
         """record.json as it is on the disk now; {} unless a run with this key has written it."""

@@ -37,12 +37,12 @@ from train.progress import StudyProgress
 from train.retrofit import Retrofit
 from train.run import Run
 from train.store import PLAN, read_plan
-from train.workers import Outcome
+from train.workers import Outcome, Workers
 
 LOG_POINTS = 100
 
 
-class InProcess:
+class InProcess(Workers):
     """Trains runs in this process, one after the other (a back end of workers.train_with)."""
 
     def __init__(self, plan: Plan, progress: StudyProgress):
@@ -58,12 +58,6 @@ class InProcess:
         future: Future[Outcome] = Future()
         future.set_result((0, []))
         return future
-
-    def stop(self) -> None:
-        """No run is under way between two calls of `start`."""
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def train_one(plan: Plan, name: str) -> list[str]:
@@ -180,7 +174,7 @@ def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) ->
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=config.strategy,
-        precision="bf16-mixed" if run.precision == "bf16" else "32-true",
+        precision="bf16-mixed" if run.settings["precision"] == "bf16" else "32-true",
         logger=loggers,
         log_every_n_steps=max(1, steps // LOG_POINTS),
         val_check_interval=val_every,
@@ -217,7 +211,7 @@ def write_record(run: Run, module: LanguageModel, curve: list[dict]) -> None:
         "flops_per_token": 3 * module.model.flops_per_token(run.variant.options["context"]),
     }
     params = {"params_non_embedding": module.model.count_params(embedding=False)}
-    content = run.settings() | params | {"train_tokens": module.tokens_seen, "train": train, "curve": curve}
+    content = run.settings | params | {"train_tokens": module.tokens_seen, "train": train, "curve": curve}
     write_json(run.directory / "record.json", content)
 
 

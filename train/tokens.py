@@ -49,16 +49,13 @@ class TokenSet:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int64 (n_vocab,): bytes of text that each token stands for, the end of text 0."""
         return token_bytes(self.tokenizer)
 
     @cached_property
     def token_kinds(self) -> np.ndarray:
-        """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation, 0 for others."""
         return token_kinds(self.tokenizer)
 
     def check(self, context: int) -> None:
-        """InputError if a split has fewer tokens than one sequence of `context` tokens needs."""
         for split, tokens in (("training", len(self.train)), ("validation", len(self.val))):
             if tokens <= context:
                 raise InputError(

@@ -117,27 +117,21 @@ def matching_tables(study: Study, vocab_size: int, folder: Path = Path()) -> dic
 
 
 def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
-    """Every variant of the study in every size, before its options are completed."""
-    for size, name in zip(study.sizes or [{}], size_names(study), strict=True):
+    """Every variant in every size, with every combination of the values in its lists.
+
+    Numbers in lists make a family, a curve over bytes; other values (`swa`, `gret`) make families of their own.
+    """
+    for size, size_name in zip(study.sizes or [{}], size_names(study), strict=True):
         model = {"vocab_size": vocab_size, **study.model, **{k: v for k, v in size.items() if k != "tokens"}}
         tokens = size.get("tokens", study.train.tokens)
-        for family, arch, label, own in expand(study):
-            label = f"{label}-{name}" if name else label
-            yield Draft(label, family, name, find_arch(arch, folder), model, own, tokens)
-
-
-def expand(study: Study) -> Iterator[tuple[str, str, str, dict]]:
-    """(family, arch, label, own options) for every combination of the values in each variant's lists.
-
-    Numbers make a family, a curve over bytes; other values (`swa`, `gret`) make families of their own.
-    """
-    for variant in study.variants:
-        name = variant_label(variant)
-        own = {key: value for key, value in variant.items() if key not in ("label", "arch")}
-        for chosen in combinations(own, f"variants: {name}"):
-            label = "-".join([name, *(str(value).lower() for value in chosen.values())])
-            kinds = [str(value).lower() for value in chosen.values() if type(value) not in (int, float)]
-            yield "-".join([name, *kinds]), variant["arch"], label, own | chosen
+        for variant in study.variants:
+            name, arch = variant_label(variant), find_arch(variant["arch"], folder)
+            own = {key: value for key, value in variant.items() if key not in ("label", "arch")}
+            for chosen in combinations(own, f"variants: {name}"):
+                words = [(str(value).lower(), type(value) in (int, float)) for value in chosen.values()]
+                label = "-".join([name, *(word for word, _ in words), *([size_name] if size_name else [])])
+                family = "-".join([name, *(word for word, is_number in words if not is_number)])
+                yield Draft(label, family, size_name, arch, model, own | chosen, tokens)
 
 
 def size_names(study: Study) -> list[str]:

@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from train.errors import InputError, Interrupted
 from train.machine import cores, find_device
@@ -31,16 +32,17 @@ RETRIES = 3  # of a run whose process or Ray node was killed
 Outcome = tuple[int, list[str]]  # exit status of a run's process, and the lines that it printed
 
 
-class Workers(Protocol):
+class Workers(ABC):
     """Where runs are trained."""
 
+    @abstractmethod
     def start(self, run: "Run") -> "Future[Outcome] | None":
         """Takes on a run, to be trained as soon as a worker is free. None if another process is at work on it."""
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027
         """Has all runs write a checkpoint and end; those that wait are not begun."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Frees what the workers use; called last."""
 
 
@@ -159,7 +161,7 @@ def threads() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
-class SideBySide:
+class SideBySide(Workers):
     """Trains `count` runs at a time on this machine, each on its own GPU where there are enough."""
 
     def __init__(self, plan: "Plan", count: int):
@@ -206,7 +208,7 @@ def _gpus(plan: "Plan", number: int, count: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[(number * each + i) % gpus] for i in range(each))}
 
 
-class OnRay:
+class OnRay(Workers):
     """Trains each run as a Ray task, on any node that sees the study's directory under the same path.
 
     A task takes as many GPUs as a run has devices or, where no node has GPUs, a core for each thread of a run (all

@@ -381,9 +381,9 @@ def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(d
     runs = plan.look().runs
     assert {run.variant.label: run.lr for run in runs} == best
     assert {run.seed for run in runs} == {0, 1000}
-    assert {run.seed for run in plan.look().tuning_runs} == {1001} == {run.tuning["seed"] for run in runs}
-    assert [rate["lr"] for rate in runs[0].tuning["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    assert not runs[0].tuning["at_edge"]
+    assert {run.seed for run in plan.look().tuning_runs} == {1001} == {run.settings["tuning"]["seed"] for run in runs}
+    assert [rate["lr"] for rate in runs[0].settings["tuning"]["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert not runs[0].settings["tuning"]["at_edge"]
     assert plan.look().ready == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
     given = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
     assert given.key == runs[0].key  # how a rate was found does not change the run
@@ -394,7 +394,7 @@ def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
     plan = Plan(study(*settings, "train.tuning_tokens=4_096"), data, tmp_path)
     tried(plan, lambda label, lr: 2 + abs(math.log(lr / 2e-3)))
     (run,) = plan.look().runs
-    assert (run.lr, run.tuning["tokens"]) == (2e-3, 4096)
+    assert (run.lr, run.settings["tuning"]["tokens"]) == (2e-3, 4096)
     assert {run.variant.tokens for run in plan.look().tuning_runs} == {4096}
     assert run.variant.tokens > 4096
     whole = Plan(study(*settings), data, tmp_path / "whole")
@@ -411,6 +411,24 @@ def test_how_a_run_is_trained_does_not_change_which_run_it_is(setting, data, tmp
     assert one.key == other.key
 
 
+def test_a_variant_in_a_file_of_the_users_own_is_found_beside_the_study_and_its_source_decides_its_key(data, tmp_path):
+    source = "from archs.grouped import MQA\n\n\nclass Mine(MQA):\n    pass\n"
+    variants = [{"arch": "mha"}, {"arch": "mine.py:Mine"}]
+    keys = []
+    for folder, text in (("a", source), ("b", source), ("c", source + "# changed\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(text)
+        plan = Plan(study(variants=variants), data, tmp_path, tmp_path / folder / "study.yaml")
+        mha, mine = plan.look().runs
+        assert (mine.variant.label, mine.variant.arch) == ("Mine", f"{tmp_path / folder / 'mine.py'}:Mine")
+        assert "source" in mine.settings
+        assert "source" not in mha.settings
+        keys.append((mha.key, mine.key))
+    assert keys[0] == keys[1]
+    assert keys[0][0] == keys[2][0]
+    assert keys[0][1] != keys[2][1]
+
+
 def test_seeds_that_are_timed_are_seeds_of_the_study():
     with pytest.raises(InputError, match=r"eval.decode.seeds=7: must be among the study's seeds \[0\]"):
         study("eval.decode.seeds=[0, 7]")
@@ -422,9 +440,9 @@ def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_
     chosen = {run.variant.label: run for run in plan.look().runs}
     assert [line.split(":")[0] for line in plan.look().failures] == ["mha"]
     assert chosen["mqa"].lr == 2e-3
-    assert chosen["mqa"].tuning["rates"][-1] == {"lr": 4e-3, "val_bpb": None}
+    assert chosen["mqa"].settings["tuning"]["rates"][-1] == {"lr": 4e-3, "val_bpb": None}
     assert chosen["gqa"].lr == 2e-3 * 2**WIDENED_AT_MOST
-    assert chosen["gqa"].tuning["at_edge"]
+    assert chosen["gqa"].settings["tuning"]["at_edge"]
 
 
 def test_a_run_that_failed_for_another_reason_says_nothing_of_its_rate(data, tmp_path):
