@@ -231,7 +231,7 @@ BAD = [
     ({"corpus": {"nmae": "stdlib"}}, "did you mean 'name'"),
     ({"tokenizer": {"name": "bpe", "vocab_size": 90_000}}, "vocab_size"),
     ({"tokenizer": {"name": "gpt2"}}, "gpt2"),
-    ({"model": {"width": 30, "heads": 4}}, "heads=4 must divide width=30"),
+    ({"model": STUDY["model"] | {"width": 30}}, "heads=4 must divide width=30"),
     ({"variants": [{"arch": "mla", "kv_rank": 8, "rope_dim": 5}]}, "rope_dim=5: must be even"),
     ({"model": STUDY["model"] | {"context": 2**15}, "train": {"batch_tokens": 2**15}}, "too few for one sequence"),
     ({"trian": {"tokens": 5}}, "did you mean 'train'"),

@@ -14,11 +14,11 @@ console = Console(stderr=True, highlight=False)
 
 class StudyProgress:
     """Use it as a context around one stage. `total` is the work of the stage, in any unit; the time left is estimated
-    from the work done. `place` is shown before the run, such as 3/12."""
+    from the work done. `note` is shown before the run."""
 
     def __init__(self, stage: str, total: float):
         self.stage, self.total, self.done = stage, total, 0.0
-        self.place = ""
+        self.note = ""
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -51,7 +51,7 @@ class StudyProgress:
         now = time.monotonic()
         left = (self.total - self.done) * (now - self._started) / self.done if self.done else 0
         detail = f"{detail}  {duration(left)} left" if self.done else detail
-        where = " ".join(filter(None, (self.stage, self.place, run)))
+        where = " ".join(filter(None, (self.stage, self.note, run)))
         if console.is_terminal:
             self._bar.update(self._task, description=where, completed=self.done, total=self.total, detail=detail)
         elif now - self._shown >= SECONDS_BETWEEN_LINES:

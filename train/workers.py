@@ -60,10 +60,10 @@ def train_with(workers: Workers, plan: "Plan", progress: StudyProgress) -> list[
         while True:
             look = plan.look()
             ready = [run for run in look.ready if run.directory not in tried]
+            progress.note = f"({len(look.left)} to go)"
             if not running:
                 progress.set_left(sum(variant.work for variant in look.left))
             for run in ready:
-                progress.place = f"{len(tried) + 1}/{len(tried) + len(look.left)}"
                 if future := workers.start(run):
                     tried.add(run.directory)
                     running[future] = run
