@@ -2,7 +2,8 @@
 
 AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
 
-A variant names the class that computes the same and what is its own in it (`Decoder.hf_class`, `hf_attention`).
+A variant names the class that computes the same, and its special part of the config and weights (`Decoder.hf_class`,
+`hf_attention`).
 """
 
 from pathlib import Path
@@ -87,7 +88,7 @@ def _encoding(run: Path, config: dict) -> tiktoken.Encoding | None:
 def hf_config(model: Decoder) -> dict[str, Any]:
     """config.json of the class in transformers that computes the same as the model; ValueError without one."""
     o = model.options
-    model_type, architecture, own = model.hf_class()
+    model_type, architecture, special = model.hf_class()
     return {
         "architectures": [architecture],
         "model_type": model_type,
@@ -104,7 +105,7 @@ def hf_config(model: Decoder) -> dict[str, Any]:
         "attention_bias": False,
         "tie_word_embeddings": o.tie_embeddings,
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
-        **own,
+        **special,
     }
 
 

@@ -50,22 +50,22 @@ class Variant:
 
 @dataclass(frozen=True)
 class Draft:
-    """One variant in one size as the study writes it: its own options are neither complete nor matched."""
+    """One variant in one size as the study writes it: its options are neither complete nor matched."""
 
     label: str
     family: str
     size: str
     arch: str
     model: dict[str, Any]  # the options that all variants of this size share
-    own: dict[str, Any]
+    options: dict[str, Any]  # its own options
     tokens: int
 
     def resolve(self, rule: str, baseline: Variant | None) -> Variant:
         """The variant, matched by `rule` to the first one of its size; None: it is the first. ValueError if a model
         cannot have these options or cannot be matched."""
-        if baseline and FREE[rule] in self.own:
+        if baseline and FREE[rule] in self.options:
             raise ValueError(f"match: {rule} sets {FREE[rule]}; leave it out here, or use match: none")
-        model = matched(rule, self.arch, self.model | self.own, baseline and baseline.params)
+        model = matched(rule, self.arch, self.model | self.options, baseline and baseline.params)
         first = baseline.label if baseline else self.label
         facts = model.options.model_dump(), model.count_params(), self.tokens, source_hash(self.arch)
         return Variant(self.label, self.family, self.size, first, self.arch, *facts)
@@ -126,12 +126,12 @@ def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
         tokens = size.get("tokens", study.train.tokens)
         for variant in study.variants:
             name, arch = variant_label(variant), find_arch(variant["arch"], folder)
-            own = {key: value for key, value in variant.items() if key not in ("label", "arch")}
-            for chosen in combinations(own, f"variants: {name}"):
+            options = {key: value for key, value in variant.items() if key not in ("label", "arch")}
+            for chosen in combinations(options, f"variants: {name}"):
                 words = [(str(value).lower(), type(value) in (int, float)) for value in chosen.values()]
                 label = "-".join([name, *(word for word, _ in words), *([size_name] if size_name else [])])
                 family = "-".join([name, *(word for word, is_number in words if not is_number)])
-                yield Draft(label, family, size_name, arch, model, own | chosen, tokens)
+                yield Draft(label, family, size_name, arch, model, options | chosen, tokens)
 
 
 def size_names(study: Study) -> list[str]:

@@ -59,8 +59,8 @@ def write_study(folder: Path, name: str, steps: int, **changes) -> Path:
 
 
 def in_child(arguments: list, dies_at: float, signum: int) -> int:
-    """The exit status of a kvfrontier command, or minus the number of the signal that killed it. It sends itself `signum` once `dies_at`
-    batches are done; where that is a half, before a checkpoint and its validation."""
+    """The exit status of a kvfrontier command, or minus the number of the signal that killed it. It sends itself
+    `signum` once `dies_at` batches are done; a half means after a batch and before its checkpoint and validation."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     whole = CheckpointAndStop.on_train_batch_end
