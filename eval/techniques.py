@@ -67,7 +67,7 @@ def evaluate_with_technique(
         logits_BTV = torch.stack(logits, 1)
         nats += token_nats(logits_BTV, targets).double().sum().item()
         right += ((logits_BTV.argmax(-1) == targets) & (targets != IGNORED)).sum().item()
-        nbytes, notes = nbytes + cache.nbytes, notes + cache.notes_nbytes
+        nbytes, notes = nbytes + cache.nbytes, notes + cache.metadata_nbytes
     predicted_N = targets_NT[:, prompt - 1 :]
     predicted_N = predicted_N[predicted_N != IGNORED]
     text_bytes = int(subject.data.token_bytes[predicted_N].sum())

@@ -63,6 +63,10 @@ class CompressedCache(Cache):
         return super().nbytes - self.notes_nbytes
 
     @property
+    def metadata_nbytes(self) -> int:
+        return self.notes_nbytes
+
+    @property
     def notes_nbytes(self) -> int:
         """Bytes of positions, kinds of tokens, counts and scores."""
         return sum(slots.notes_nbytes for slots in self.slots)
