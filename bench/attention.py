@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from archs.attention import attend
-from archs.cache import zeros
+from archs.ops import attention, zeros
 from eval.speed import ROOF_BYTES, reads
 from train.module import matmul_flops_per_s
 
@@ -46,7 +45,7 @@ def main() -> int:
     device, dtype, H, D = args.device, DTYPES[args.dtype], args.heads, args.head_dim
     title = f"decode attention, batch {args.batch}, context {args.context}, {H} heads of {D}, {args.dtype}"
     report = Report(title, args, ["what", "cache MiB", "ms", "GB/s", "of the read roof", "arithmetic bound"])
-    x = zeros(ROOF_BYTES[device] // 4, dtype=torch.float32, device=device).normal_()
+    x = zeros((ROOF_BYTES[device] // 4,), torch.float32, torch.device(device)).normal_()
     roofs = {way: (read, 1) if device == "cpu" else recorded([read], device) for way, read in reads(x).items()}
     peak = matmul_flops_per_s(device, dtype)
     position = torch.tensor([args.context - 1], device=device) if device == "cuda" else None
@@ -58,24 +57,28 @@ def main() -> int:
     }
 
     def random(*shape: int) -> Tensor:
-        return zeros(args.batch, *shape, dtype=dtype, device=device).normal_()
+        return zeros((args.batch, *shape), dtype, torch.device(device)).normal_()
 
     def measure(name: str) -> None:
         G, key_size, value_size = variants[name]
         attended = value_size or args.kv_rank
+
+        def attend(q: Tensor, k: Tensor, v: Tensor | None) -> Tensor:
+            return attention(q, k, k[..., :attended] if v is None else v, key_size**-0.5, 0, position)
+
         nbytes = args.batch * G * args.context * (key_size + (value_size or 0)) * dtype.itemsize
         q = random(H, 1, key_size)
         layers = [
             (random(G, args.context, key_size), random(G, args.context, value_size) if value_size else None)
             for _ in range(-(-x.nbytes // nbytes))
         ]
-        attentions = {name: lambda q, k, v: attend(q, k, v, None, position, attended)}
+        attentions = {name: attend}
         if device == "cuda" and value_size:
-            attentions |= {f"{name}, {label}": attention for label, attention in peers(H, G).items()}
+            attentions |= {f"{name}, {label}": step for label, step in peers(H, G).items()}
         steps = dict(roofs)
-        for label, attention in attentions.items():
+        for label, step in attentions.items():
             try:
-                steps[label] = recorded([functools.partial(attention, q, k, v) for k, v in layers], device)
+                steps[label] = recorded([functools.partial(step, q, k, v) for k, v in layers], device)
             except Exception as e:
                 if label == name:
                     raise

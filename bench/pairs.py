@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvfrontier import tune_process
+from train.machine import tune_process
 
 tune_process()  # before torch is imported
 
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from archs import Decoder, build
-from archs.graph import Calls
-from train.files import describe_machine, device_name
+from archs.ops import record
+from train.machine import describe_machine, device_name
 
 Step = Callable[[], object]
 START = time.monotonic()
@@ -64,14 +64,6 @@ def options(variant: str, args: argparse.Namespace) -> tuple[str, dict]:
 def model_of(variant: str, args: argparse.Namespace) -> Decoder:
     arch, settings = options(variant, args)
     return build(arch, **settings).to(args.device, DTYPES[args.dtype]).eval()
-
-
-def record(function: Step) -> Step:
-    """Runs a function on the CPU once and returns a function that runs its operators again."""
-    calls = Calls()
-    with calls:
-        function()
-    return calls.replay
 
 
 def recorded(calls: list[Step], device: str) -> tuple[Step, int]:

@@ -4,12 +4,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from archs import Decoder
+from train.export import hf_config
 
 
 def peer(model: Decoder) -> PreTrainedModel | None:
     """A model of the same shape, device and dtype, freshly initialised; None where transformers has no such class."""
     try:
-        config = AutoConfig.for_model(**model.hf_config())
+        config = AutoConfig.for_model(**hf_config(model))
     except ValueError:
         return None
     weight = model.embed.weight

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from archs import split_kv as kernel
+from archs.kernels import triton_attention as kernel
 
 TRIED = {"slots": [16, 32, 64, 128], "warps": [4, 8], "programs": [1, 2, 4, 8]}
 SHOWN = 10

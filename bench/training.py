@@ -17,9 +17,9 @@ import sys
 import torch
 from peers import peer, peer_name
 
-from archs.cpu.building import compiler
-from train.module import LanguageModel, adamw, matmul_flops_per_s
-from train.plan import resolve_precision
+from archs.ops import gains_by_compiling
+from train.machine import matmul_flops_per_s, resolve_precision
+from train.module import LanguageModel, adamw
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     made.add_argument("--no-compile", action="store_true", help="train the variants as short runs do, not compiled")
     made.add_argument("--compiled-peer", action="store_true", help="time transformers' model compiled, too")
     args = made.parse_args()
-    compiles = bool(compiler()) and not args.no_compile
+    compiles = not args.no_compile and gains_by_compiling(torch.device(args.device), float("inf"))
     precision = resolve_precision(args.precision)
     title = f"training step, batch {args.batch} x {args.context}, width {args.width}, {args.layers} layers, {precision}"
     title += ", variants compiled" if compiles else ", nothing compiled"

@@ -6,7 +6,7 @@ import torch
 
 from archs import Decoder
 from train.errors import out_of_memory
-from train.files import describe_machine
+from train.machine import describe_machine
 
 if TYPE_CHECKING:
     from eval.subject import Subject

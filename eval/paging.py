@@ -107,6 +107,6 @@ def paged_cache(
     cache = PagedCache(model, len(lengths), blocks, block_size, dtype)
     for length in lengths:
         sequence = cache.admit()
-        cache.take([sequence], length)
+        cache.allocate([sequence], length)
         sequence.length = length
     return cache

@@ -17,7 +17,17 @@ from plots.drawing import NotInResults
 from plots.figures import FIGURES
 from plots.results import ResultsError, load
 
-__all__ = ["ResultsError", "draw"]
+__all__ = ["ResultsError", "draw", "is_drawn"]
+
+
+def is_drawn(directory: Path) -> bool:
+    """True if the report, which is written last, is newer than results.json and all figures and tables."""
+    folders = [directory / name for name in ("figures", "tables")]
+    if not all(path.exists() for path in (directory / "report.html", *folders)):
+        return False
+    drawn = (directory / "report.html").stat().st_mtime_ns
+    others = [directory / "results.json", *(path for folder in folders for path in folder.iterdir())]
+    return all(path.stat().st_mtime_ns <= drawn for path in others)
 
 
 def draw(directory: Path) -> list[Path]:

@@ -32,7 +32,7 @@ def sequences_at_once(tokens_BT: Tensor) -> int:
 def are_columns(v: Tensor, k: Tensor) -> bool:
     """True if the values are the first columns of the keys, in the same memory (MLA's latent). Under torch.compile and
     torch.func tensors have no address, and the answer is False."""
-    if v.shape[-1] >= k.shape[-1] or torch.compiler.is_compiling() or is_transformed() or v._base is None:
+    if v.shape[-1] >= k.shape[-1] or torch.compiler.is_compiling() or is_transformed():
         return False
     return v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
 
