@@ -9,12 +9,12 @@ from train.errors import out_of_memory
 from train.machine import describe_machine
 
 if TYPE_CHECKING:
-    from eval.subject import Subject
+    from eval.subject import EvalContext
 
 STEP = 0.98  # what is left of a batch that a GPU could not allocate
 
 
-def measure(subject: "Subject") -> dict:
+def measure(subject: "EvalContext") -> dict:
     """capacity: {memory_bytes, largest_batch: {"<context>": n}}, by formula, for the contexts of the decode grid; on a
     GPU also `allocated_batch`, the largest one that could be allocated."""
     model, dtype = subject.model, subject.dtype

@@ -11,7 +11,7 @@ import torch
 from archs import Decoder
 from archs.paged import PagedCache
 from eval.memory import BytesDiffer
-from eval.subject import Subject
+from eval.subject import EvalContext
 from train.tokens import TokenSet
 
 FIRST = 16  # tokens that a doubling cache has room for at first
@@ -20,7 +20,7 @@ SCANNED = 2**24  # tokens of the training text that document lengths are taken f
 Held = dict[tuple[str, int | None], int]  # (kind of cache, block size) -> bytes
 
 
-def measure(subject: Subject) -> dict:
+def measure(subject: EvalContext) -> dict:
     """paging: a row for each kind of cache, {cache, block_size, held_bytes, wasted_bytes} and the facts about the
     sequences; nothing unless the study has `eval.paging`. BytesDiffer where a real cache and the formula disagree."""
     paging, model, dtype = subject.config.paging, subject.model, subject.dtype

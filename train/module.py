@@ -13,7 +13,6 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from archs import build, ops
