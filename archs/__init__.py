@@ -5,20 +5,21 @@
     last = model.prefill(tokens, cache)    # (B, T) -> (B, V)
     last = model.decode(last.argmax(-1), cache)
 
-A new variant is one file here with a subclass of `Decoder`, and one line in VARIANTS.
+A new variant is one file here with a subclass of `Decoder`, and one line in VARIANTS; or a file anywhere, named as
+`build("my_file.py:MyVariant", ...)`.
 """
 
-import dataclasses
-import difflib
+import functools
 import importlib
 import importlib.util
-import sys
 from pathlib import Path
+from types import ModuleType
 
 from archs.cache import Cache
 from archs.decoder import Decoder
 from archs.grouped import GQA, MHA, MQA
 from archs.mla import MLA
+from archs.settings import SettingsError
 from archs.yoco import YOCO
 
 __all__ = ["VARIANTS", "Cache", "Decoder", "build", "find_variant"]
@@ -33,39 +34,34 @@ VARIANTS: dict[str, type[Decoder]] = {
 
 
 def find_variant(arch: str) -> type[Decoder]:
-    """The class that `mha`, `package.module:Class` or `file.py:Class` names; ValueError says what is wrong."""
-    where, _, name = arch.rpartition(":")
-    if not where:
-        if arch not in VARIANTS:
-            raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}")
+    """A variant by its name in VARIANTS, as "package.module:Class" or "file.py:Class". ValueError if there is none."""
+    if arch in VARIANTS:
         return VARIANTS[arch]
+    place, colon, name = arch.rpartition(":")
+    if not colon:
+        raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}, or give file.py:Class")
     try:
-        if where.endswith(".py"):
-            module = sys.modules.get(str(Path(where).resolve()))
-            if module is None:
-                spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                sys.modules[str(Path(where).resolve())] = module
-        else:
-            module = importlib.import_module(where)
-        return getattr(module, name)
-    except (ImportError, OSError, AttributeError) as e:
-        raise ValueError(f"{arch}: {e}") from None
+        module = _load(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
+    except (ImportError, OSError, SyntaxError) as e:
+        raise ValueError(f"architecture {arch!r}: cannot load {place}: {e}") from None
+    variant = getattr(module, name, None)
+    if not (isinstance(variant, type) and issubclass(variant, Decoder)):
+        raise ValueError(f"architecture {arch!r}: {place} has no subclass of archs.Decoder named {name!r}")
+    return variant
+
+
+@functools.cache
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def build(arch: str, **options) -> Decoder:
     """A freshly initialised model of the variant `arch`. ValueError names a wrong, unknown or missing option."""
     variant = find_variant(arch)
-    fields = dataclasses.fields(variant.Options)
-    allowed = [f.name for f in fields]
-    if unknown := [name for name in options if name not in allowed]:
-        close = difflib.get_close_matches(unknown[0], allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{arch} has no option {', '.join(map(repr, unknown))}; allowed: {', '.join(allowed)}{hint}")
-    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in options]:
-        raise ValueError(f"{arch} needs the option {', '.join(map(repr, missing))}")
     try:
         return variant(variant.Options(**options))
-    except ValueError as e:
+    except SettingsError as e:
         raise ValueError(f"{arch}: {e}") from None

@@ -1,177 +1,174 @@
 """KV caches: allocated once for `max_tokens`, written in place, read as far as they are filled.
 
-Where a token goes is a number (`start: int`), and what is held comes back as views cut to it. In a decode step that is
-recorded and replayed it is a tensor on the device (1), and the whole storages come back with it: `seen`.
+The bytes that a cache reports are those of its storages, found by walking all tensors that it reaches, each storage
+once. So a variant cannot forget a buffer, and a cache shared by several layers counts once (YOCO, arXiv 2405.05254).
 
-The bytes a cache reports are those of its storages, found by walking whatever tensors it reaches, each storage once.
-A variant therefore cannot forget a buffer, and a cache shared by several layers counts once (YOCO, arXiv 2405.05254).
-
-Shapes: B batch, G KV heads, S cached tokens, T new tokens, D head size.
+Shapes: B batch, G KV heads, S slots, T new tokens, D size of a vector.
 """
 
-import contextlib
 import copy
 import functools
-import math
-import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from archs.cpu.building import takes
-from archs.cpu.layers import put
-
-HUGE_PAGE = 2**21  # bytes
+from archs import ops
+from archs.kv import KV, View
 
 
-def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """torch's; on a CPU, where Linux has them, large ones in pages of 2 MiB, which are read up to a fifth faster.
+class FullCache(KV):
+    """Every token's key and value in order: tensors (B, G, max_tokens, D). Values may be columns of the keys."""
 
-    Of torch's own memory, pages of 4 KiB, each address must be looked up again after a few lines.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        area.madvise(mmap.MADV_HUGEPAGE)
-    offset = -torch.frombuffer(area, dtype=torch.uint8).data_ptr() % HUGE_PAGE
-    made = torch.frombuffer(area, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
-    return made.zero_()  # so that all of it is there before anything is timed
+    def __init__(self, tensors: list[Tensor], value_size: int):
+        self.tensors, self.value_size = tensors, value_size
 
-
-class FullCache:
-    """Every token's vectors in order, one tensor (B, G, max_tokens, D) for each of `sizes`, given as (G, D)."""
-
-    def __init__(self, batch_size: int, max_tokens: int, sizes: Sequence[tuple[int, int]], dtype, device):
-        self.streams = [zeros(batch_size, g, max_tokens, d, dtype=dtype, device=device) for g, d in sizes]
-
-    def append(self, start: int | Tensor, *new_BGTD: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Writes T new tokens (one, where `start` is a tensor) at `start`.
-
-        Returns views (B, G, start + T, D) of all that is now held, and None; or all slots, and up to where they are
-        to be seen.
-        """
+    def write(self, start: int | Tensor, *new_BGTD: Tensor | None) -> View:
         if isinstance(start, Tensor):
-            return _write(self.streams, start, new_BGTD), start
+            self.put(start, new_BGTD)
+            return self.slots(position=start)
         end = start + new_BGTD[0].shape[2]
-        for stream, new in zip(self.streams, new_BGTD, strict=True):
-            stream[:, :, start:end] = new
-        return [stream[:, :, :end] for stream in self.streams], None
+        for tensor, new in zip(self.tensors, new_BGTD, strict=False):
+            tensor[:, :, start:end] = new
+        return self.slots(end)
+
+    def put(self, slots_T: Tensor, new_BGTD: tuple[Tensor | None, ...]) -> None:
+        for tensor, new in zip(self.tensors, new_BGTD, strict=False):
+            tensor.index_copy_(2, slots_T, new.to(tensor.dtype))
+
+    def slots(self, end: int | None = None, position: Tensor | None = None) -> View:
+        k, *v = (tensor[:, :, :end] for tensor in self.tensors)
+        return View(k, v[0] if v else k[..., : self.value_size], position=position)
 
 
-def _write(streams: list[Tensor], slot: Tensor, new_BG1D: Sequence[Tensor]) -> list[Tensor]:
-    for stream, new in zip(streams, new_BG1D, strict=True):
-        if new.stride(3) == 1 and takes(stream, new):
-            put(stream, new, slot)
-        else:
-            stream.index_copy_(2, slot, new.to(stream.dtype))
-    return streams
+class Ring(FullCache):
+    """The last `window` tokens; token t is in slot t mod window."""
+
+    def write(self, start: int | Tensor, *new_BGTD: Tensor) -> View:
+        window, T = self.tensors[0].shape[2], new_BGTD[0].shape[2]
+        if T == 1:  # sees all that is held, in whatever order
+            slot = start % window if isinstance(start, Tensor) else torch.tensor([start % window], device=self.device)
+            self.put(slot, new_BGTD)
+            return self.slots(position=start) if isinstance(start, Tensor) else self.slots(start + 1)
+        before = torch.arange(max(0, start - window + 1), start, device=self.device) % window
+        k, v = (
+            torch.cat((tensor[:, :, before], new.to(tensor.dtype)), 2)
+            for tensor, new in zip(self.tensors, new_BGTD, strict=True)
+        )
+        stay = min(T, window)
+        last = torch.arange(start + T - stay, start + T, device=self.device) % window
+        self.put(last, tuple(new[:, :, T - stay :] for new in new_BGTD))
+        return View(k, v, window)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
 
 
-class WindowCache:
-    """A ring of the last `window` tokens' keys and values; token t stands in slot t mod window."""
+class State:
+    """A recurrent state, constant however long the sequence grows."""
 
-    def __init__(self, batch_size: int, max_tokens: int, window: int, kv_heads: int, head_dim: int, dtype, device):
-        self.slots = min(window, max_tokens)
-        shape = batch_size, kv_heads, self.slots, head_dim
-        self.streams = [zeros(*shape, dtype=dtype, device=device) for _ in range(2)]
+    def __init__(self, state: Tensor):
+        self.state = state
 
-    def append(self, start: int | Tensor, *new_BGTD: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Writes T new tokens at `start`; of more than a ring's worth only the last are kept.
+    def read(self) -> Tensor:
+        """The state itself: an operator may change it in place."""
+        return self.state
 
-        Returns what FullCache does, in slot order: attention by a query that sees all that is held needs no other.
-        """
-        if isinstance(start, Tensor):
-            return _write(self.streams, start % self.slots, new_BGTD), start
-        T = new_BGTD[0].shape[2]
-        kept = min(T, self.slots)
-        slot = (start + T - kept) % self.slots
-        first = min(kept, self.slots - slot)  # tokens before the ring's end; the rest goes on from slot 0
-        for stream, new in zip(self.streams, new_BGTD, strict=True):
-            new = new[:, :, T - kept :]
-            stream[:, :, slot : slot + first] = new[:, :, :first]
-            stream[:, :, : kept - first] = new[:, :, first:]
-        return [stream[:, :, : start + T] for stream in self.streams], None
-
-    def recent(self, start: int, count: int) -> list[Tensor]:
-        """The last `count` tokens (or as many as are held) before `start`, in order: (B, G, count, D) each."""
-        count = min(count, start, self.slots)
-        slots = torch.arange(start - count, start, device=self.streams[0].device) % self.slots
-        return [stream[:, :, slots] for stream in self.streams]
+    def write(self, state: Tensor) -> None:
+        if state is not self.state:
+            self.state.copy_(state)
 
 
-class StateCache:
-    """A recurrent state (B, H, D, D): constant however long the sequence grows."""
+class Static:
+    """Makes what layers attend to, for `max_tokens` of each sequence."""
 
-    def __init__(self, batch_size: int, heads: int, head_dim: int, dtype, device):
-        self.state = torch.zeros(batch_size, heads, head_dim, head_dim, dtype=dtype, device=device)
+    def __init__(self, batch_size: int, max_tokens: int, dtype: torch.dtype, device: torch.device | str):
+        for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        self.batch_size, self.max_tokens, self.dtype, self.device = batch_size, max_tokens, dtype, torch.device(device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        with torch.inference_mode(False):  # a cache made in inference mode could not be written outside of it
+            return ops.zeros((self.batch_size, *shape), self.dtype, self.device)
+
+    def full(self, heads: int, key_size: int, value_size: int | None = None, *, shared: bool = False) -> FullCache:
+        """`shared`: the values are the first `value_size` columns of the keys."""
+        value_size = value_size or key_size
+        sizes = [key_size] if shared else [key_size, value_size]
+        return FullCache([self.zeros(heads, self.max_tokens, size) for size in sizes], value_size)
+
+    def ring(self, window: int, heads: int, head_dim: int) -> Ring:
+        slots = min(window, self.max_tokens)
+        return Ring([self.zeros(heads, slots, head_dim) for _ in range(2)], head_dim)
+
+    def state(self, *shape: int) -> State:
+        return State(self.zeros(*shape))
 
 
 class Cache:
     """What a batch of sequences holds in all layers of a model. Made by `model.new_cache`.
 
-    `length` is the number of tokens held, `nbytes` the bytes of all storages, `parts` what the layers wrote them to.
-    `step` is the decode step recorded on these storages, where there is one. `static`: storages stay where they are, so
-    that a step can be recorded and rows can be filled apart. `whole_prompt`: every token of a prompt is to attend.
+    `length` is the number of tokens held, `nbytes` the bytes of all storages, `layers` what the layers attend to, and
+    `step` the decode step that was recorded on these storages. `static`: storages stay where they are, so that a step
+    can be recorded and some of the sequences can be filled apart. `observes`: attention of all prompt tokens is needed.
     """
 
     static = True
-    whole_prompt = False
+    observes = False
 
-    def __init__(self, parts: list, batch_size: int, max_tokens: int):
-        self.parts = parts
-        self.batch_size = batch_size
-        self.max_tokens = max_tokens
+    def __init__(self, layers: list, batch_size: int, max_tokens: int):
+        self.layers, self.batch_size, self.max_tokens = layers, batch_size, max_tokens
         self.length = 0
         self.step: Any = None
 
     @functools.cached_property
     def dtypes(self) -> set[torch.dtype]:
-        return {t.dtype for t in _tensors(self.parts)}
+        return {t.dtype for t in _tensors(self.layers)}
 
     @property
     def nbytes(self) -> int:
-        storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in _tensors(self.parts))}
+        storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in _tensors(self.layers))}
         return sum(storages.values())
 
-    def announce(self, tokens_BT: Tensor) -> None:
-        """The ids of the tokens whose keys and values come next."""
+    def begin(self, tokens_BT: Tensor) -> None:
+        """Prepares for tokens that are appended next. ValueError if there is no room for them."""
+        B, T = tokens_BT.shape
+        if self.batch_size != B:
+            raise ValueError(f"tokens for {B} sequences, but the cache was made for {self.batch_size}")
+        if T < 1:
+            raise ValueError("at least one token a sequence is needed")
+        if self.length + T > self.max_tokens:
+            raise ValueError(
+                f"the cache holds {self.length} of at most {self.max_tokens} tokens and {T} more do not fit; "
+                f"make it with max_tokens={self.length + T} or more"
+            )
 
     def advance(self, tokens: int) -> None:
-        """So many more are in all parts."""
+        """All layers have appended this many tokens."""
+        for layer in self.layers:
+            layer.view = None
         self.length += tokens
 
     def reset(self) -> None:
         """Empties the cache and keeps its storages."""
         self.length = 0
-        for tensor in _tensors(self.parts):
+        for tensor in _tensors(self.layers):
             tensor.zero_()
 
     def rows(self, first: int, count: int) -> "Cache":
-        """`count` of the sequences, from `first` on, in the same storages."""
-        parts = with_tensors(self.parts, lambda t: t[first : first + count])
-        cache = Cache(parts, min(count, self.batch_size - first), self.max_tokens)
+        """Some of the sequences, in the same storages."""
+        layers = with_tensors(self.layers, lambda t: t[first : first + count])
+        cache = Cache(layers, min(count, self.batch_size - first), self.max_tokens)
         cache.length = self.length
         return cache
 
-    def check_room(self, batch_size: int, tokens: int) -> None:
-        if batch_size != self.batch_size:
-            raise ValueError(f"tokens for {batch_size} sequences, but the cache was made for {self.batch_size}")
-        if tokens < 1:
-            raise ValueError("at least one token a sequence is needed")
-        if self.length + tokens > self.max_tokens:
-            raise ValueError(
-                f"the cache holds {self.length} of at most {self.max_tokens} tokens and {tokens} more do not fit; "
-                f"make it with max_tokens={self.length + tokens} or more"
-            )
 
-
-def with_tensors(thing: Any, of: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a part, or of a list of them, with `of(tensor)` in place of each tensor."""
-    return copy.deepcopy(thing, memo={id(t): of(t) for t in _tensors(thing)})
+def with_tensors(thing: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of an object, or of a list of them, with `function(tensor)` in place of each tensor."""
+    return copy.deepcopy(thing, memo={id(t): function(t) for t in _tensors(thing)})
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:

@@ -2,61 +2,38 @@
 
 The first half of the layers, the self-decoder, has attention of constant memory: a sliding window (`swa`) or gated
 retention (`gret`). Its output gives one K and one V, which all layers of the second half, the cross-decoder, read: they
-own only queries and output projections. Prefill needs the cross-decoder for the last position alone (early exit), as
+have only queries and output projections. Prefill needs the cross-decoder for the last position alone (early exit), as
 nothing of it is cached.
 
 Shapes: B batch, T tokens, H heads, G KV heads, D head size, W width; N chunks of C tokens.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archs.attention import Rope, attend, attend_window, last, merge_heads, rotate, split_heads, wide
-from archs.cache import Cache, FullCache, StateCache, WindowCache
-from archs.cpu.building import takes, transformed
-from archs.cpu.layers import fade, retention, takes_retention
-from archs.decoder import Decoder, Linear, Options, RMSNorm, kv_heads_divide, mean_seen, normed, option
-from archs.graph import graphs_decode
+from archs.cache import Cache, State
+from archs.costs import mean_seen
+from archs.decoder import Chunk, Decoder, Options, RMSNorm
 from archs.grouped import GroupedAttention
+from archs.kv import KV, Training
+from archs.ops import at_least_fp32, merge_heads, retention_step, rms_norm, self_score, split_heads
+from archs.settings import Size
 
-DECAY_TEMPERATURE = 16  # tau of the paper's equation for gamma
+DECAY_TEMPERATURE = 16  # tau in the paper's equation for gamma
 CHUNK = 64
 
 
-@dataclass(kw_only=True)
 class YOCOOptions(Options):
-    kv_heads: int = option()
-    self_decoder: Literal["swa", "gret"] = option("swa")
-    window: int = option(1024)  # of swa: tokens that a token sees, itself included
+    kv_heads: Size
+    self_decoder: Literal["swa", "gret"] = "swa"
+    window: Size = 1024  # of swa: how many tokens a token sees, itself included
 
-    def derive(self) -> None:
-        kv_heads_divide(self)
+    def complete(self) -> None:
+        self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
         self.check(self.layers % 2 == 0, f"layers={self.layers}: must be even, half of them are the self-decoder")
-
-
-class WindowAttention(GroupedAttention):
-    """Grouped attention in which a token sees itself and the window - 1 tokens before it."""
-
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int, window: int):
-        super().__init__(width, heads, kv_heads, head_dim)
-        self.window = window
-
-    def attend(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, cache: WindowCache | None = None, start: int | Tensor = 0
-    ) -> Tensor:
-        if cache is None:
-            return attend_window(q_BHTD, k_BGTD, v_BGTD, self.window)
-        if q_BHTD.shape[2] == 1:
-            (k, v), seen = cache.append(start, k_BGTD, v_BGTD)
-            return attend(q_BHTD, k, v, seen=seen)
-        before = cache.recent(start, self.window - 1)
-        cache.append(start, k_BGTD, v_BGTD)
-        k, v = (torch.cat((old, new.to(old.dtype)), 2) for old, new in zip(before, (k_BGTD, v_BGTD), strict=True))
-        return attend_window(q_BHTD, k, v, self.window)
 
 
 def retention_chunkwise(
@@ -64,67 +41,24 @@ def retention_chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Gated retention over T tokens from a state: (outputs (B, H, T, D), the state after them).
 
-    Within a chunk the parallel form, ((Q K^T) * decay mask) V, of all chunks at once; between chunks the state. With
-    chunk >= T it is the parallel form alone.
+    Within a chunk it is the parallel form, ((Q K^T) * decay mask) V, for all chunks at once; between chunks the state.
+    With chunk >= T it is the parallel form alone.
     """
     T = q_BHTD.shape[2]
     C = min(chunk, T)
-    tail = -T % C  # of zeros, which leave the state as it is
+    tail = -T % C  # zeros, which leave the state as it is
     q, k, v = (F.pad(x, (0, 0, 0, tail)).unflatten(2, (-1, C)) for x in (q_BHTD, k_BHTD, v_BHTD))
     total_BHNC = F.pad(log_decay_BHT, (0, tail)).unflatten(2, (-1, C)).cumsum(-1)
-    whole_BHN = total_BHNC[..., -1:]
-    scores_BHNCC = q @ k.mT
-    if takes(scores_BHNCC, q, k, total_BHNC):
-        fade(scores_BHNCC, q.contiguous(), k.contiguous(), total_BHNC.contiguous())
-        out_BHNCD = scores_BHNCC @ v
-    else:
-        not_before = torch.ones(C, C, dtype=torch.bool, device=q.device).triu()
-        decay_BHNCC = (total_BHNC[..., :, None] - total_BHNC[..., None, :]).masked_fill(not_before, float("-inf")).exp()
-        out_BHNCD = (scores_BHNCC * decay_BHNCC) @ v + own(q, k) * v
-    added_BHNDD = (k * (whole_BHN - total_BHNC).exp()[..., None]).mT @ v
+    whole_BHN1 = total_BHNC[..., -1:]
+    not_before = torch.ones(C, C, dtype=torch.bool, device=q.device).triu()
+    decay_BHNCC = (total_BHNC[..., :, None] - total_BHNC[..., None, :]).masked_fill(not_before, float("-inf")).exp()
+    out_BHNCD = (q @ k.mT * decay_BHNCC) @ v + self_score(q, k) * v
+    added_BHNDD = (k * (whole_BHN1 - total_BHNC).exp()[..., None]).mT @ v
     states = [state_BHDD]
-    for added_BHDD, fade_BH11 in zip(added_BHNDD.unbind(2), whole_BHN.exp()[..., None].unbind(2), strict=True):
+    for added_BHDD, fade_BH11 in zip(added_BHNDD.unbind(2), whole_BHN1.exp()[..., None].unbind(2), strict=True):
         states.append(fade_BH11 * states[-1] + added_BHDD)
     out_BHNCD = out_BHNCD + (q * total_BHNC.exp()[..., None]) @ torch.stack(states[:-1], dim=2)
     return out_BHNCD.flatten(2, 3)[:, :, :T], states[-1]
-
-
-def retention_recurrent(
-    q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, log_decay_BH1: Tensor, state_BHDD: Tensor
-) -> Tensor:
-    """One token: S_n = gamma_n S_{n-1} + K_n^T V_n, output Q_n S_n (B, H, 1, D); S_n replaces S_{n-1} in its storage,
-    in its dtype."""
-    decay_BH1 = log_decay_BH1.exp()
-    inputs = q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD
-    if isinstance(state_BHDD, Tensor):
-        if takes_retention(*inputs):
-            return retention(*inputs)
-        if retains_on_device(*inputs):
-            from archs.retention import retain  # which imports Triton
-
-            return retain(*inputs)
-    state = wide(state_BHDD) * decay_BH1[..., None]
-    state_BHDD.copy_(state + k_BH1D.mT @ v_BH1D)
-    return q_BH1D @ state + own(q_BH1D, k_BH1D) * v_BH1D
-
-
-def retains_on_device(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> bool:
-    """Whether Triton's kernel takes these: on a GPU, fp32 but for the state, and no gradient wanted."""
-    if not state_BHDD.is_cuda or torch.compiler.is_compiling() or transformed():
-        return False
-    inputs = q_BH1D, k_BH1D, v_BH1D, decay_BH1
-    fits = all(x.dtype == torch.float32 for x in inputs) and all(x.stride(3) == 1 for x in inputs[:3])
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return fits and not learns and state_BHDD.is_contiguous() and graphs_decode(state_BHDD.device)
-
-
-def own(q: Tensor, k: Tensor) -> Tensor:
-    """Q_n K_n^T of each token, (..., 1), summed in fp64.
-
-    Of a sequence's first token it is all there is: the norm makes an output of full size of however small a sum, and
-    would of its rounding, too.
-    """
-    return (q.double() * k.double()).sum(-1, keepdim=True).to(q.dtype)
 
 
 class GatedRetention(nn.Module):
@@ -137,26 +71,25 @@ class GatedRetention(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
-        self.qkvg = Linear(width, 4 * heads * head_dim)
-        self.decay = Linear(width, heads)
-        self.out = Linear(heads * head_dim, width)
+        self.qkvg = nn.Linear(width, 4 * heads * head_dim, bias=False)
+        self.decay = nn.Linear(width, heads, bias=False)
+        self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, cache: StateCache | None = None, start: int | Tensor = 0) -> Tensor:
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: State) -> Tensor:
         qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
-        log_decay_BHT = F.logsigmoid(wide(self.decay(x_BTW))).transpose(1, 2) / DECAY_TEMPERATURE
+        log_decay_BHT = F.logsigmoid(at_least_fp32(self.decay(x_BTW))).transpose(1, 2) / DECAY_TEMPERATURE
         with torch.autocast(x_BTW.device.type, enabled=False):
-            q_BHTD, k_BHTD = rotate(wide(qk_BXTD), rope).chunk(2, dim=1)
-            k_BHTD = k_BHTD * self.head_dim**-0.5
-            inputs = q_BHTD, k_BHTD, wide(v_BHTD), log_decay_BHT
-            if cache and x_BTW.shape[1] == 1:
-                out_BHTD = retention_recurrent(*inputs, cache.state)
+            q_BHTD, k_BHTD = chunk.rotate(at_least_fp32(qk_BXTD)).chunk(2, dim=1)
+            inputs = q_BHTD, k_BHTD * self.head_dim**-0.5, at_least_fp32(v_BHTD)
+            state = kv.read()
+            if state is not None and x_BTW.shape[1] == 1:
+                out_BHTD = retention_step(*inputs, log_decay_BHT.exp(), state)
             else:
-                none = q_BHTD.new_zeros(x_BTW.shape[0], self.heads, self.head_dim, self.head_dim)
-                state = wide(cache.state) if cache else none
-                out_BHTD, state = retention_chunkwise(*inputs, state, CHUNK)
-                if cache:
-                    cache.state.copy_(state)
-            out_BHTD = normed(out_BHTD)
+                if state is None:
+                    state = q_BHTD.new_zeros(len(x_BTW), self.heads, self.head_dim, self.head_dim)
+                out_BHTD, state = retention_chunkwise(*inputs, log_decay_BHT, at_least_fp32(state), CHUNK)
+            kv.write(state)
+            out_BHTD = rms_norm(out_BHTD)
         return self.out(merge_heads(out_BHTD.to(gate_BHTD.dtype) * F.silu(gate_BHTD)))
 
 
@@ -167,25 +100,25 @@ class SharedKV(nn.Module):
         super().__init__()
         self.kv_heads = kv_heads
         self.norm = RMSNorm(width)
-        self.kv = Linear(width, 2 * kv_heads * head_dim)
+        self.kv = nn.Linear(width, 2 * kv_heads * head_dim, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> None:
         k_BGTD, v_BGTD = split_heads(self.kv(self.norm(x_BTW)), self.kv_heads, self.kv_heads)
-        return rotate(k_BGTD, rope), v_BGTD
+        kv.append(chunk.start, chunk.rotate(k_BGTD), v_BGTD)
 
 
 class CrossAttention(nn.Module):
-    """Queries of its own against the shared keys and values."""
+    """Queries against the keys and values that another layer has appended."""
 
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
-        self.heads = heads
-        self.q = Linear(width, heads * head_dim)
-        self.out = Linear(heads * head_dim, width)
+        self.heads, self.head_dim = heads, head_dim
+        self.q = nn.Linear(width, heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, rope: Rope, k_BGSD: Tensor, v_BGSD: Tensor, seen: Tensor | None = None) -> Tensor:
-        (q_BHTD,) = split_heads(self.q(x_BTW), self.heads)
-        return self.out(merge_heads(attend(rotate(q_BHTD, rope), k_BGSD, v_BGSD, seen=seen)))
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
+        (q_BHTD,) = split_heads(self.q(x_BTW[:, -chunk.queries :]), self.heads)
+        return self.out(merge_heads(kv.attend(chunk.rotate(q_BHTD), self.head_dim**-0.5)))
 
 
 class YOCO(Decoder):
@@ -203,56 +136,45 @@ class YOCO(Decoder):
         if layer >= o.layers // 2:
             return CrossAttention(o.width, o.heads, o.head_dim)
         if o.self_decoder == "swa":
-            return WindowAttention(o.width, o.heads, o.kv_heads, o.head_dim, o.window)
+            return GroupedAttention(o.width, o.heads, o.kv_heads, o.head_dim)
         return GatedRetention(o.width, o.heads, o.head_dim)
 
     def add_modules(self) -> None:
         self.shared_kv = SharedKV(self.options.width, self.options.kv_heads, self.options.head_dim)
 
-    def new_parts(self, batch_size: int, max_tokens: int, dtype, device) -> list:
-        """One part for each self-decoder layer, then the shared K/V."""
-        o = self.options
+    def new_layers(self, make: Any) -> list:
+        """Windows or states, then the same shared K/V for each layer of the cross-decoder."""
+        o, half = self.options, self.options.layers // 2
         if o.self_decoder == "swa":
-            args = batch_size, max_tokens, o.window, o.kv_heads, o.head_dim, dtype, device
-            parts = [WindowCache(*args) for _ in range(o.layers // 2)]
+            layers = [make.ring(o.window, o.kv_heads, o.head_dim) for _ in range(half)]
         else:
-            parts = [StateCache(batch_size, o.heads, o.head_dim, dtype, device) for _ in range(o.layers // 2)]
-        return [*parts, FullCache(batch_size, max_tokens, [(o.kv_heads, o.head_dim)] * 2, dtype, device)]
+            layers = [make.state(o.heads, o.head_dim, o.head_dim) for _ in range(half)]
+        return layers + [make.full(o.kv_heads, o.head_dim)] * half
 
     def hidden(self, x_BTW: Tensor, cache: Cache | None = None, start: int | Tensor = 0) -> Tensor:
-        """Of the last position alone when there is a cache (early exit)."""
-        rope, seen = self.rope(x_BTW, start), None
-        half = self.options.layers // 2
-        for layer, block in enumerate(self.blocks[:half]):
-            x_BTW = block(x_BTW, rope, cache.parts[layer], start) if cache else block(x_BTW, rope)
-        k_BGSD, v_BGSD = self.shared_kv(x_BTW, rope)
-        if cache:
-            (k_BGSD, v_BGSD), seen = cache.parts[half].append(start, k_BGSD, v_BGSD)
-            x_BTW, rope = x_BTW[:, -1:], last(rope)
-        for block in self.blocks[half:]:
-            x_BTW = block(x_BTW, rope, k_BGSD, v_BGSD, seen)
+        """With a cache the cross-decoder computes the last position alone (early exit)."""
+        chunk = self.chunk(x_BTW.shape[1], start)
+        layers = cache.layers if cache else self.new_layers(Training())
+        for layer, (block, kv) in enumerate(zip(self.blocks, layers, strict=True)):
+            if layer == len(layers) // 2:
+                self.shared_kv(x_BTW, chunk, kv)
+                chunk = chunk._replace(queries=1) if cache else chunk
+            x_BTW = block(x_BTW, chunk, kv)
         return x_BTW
 
-    def kv_elements_per_token(self) -> int:
-        """2 g d, once for all cross-decoder layers."""
-        return 2 * self.options.kv_heads * self.options.head_dim
-
-    def kv_constant_elements(self) -> int:
-        return self._self_decoder_elements(self.options.window)
-
     def kv_stored_elements(self, context: int) -> int:
-        return self.kv_elements_per_token() * context + self._self_decoder_elements(context)
+        return self._kv_elements(context, readers=1)
 
     def kv_read_elements(self, context: int) -> int:
         """The shared K/V is stored once and read by every cross-decoder layer."""
-        half = self.options.layers // 2
-        return half * self.kv_elements_per_token() * context + self._self_decoder_elements(context)
+        return self._kv_elements(context, readers=self.options.layers // 2)
 
-    def _self_decoder_elements(self, context: int) -> int:
-        """A window's 2 g d min(context, window) a layer, or a state's h d d."""
+    def _kv_elements(self, context: int, readers: int) -> int:
+        """The shared K/V, 2 g d a token, and for each layer of the self-decoder a window, 2 g d min(context, window),
+        or a state, h d d."""
         o = self.options
-        held = 2 * o.kv_heads * min(context, o.window) if o.self_decoder == "swa" else o.heads * o.head_dim
-        return o.layers // 2 * o.head_dim * held
+        rows = 2 * o.kv_heads * min(context, o.window) if o.self_decoder == "swa" else o.heads * o.head_dim
+        return (readers * 2 * o.kv_heads * context + o.layers // 2 * rows) * o.head_dim
 
     def score_flops(self, context: int) -> float:
         """Retention in the recurrent form: two FLOPs for writing and two for reading each element of the state."""

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from archs import Cache, Decoder
-from archs.cache import zeros
-from archs.cpu.layers import reader
+from archs import Cache, Decoder, ops
 from train.errors import out_of_memory
 
 if TYPE_CHECKING:
@@ -106,7 +104,7 @@ def _gpu_ms(step: Callable[[], object], before: Callable[[], object], repeats: i
 
 def measure_roof(device: torch.device) -> float:
     """Bytes a second, in GB/s, at which the device reads a large array: the best of several ways."""
-    x = zeros(ROOF_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    x = ops.zeros((ROOF_BYTES[device.type] // 4,), torch.float32, device)
     if x.is_cuda:
         x.normal_()  # zeros take less power, so a GPU reads them faster
     return x.nbytes / min(timed(read, device, 10, 2).median for read in reads(x).values()) / 1e6
@@ -115,8 +113,7 @@ def measure_roof(device: torch.device) -> float:
 def reads(x: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Ways to read all of a large array."""
     ways = {"sum": x.sum, "max": x.amax, "dot": lambda: torch.dot(x, x)}
-    ours = reader(x) if x.device.type == "cpu" else None
-    return ways | ({"prefetched": ours} if ours else {})
+    return ways | {"prefetched": lambda: ops.read_all(x)}
 
 
 def measure_decode(model: Decoder, batches: list[int], contexts: list[int], roof_gb_s: float) -> Iterator[dict]:

@@ -17,7 +17,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on CPU tensors
 
 
-LONGEST = "workers", "cli", "faults", "plots", "training", "techniques", "split_kv", "laws", "retrofit"
+def pytest_addoption(parser):
+    parser.addoption("--variant", help="put this variant under the laws of all variants: file.py:Class")
+
+
+def pytest_configure(config):
+    if variant := config.getoption("--variant"):
+        os.environ["KVFRONTIER_VARIANT"] = variant  # read by helpers.py
+
+
+LONGEST = "workers", "cli", "faults", "plots", "training", "techniques", "ops", "laws", "retrofit"
 
 
 def pytest_collection_modifyitems(items):

@@ -1,52 +1,39 @@
-"""What several test files use: a miniature study, and training it."""
+"""What tests of models share: the cases that laws run over, models whose attention is far from uniform, cached logits.
 
-import json
+`pytest tests/archs/test_laws.py --variant my_file.py:MyVariant` puts a variant under the laws that is not in the registry.
+"""
+
+import os
 
 import pytest
+import torch
 
-from train.checkpoints import newest_whole
-from train.plan import Plan
-from train.progress import StudyProgress
-from train.runner import InProcess, train_run
-from train.study import parse_study
-from train.workers import train_with
+from archs import VARIANTS, build, find_variant
 
-
-def tiny_study(**train):
-    """An MHA and an MQA that train for 24 steps."""
-    return parse_study(
-        {
-            "tokenizer": {"name": "bytes"},
-            "model": {"width": 32, "layers": 2, "heads": 2, "context": 16, "dropout": 0.1},
-            "variants": [{"arch": "mha"}, {"arch": "mqa"}],
-            "train": {"tokens": 128 * 24, "batch_tokens": 128, "val_tokens": 64, "val_points": 4, "precision": "fp32"}
-            | {"warmup_tokens": 128, **train},
-        }
-    )
+CHOSEN = {arch: find_variant(arch) for arch in filter(None, [os.environ.get("KVFRONTIER_VARIANT")])} or VARIANTS
+CASES = [(arch, options) for arch, variant in CHOSEN.items() for options in variant.examples]
+each_variant = pytest.mark.parametrize(
+    ("arch", "options"), CASES, ids=[f"{arch.rpartition(':')[2]}-{n}" for n, (arch, _) in enumerate(CASES)]
+)
+SHAPE = {"vocab_size": 97, "width": 64, "layers": 2, "heads": 4, "context": 64}
 
 
-def one_run(data, directory, **train):
-    """(plan, run) of a miniature study of the MHA alone."""
-    plan = Plan(parse_study(tiny_study(**train).settings() | {"variants": [{"arch": "mha"}]}), data, directory)
-    return plan, plan.look().runs[0]
+def make(arch, options, seed=0, **shape):
+    torch.manual_seed(seed)
+    model = build(arch, **SHAPE | shape, **options).eval()
+    with torch.no_grad():  # weights large enough that attention is far from uniform
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
 
 
-def train_runs(plan):
-    """Trains a plan in this process; the failures."""
-    with StudyProgress("training", 0) as progress:
-        return train_with(InProcess(plan, progress), plan, progress)
-
-
-def train(plan, run):
-    with StudyProgress("training", 1) as progress:
-        train_run(plan, run, progress)
-
-
-def weights(run):
-    return newest_whole(run.directory, pytest.fail)[1]["state_dict"]
-
-
-def metrics(run):
-    """The lines of metrics.jsonl, times left out."""
-    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("train/tokens_per_s", "train/mfu")} for row in rows]
+def cached_logits(model, tokens, chunks, cache):
+    """Position -> logits: prefill in `chunks`, then decode to the end."""
+    logits, start = {}, 0
+    for chunk in chunks:
+        logits[start + chunk - 1] = model.prefill(tokens[:, start : start + chunk], cache)
+        start += chunk
+    for t in range(start, tokens.shape[1]):
+        logits[t] = model.decode(tokens[:, t], cache)
+    return logits

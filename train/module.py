@@ -16,13 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from archs import build
-from archs.cpu.building import compiler, takes
-from archs.cpu.layers import cross_entropy
+from archs import build, ops
 from train.batches import IGNORED
 from train.machine import matmul_flops_per_s
-
-COMPILED_FROM = {"cuda": 2e15, "cpu": 2e14}  # FLOPs of a run (6 a parameter and token); compiling takes up to 2 minutes
 
 
 class LanguageModel(L.LightningModule):
@@ -54,7 +50,7 @@ class LanguageModel(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = build(arch, **options)
-        self._token_nats, self._compiles = token_nats, False
+        self._sum_nats, self._compiles = ops.unembed_cross_entropy, False
         self.tokens_seen = 0
         self.train_seconds = 0.0  # without validation, checkpoints and the step that compiles
         self.tokens_untimed = 0  # tokens of the step that compiles
@@ -100,9 +96,8 @@ class LanguageModel(L.LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        enough = COMPILED_FROM.get(self.trainer.strategy.root_device.type, math.inf)
-        work = 6 * self.model.count_params() * self.hparams.tokens  # the same for variants of matched parameters
-        if stage == "fit" and work > enough and compiler():
+        flops = 6 * self.model.count_params() * self.hparams.tokens  # the same for variants of matched parameters
+        if stage == "fit" and ops.gains_by_compiling(self.trainer.strategy.root_device, flops):
             torch.compiler.reset()  # graphs of earlier models count against a limit
             self.compile_parts()
             self._compiles = True
@@ -111,28 +106,26 @@ class LanguageModel(L.LightningModule):
         """Undoes the compilation: decode would compile the parts again for each length."""
         for part in (*self.model.blocks, self.model.norm):
             part._compiled_call_impl = None
-        self._token_nats, self._compiles = token_nats, False
+        self._sum_nats, self._compiles = ops.unembed_cross_entropy, False
 
     def compile_parts(self, **how: Any) -> None:
         """Compiles each block (equal ones share code), the last norm and the loss; `how` goes to torch.compile."""
         for part in (*self.model.blocks, self.model.norm):
             part.compile(dynamic=False, **how)
-        self._token_nats = torch.compile(token_nats, dynamic=False, **how)
+        self._sum_nats = ops.compiled(ops.unembed_cross_entropy, **how)
 
     def mean_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The loss: nats per target."""
         pieces = min(self.hparams.pieces, len(inputs_BT))
         if pieces <= 1:
-            nats = self._sum_nats(inputs_BT, targets_BT)
+            nats = self.sum_nats(inputs_BT, targets_BT)
         else:
             parts = zip(*(x.tensor_split(pieces) for x in (inputs_BT, targets_BT)), strict=True)
-            nats = sum(checkpoint(self._sum_nats, *part, use_reentrant=False) for part in parts)
+            nats = sum(checkpoint(self.sum_nats, *part, use_reentrant=False) for part in parts)
         return nats / (targets_BT != IGNORED).sum()
 
-    def _sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        if inputs_BT.device.type != "cpu":
-            return self._token_nats(self.model(inputs_BT), targets_BT).sum()
-        return SumNats.apply(self.model.last_hidden_state(inputs_BT), self.model.unembed.weight, targets_BT)
+    def sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return self._sum_nats(self.model.last_hidden_state(inputs_BT), self.model.unembed.weight, targets_BT)
 
     @property
     def tokens_per_s(self) -> float:
@@ -261,42 +254,6 @@ def token_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     logits = logits_BTV.float().flatten(0, 1)
     nats = F.cross_entropy(logits, targets_BT.flatten(), reduction="none", ignore_index=IGNORED)
     return nats.view(targets_BT.shape)
-
-
-class SumNats(torch.autograd.Function):
-    """The sum of `token_nats` of x (B, T, W) times a weight (V, W): the gradients are made with the loss, some rows at
-    a time, so that there are never logits of them all (as in Liger Kernel, arXiv 2410.10989, section 3.2).
-    """
-
-    ROWS = 512  # products of fewer are slower, by a sixth with a vocabulary of 50,000; of more, hardly faster
-
-    @staticmethod
-    def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_VW.dtype
-        x_NW, weight = x_BTW.detach().flatten(0, 1), weight_VW.detach().to(dtype)
-        targets_N, sum_nats = targets_BT.flatten(), torch.zeros((), dtype=torch.float32)
-        x_grad, weight_grad = torch.zeros_like(x_NW), torch.zeros_like(weight_VW, dtype=torch.float32)
-        with torch.autocast("cpu", enabled=False):
-            for rows in (targets_N != IGNORED).nonzero()[:, 0].split(SumNats.ROWS):
-                some, wanted = x_NW[rows].to(dtype), targets_N[rows].long()
-                logits = (some @ weight.T).float()
-                if takes(logits):
-                    sum_nats += cross_entropy(logits, wanted).sum()
-                else:
-                    logits = logits.log_softmax(1)
-                    sum_nats -= logits.gather(1, wanted[:, None]).sum()
-                    logits.exp_()[torch.arange(len(rows)), wanted] -= 1
-                change = logits.to(dtype)
-                x_grad[rows] = (change @ weight).to(x_grad.dtype)
-                weight_grad += change.T @ some
-        ctx.save_for_backward(x_grad.view_as(x_BTW), weight_grad.to(weight_VW.dtype))
-        return sum_nats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad, weight_grad * grad, None
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:

@@ -108,6 +108,15 @@ class DecodeConfig(Section):
     seeds: list[Seed] | None = None  # seeds whose runs are timed; None: all
 
 
+class PagingConfig(Section):
+    """Sequences of different lengths, for the bytes that contiguous, doubling and paged caches of them hold."""
+
+    lengths: Literal["documents", "uniform"] = "documents"  # of the corpus, or uniform up to max_tokens
+    max_tokens: Count = 8192  # of a sequence; longer documents are cut
+    sequences: Count = 64
+    block_sizes: Counts = Field([16, 64])  # tokens in a block of a paged cache
+
+
 class EvalConfig(Section):
     loss_tokens: Count
     decode: DecodeConfig
@@ -115,6 +124,7 @@ class EvalConfig(Section):
     level: Annotated[float, Field(gt=0, lt=1)]
     technique_tokens: Count  # of held-out text for each technique
     techniques: list[dict[str, Any]] = Field([])  # on the trained model's cache
+    paging: PagingConfig | None = None  # None: not measured
 
     def technique_settings(self) -> list[dict[str, Any]]:
         """The settings of each technique, lists written out. `full`, which the others are compared with, is always

@@ -1,7 +1,7 @@
 """FastGen (Ge et al. 2023, arXiv 2310.01801, sections 3 and 4): each KV head gets the policy that suits it.
 
-On the prompt it is seen how much of a head's attention each policy recovers: special tokens; with punctuation; with the
-most attended; with the nearest; everything. A head takes the cheapest that recovers a threshold, and keeps to it. The
+On the prompt one sees how much of a head's attention each policy recovers: special tokens; with punctuation; with the
+most attended; with the nearest; everything. A head takes the cheapest that recovers a threshold, and stays with it. The
 first token counts as special: it stands where others have a token for the beginning of text.
 
 Shapes: P policies, O owners (KV heads of sequences) = B G, T prompt tokens, N slots.
@@ -9,46 +9,41 @@ Shapes: P policies, O owners (KV heads of sequences) = B G, T prompt tokens, N s
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from archs.techniques.slots import Slots
 from archs.techniques.technique import Technique, first_and_last, share, top
 
-if TYPE_CHECKING:
-    from archs.techniques.slots import Slots
-
 SPECIAL, PUNCTUATION = 1, 2  # kinds of tokens; all others are 0
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclass(frozen=True)
 class FastGen(Technique):
-    """With a `threshold` (0.95 in the paper) the attention decides what is held. With a `budget` the threshold is, in
-    each layer of a sequence, the highest at which its heads together hold no more than that of the prompt.
+    """With a `threshold` (0.95 in the paper) the attention decides what is kept. With a `budget` the threshold is, in
+    each layer of a sequence, the highest at which its heads together keep no more than that share of the prompt.
 
-    `frequent`, `local`: how many of the most attended and of the nearest, as shares of the tokens seen.
+    `frequent`, `local`: how many of the most attended and of the nearest tokens, as shares of the tokens seen.
     """
 
-    threshold: float | None = None
-    frequent: float = 0.3
-    local: float = 0.3
+    threshold: Share | None = None
+    frequent: Share = 0.3
+    local: Share = 0.3
     observes: ClassVar[bool] = True
 
-    def check(self) -> None:
-        for name in ("threshold", "frequent", "local"):
-            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}={value!r}: must be a share above 0 and up to 1")
-        if self.threshold is not None and self.budget != 1.0:
-            raise ValueError(f"threshold={self.threshold} and budget={self.budget}: give one of them")
+    def validate_options(self) -> None:
+        one = self.threshold is None or self.budget == 1.0
+        self.check(one, f"threshold={self.threshold} and budget={self.budget}: give one of them")
 
-    def keep(self, slots: "Slots", prompt: bool) -> Tensor:
+    def select(self, slots: Slots, after_prompt: bool) -> Tensor:
         policies_PN = self.policies(slots)
         return policies_PN.gather(0, slots.policy_O[slots.owner_N][None])[0]
 
-    def policies(self, slots: "Slots") -> Tensor:
-        """What each policy keeps, bool (P, N), each all that the one before it keeps."""
+    def policies(self, slots: Slots) -> Tensor:
+        """The slots that each policy keeps, bool (P, N); each keeps all that the one before it does."""
         special = (slots.kind_N == SPECIAL) | (slots.position_N == 0)
         punctuation = slots.kind_N == PUNCTUATION
         frequent = top(slots, slots.score_N, share(self.frequent, slots.length))
@@ -56,23 +51,23 @@ class FastGen(Technique):
         adds = special, punctuation, frequent, local, torch.ones_like(special)
         return torch.stack(list(itertools.accumulate(adds, torch.bitwise_or)))
 
-    def see_prompt(self, slots: "Slots", weights: Iterable[tuple[int, Tensor]]) -> None:
+    def observe_prompt(self, slots: Slots, weights: Iterable[tuple[int, Tensor]]) -> None:
         slots.score_N += sum(weight.sum((2, 3)) for _, weight in weights).flatten()
         T, owners = slots.length, len(slots.count_O)
         policies_PN = self.policies(slots)
         cost_PO = policies_PN.view(-1, owners, T).sum(2)
         recovered_PO = self.recovered(policies_PN, T, weights)
-        recovered_PO = recovered_PO.clamp(max=1 - 1e-9).where(cost_PO < T, 1.0)  # rounding is no attention
+        recovered_PO = recovered_PO.clamp(max=1 - 1e-9).where(cost_PO < T, 1.0)  # rounding errors are not attention
         threshold_O = recovered_PO.new_full((owners,), self.threshold or 1.0)
         if self.threshold is None:
             threshold_O = self.affordable(recovered_PO, cost_PO, slots.kv_heads, self.capacity(T))
         if self.threshold is None and self.capacity(T) >= T:
-            threshold_O, recovered_PO[:-1] = 1.0, 0.0  # nothing has to go, of what follows neither
-        slots.policy_O = (recovered_PO >= threshold_O).int().argmax(0)  # the first that does
+            threshold_O, recovered_PO[:-1] = 1.0, 0.0  # all fits: keep everything, and all that follows
+        slots.policy_O = (recovered_PO >= threshold_O).int().argmax(0)  # the cheapest that does
 
     def recovered(self, policies_PN: Tensor, T: int, weights: Iterable[tuple[int, Tensor]]) -> Tensor:
-        """The mean share of a query's attention, over the prompt and a KV head's query heads, float64 (P, O). The
-        nearest are those before each query."""
+        """The share of a query's attention that each policy recovers, mean over the prompt and a KV head's query heads,
+        float64 (P, O). The nearest tokens are those before each query."""
         near, positions = share(self.local, T), torch.arange(T, device=policies_PN.device)
         total_PO: Tensor | float = 0.0
         for first, weight_BGRTS in weights:
@@ -87,7 +82,7 @@ class FastGen(Technique):
 
     @staticmethod
     def affordable(recovered_PO: Tensor, cost_PO: Tensor, kv_heads: int, capacity: int) -> Tensor:
-        """(O,): of each sequence the highest threshold whose policies hold at most capacity x kv_heads slots, or the
+        """(O,): for each sequence the highest threshold whose policies keep at most capacity x kv_heads slots, or the
         lowest there is."""
         policies = len(recovered_PO)
         recovered_PBG, cost_PBG = (x.view(policies, -1, kv_heads) for x in (recovered_PO, cost_PO))
@@ -98,5 +93,5 @@ class FastGen(Technique):
         fits_BK = (cost_BK <= capacity * kv_heads) | (thresholds_BK == thresholds_BK.amin(1, keepdim=True))
         return thresholds_BK.where(fits_BK, -1.0).amax(1).repeat_interleave(kv_heads)
 
-    def see(self, slots: "Slots", weight_NR: Tensor) -> None:
+    def observe_step(self, slots: Slots, weight_NR: Tensor) -> None:
         slots.score_N += weight_NR.sum(1)

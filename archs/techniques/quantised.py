@@ -4,124 +4,114 @@ Keys, whose outliers lie in few channels, are quantised by channel over groups o
 channels; both asymmetrically, x = zero + scale q. The newest tokens of each KV head stay in full precision until there
 is a group more than `residual` of them. MLA's latent, which is keys and values in one, is quantised as keys.
 
-Shapes: O owners (KV heads of sequences), N slots, Q quantised ones, g slots or channels of a group, D channels.
+Shapes: O owners (KV heads of sequences), N slots, Q quantised slots, g slots or channels of a group, D channels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from archs.techniques.slots import Slots, counted, flat, grown
+from archs.settings import Settings
+from archs.techniques import ragged
+from archs.techniques.slots import Slots
 
 
-@dataclass(frozen=True)
-class Quantisation:
+class Quantisation(Settings):
     """`bits` of an element, in groups of `group`; the newest `residual` tokens are left as they are."""
 
-    bits: int = 4
-    group: int = 32
-    residual: int = 128
-
-    def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in (2, 4, 8):
-            raise ValueError(f"bits={self.bits!r}: must be 8, 4 or 2")
-        for name, least in (("group", 1), ("residual", 0)):
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+    model_config = ConfigDict(frozen=True)
+    bits: Literal[8, 4, 2] = 4
+    group: int = Field(32, ge=1)
+    residual: int = Field(128, ge=0)
 
 
 class QuantisedSlots(Slots):
-    """`streams` has the slots in full precision; those that are packed lie in `codes`, with their scales and zeros."""
+    """`tensors` has the slots in full precision; packed slots lie in `codes`, with their scales and zeros."""
 
     def __init__(self, quantisation: Quantisation, *args):
         super().__init__(*args)
-        self.quantisation, first = quantisation, self.streams[0]
-        device = first.device
-        self.packed_N = torch.zeros(0, dtype=torch.bool, device=device)
-        self.codes = [
-            torch.zeros(0, _bytes(s.shape[1], quantisation.bits), dtype=torch.uint8, device=device)
-            for s in self.streams
-        ]
-        self.group_Q = torch.zeros(0, dtype=torch.long, device=device)  # which group of keys a slot is in
-        self.key_scales = [first.new_zeros(0, first.shape[1]) for _ in range(2)]  # scale and zero: (groups, D)
-        self.value_scales = [
-            s.new_zeros(0, -(-s.shape[1] // quantisation.group)) for s in self.streams[1:] for _ in range(2)
-        ]
+        self.quantisation, keys = quantisation, self.tensors[0]
+        self.packed_N = torch.zeros(0, dtype=torch.bool, device=keys.device)
+        self.codes = [pack(x.new_zeros(0, x.shape[1], dtype=torch.uint8), quantisation.bits) for x in self.tensors]
+        self.group_Q = torch.zeros(0, dtype=torch.long, device=keys.device)  # which group of keys a slot is in
+        self.key_scales = [keys.new_zeros(0, keys.shape[1]) for _ in range(2)]  # scale and zero: (groups, D)
+        widths = [-(-x.shape[1] // quantisation.group) for x in self.tensors[1:] for _ in range(2)]
+        self.value_scales = [keys.new_zeros(0, width) for width in widths]
 
     @property
-    def notes_nbytes(self) -> int:
-        return super().notes_nbytes + self.packed_N.nbytes + self.group_Q.nbytes
+    def metadata_nbytes(self) -> int:
+        return super().metadata_nbytes + self.packed_N.nbytes + self.group_Q.nbytes
 
     @property
     def keys_ND(self) -> Tensor:
         scale, zero = (each[self.group_Q] for each in self.key_scales)
         return self._joined(0, lambda q: zero + scale * q)
 
-    def values_NE(self, value_size: int | None = None) -> Tensor:
-        if len(self.streams) == 1:
-            return self.keys_ND[:, :value_size]
-        width = self.streams[1].shape[1]
+    @property
+    def values_NE(self) -> Tensor:
+        if len(self.tensors) == 1:
+            return self.keys_ND[:, : self.value_size]
+        width = self.tensors[1].shape[1]
         scale, zero = (each.repeat_interleave(self.quantisation.group, 1)[:, :width] for each in self.value_scales)
         return self._joined(1, lambda q: zero + scale * q)
 
-    def _joined(self, stream: int, of_codes) -> Tensor:
-        full, codes = self.streams[stream], self.codes[stream]
+    def _joined(self, index: int, dequantised: Callable[[Tensor], Tensor]) -> Tensor:
+        full, codes = self.tensors[index], self.codes[index]
         both = full.new_empty(len(self.packed_N), full.shape[1])
-        both[self.packed_N] = of_codes(unpack(codes, self.quantisation.bits, full.shape[1]).to(full.dtype))
+        both[self.packed_N] = dequantised(unpack(codes, self.quantisation.bits, full.shape[1]).to(full.dtype))
         both[~self.packed_N] = full
         return both
 
-    def store(self, new: list[Tensor], T: int) -> None:
-        full_O = counted(~self.packed_N, self.count_O)
-        self.streams = [grown(s, full_O, n, T) for s, n in zip(self.streams, new, strict=True)]
-        self.packed_N = grown(self.packed_N, self.count_O, torch.zeros(len(new[0]), dtype=torch.bool), T)
+    def store(self, new: list[Tensor]) -> None:
+        full_O = ragged.count(~self.packed_N, self.count_O)
+        self.tensors = [ragged.grow(x, full_O, rows) for x, rows in zip(self.tensors, new, strict=True)]
+        self.packed_N = ragged.grow(self.packed_N, self.count_O, new[0].new_zeros(new[0].shape[:2]))
 
     def free(self, keep_N: Tensor) -> None:
         keep_Q = keep_N[self.packed_N]
-        self.streams = [stream[keep_N[~self.packed_N]] for stream in self.streams]
-        self.codes = [codes[keep_Q] for codes in self.codes]
-        self.value_scales = [each[keep_Q] for each in self.value_scales]
+        self.tensors = [x[keep_N[~self.packed_N]] for x in self.tensors]
+        self.codes, self.value_scales = ([x[keep_Q] for x in rows] for rows in (self.codes, self.value_scales))
         used, self.group_Q = self.group_Q[keep_Q].unique(return_inverse=True)
-        self.key_scales = [each[used] for each in self.key_scales]
+        self.key_scales = [x[used] for x in self.key_scales]
         self.packed_N = self.packed_N[keep_N]
 
-    def evict(self, prompt: bool) -> None:
-        """What the technique lets go of, and then packs what has become old: whole groups of each owner's oldest."""
-        super().evict(prompt)
+    def evict(self, after_prompt: bool) -> None:
+        """Frees what the technique does not keep, and then packs whole groups of each owner's oldest slots."""
+        super().evict(after_prompt)
         q, full_N = self.quantisation, ~self.packed_N
-        full_O = counted(full_N, self.count_O)
+        full_O = ragged.count(full_N, self.count_O)
         packs_O = (full_O - q.residual).clamp(min=0) // q.group * q.group
         if not packs_O.any():
             return
-        oldest = torch.arange(int(full_O.max()), device=full_O.device) < packs_O[:, None]
-        now = flat(oldest, full_O)  # of the slots in full precision
-        rows = [stream[now] for stream in self.streams]
-        key_codes, *key_scales = quantise(rows[0].view(-1, q.group, rows[0].shape[1]), 1, q.bits)
-        new = [pack(key_codes.flatten(0, 1), q.bits)]
-        new_scales = []
-        for values in rows[1:]:
-            whole = torch.nn.functional.pad(values, (0, -values.shape[1] % q.group), mode="replicate")
-            codes, *scales = quantise(whole.view(len(values), -1, q.group), 2, q.bits)
-            new.append(pack(codes.flatten(1)[:, : values.shape[1]], q.bits))
-            new_scales += [scale[:, :, 0] for scale in scales]
-        groups = torch.arange(len(key_codes), device=full_O.device).repeat_interleave(q.group) + len(self.key_scales[0])
-        before = self.packed_N.clone()
+        oldest_OS = torch.arange(int(full_O.max()), device=full_O.device) < packs_O[:, None]
+        now = ragged.flatten(oldest_OS, full_O)  # which slots in full precision are packed now
+        keys, *values = (x[now] for x in self.tensors)
+        codes, *key_scales = quantise(keys.view(-1, q.group, keys.shape[1]), 1, q.bits)
+        groups = torch.arange(len(codes), device=now.device).repeat_interleave(q.group) + len(self.key_scales[0])
+        new_codes, value_scales = [pack(codes.flatten(0, 1), q.bits)], []
+        for rows in values:
+            whole = F.pad(rows, (0, -rows.shape[1] % q.group), mode="replicate")
+            codes, *scales = quantise(whole.view(len(rows), -1, q.group), 2, q.bits)
+            new_codes.append(pack(codes.flatten(1)[:, : rows.shape[1]], q.bits))
+            value_scales += [scale[:, :, 0] for scale in scales]
+        before_N = self.packed_N.clone()
         self.packed_N[full_N.nonzero()[now, 0]] = True
-        was = before[self.packed_N]  # of the packed slots, in their order
+        before_Q = before_N[self.packed_N]  # which packed slots were packed before
 
-        def merged(old: Tensor, added: Tensor) -> Tensor:
-            both = old.new_empty(len(was), *old.shape[1:])
-            both[was], both[~was] = old, added.to(old.dtype)
+        def merged(old: Tensor, new: Tensor) -> Tensor:
+            both = old.new_empty(len(before_Q), *old.shape[1:])
+            both[before_Q], both[~before_Q] = old, new.to(old.dtype)
             return both
 
-        self.codes = [merged(old, added) for old, added in zip(self.codes, new, strict=True)]
-        self.value_scales = [merged(old, added) for old, added in zip(self.value_scales, new_scales, strict=True)]
+        self.codes = list(map(merged, self.codes, new_codes))
+        self.value_scales = list(map(merged, self.value_scales, value_scales))
         self.group_Q = merged(self.group_Q, groups)
-        self.key_scales = [
-            torch.cat((old, added[:, 0].to(old.dtype))) for old, added in zip(self.key_scales, key_scales, strict=True)
-        ]
-        self.streams = [stream[~now] for stream in self.streams]
+        self.key_scales = [torch.cat((old, new[:, 0])) for old, new in zip(self.key_scales, key_scales, strict=True)]
+        self.tensors = [x[~now] for x in self.tensors]
 
 
 def quantise(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,14 +122,10 @@ def quantise(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes.to(torch.uint8), scale, zero
 
 
-def _bytes(width: int, bits: int) -> int:
-    return -(-width * bits // 8)
-
-
 def pack(codes: Tensor, bits: int) -> Tensor:
     """(N, D) codes as (N, bytes), the first in the lowest bits."""
-    each = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each)).view(len(codes), -1, each)
+    per_byte = 8 // bits
+    codes = F.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes << shifts).sum(-1, dtype=torch.uint8)
 

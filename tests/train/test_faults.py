@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import metrics, one_run, tiny_study, train, train_runs, weights
+from miniature import metrics, one_run, tiny_study, train, train_runs, weights
 
 from archs import VARIANTS, Decoder
 from eval.evaluate import FIRST_ROUND, evaluate_runs

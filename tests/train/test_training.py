@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from helpers import metrics, one_run, tiny_study, train, train_runs, weights
+from miniature import metrics, one_run, tiny_study, train, train_runs, weights
 from lightning.pytorch.loggers import CSVLogger
 
 from archs import VARIANTS

@@ -1,7 +1,6 @@
-// What a model has beside attention, on a CPU; built by building.py, once for all shapes.
+// What a model needs besides attention; built by build.py, once for all shapes.
 
 #include <algorithm>
-#include <vector>
 
 #include "vectors.h"
 
@@ -126,50 +125,9 @@ static void gated(const float *gate, const float *up, float *out, long n) {
 }
 
 // The same of rows (rows, 2 F) that hold gate and up; out (rows, F).
-extern "C" void gated_rows(const float *x, float *out, long rows, long F, long threads) {
+extern "C" void swiglu(const float *x, float *out, long rows, long F, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * F > 1 << 14)
     for (long i = 0; i < rows; i++) gated(x + i * 2 * F, x + i * 2 * F + F, out + i * F, F);
-}
-
-// Its gradients, from place `i` of a row on, as many at a time as T has.
-template <class T> static long change(const float *grad, const float *gate, const float *up, float *out, long i, long F) {
-    for (; i <= F - width<T>; i += width<T>) {
-        T a = load<T>(gate + i), g = load<T>(grad + i), e = exp2_of((a < 0 ? a : -a) * 1.44269504f);
-        T share = (a < 0 ? e : e * 0 + 1) / (1 + e);
-        store(out + i, g * load<T>(up + i) * share * (1 + a * (1 - share)));
-        store(out + F + i, g * a * share);
-    }
-    return i;
-}
-
-extern "C" void gated_rows_backward(const float *grad, const float *x, float *out, long rows, long F, long threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * F > 1 << 14)
-    for (long i = 0; i < rows; i++) {
-        const float *g = grad + i * F, *gate = x + i * 2 * F;
-        long whole = change<native>(g, gate, gate + F, out + i * 2 * F, 0, F);
-        change<Vector<1>::type>(g, gate, gate + F, out + i * 2 * F, whole, F);
-    }
-}
-
-// out (rows, K) = (silu(x gate^T) * (x up^T)) down^T of x (rows, K), gate and up (F, K) and down (K, F); K and F are 16 or
-// more.
-extern "C" void swiglu(const float *x, const float *gate_up, const float *down, float *out, long rows, long K, long F,
-                       long threads) {
-    std::vector<float> gate(rows * F), up(rows * F);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (long i = 0; i < F / 16; i++) {
-            const long first = i * 16, last = end_of(i, F);
-            const float *all_up = gate_up + F * K;
-            products({x, K}, {gate_up, K}, {gate.data(), F}, rows, first, last, K, block(all_up, i, K, F));
-            products({x, K}, {all_up, K}, {up.data(), F}, rows, first, last, K, block(gate_up, i + 1, K, F));
-            for (long i = first; i < rows * F; i += F) gated(&gate[i], &up[i], &gate[i], last - first);
-        }
-#pragma omp for schedule(static)
-        for (long i = 0; i < K / 16; i++)
-            products({gate.data(), F}, {down, F}, {out, K}, rows, i * 16, end_of(i, K), F, block(down, i + 1, F, K));
-    }
 }
 
 // Cross-entropy (rows) of logits (rows, V), which become its gradients: softmax, less 1 at the target. How many targets
@@ -223,27 +181,6 @@ extern "C" void rotate(const float *x, const float *cosine, const float *sine, f
     }
 }
 
-// Chunks of gated retention: scores (count, C, C), in place, times what remains of an earlier token, by the difference of
-// two sums of log decays (count, C); on the diagonal a token's own q k, of q and k (count, C, D), summed in double
-// precision; after it 0.
-extern "C" void fade(float *scores, const float *q, const float *k, const float *log_decay, long count, long C, long size,
-                     long threads) {
-#pragma omp parallel for num_threads(threads) if (count * C * C > 1 << 14)
-    for (long i = 0; i < count * C; i++) {
-        float *row = scores + i * C;
-        const long n = i % C;
-        const float *total = log_decay + i - n, own_total = log_decay[i];
-        long m = 0;
-        for (; m <= n - NATIVE; m += NATIVE)
-            store(row + m, load<native>(row + m) * exp2_of((own_total - load<native>(total + m)) * 1.44269504f));
-        for (; m < n; m++) row[m] *= std::exp(own_total - total[m]);
-        double own = 0;
-        for (long d = 0; d < size; d++) own += (double)q[i * size + d] * k[i * size + d];
-        row[n] = own;
-        std::fill(row + n + 1, row + C, 0.0f);
-    }
-}
-
 // x (rows, width), rows that far from each other; out is contiguous. Without a weight it is 1.
 extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, long step, float eps,
                          long threads) {
@@ -259,30 +196,6 @@ extern "C" void rms_norm(const float *x, const float *weight, float *out, long r
         if (weight)
 #pragma omp simd
             for (long j = 0; j < width; j++) o[j] *= weight[j];
-    }
-}
-
-// Its gradients: of x, contiguous, and of the weight (blocks, width), where each block of rows has its own.
-extern "C" void rms_norm_backward(const float *grad, const float *x, const float *weight, float *x_grad,
-                                  float *weight_grad, long blocks, long rows, long width, long step, float eps,
-                                  long threads) {
-#pragma omp parallel for num_threads(threads) if (rows * width > 1 << 14)
-    for (long block = 0; block < blocks; block++) {
-        float *w = weight_grad + block * width;
-        std::fill(w, w + width, 0.0f);
-        for (long i = rows * block / blocks; i < rows * (block + 1) / blocks; i++) {
-            const float *p = x + i * step, *g = grad + i * width;
-            float square = 0, along = 0;
-#pragma omp simd reduction(+ : square, along)
-            for (long j = 0; j < width; j++) square += p[j] * p[j], along += g[j] * (weight ? weight[j] : 1) * p[j];
-            const float scale = 1 / std::sqrt(square / width + eps), back = along * scale * scale / width;
-            float *o = x_grad + i * width;
-#pragma omp simd
-            for (long j = 0; j < width; j++) {
-                o[j] = scale * (g[j] * (weight ? weight[j] : 1) - p[j] * back);
-                w[j] += g[j] * p[j] * scale;
-            }
-        }
     }
 }
 
@@ -354,64 +267,4 @@ extern "C" float read_all(const float *x, long n, long threads) {
         UNROLL for (int j = 0; j < LINE / NATIVE; j++) total += sum(a[0][j] + a[1][j]);
     }
     return total;
-}
-
-// Products of R rows of x (K) with a panel (K, PANEL), added to what is in `out` from the second part of the columns on.
-constexpr int PANEL = 2 * NATIVE, PART = 768;                 // columns and rows at a time: 48 KiB with AVX2
-constexpr int TILE = (REGISTERS - 4) / 2, BLOCK = 8 * TILE;  // rows of x
-
-template <int R> static void product_tile(In x, const float *panel, Out out, long K, bool adds) {
-    native a[R][2] = {};
-    if (adds) UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int c = 0; c < 2; c++) a[r][c] = load<native>(out[r] + c * NATIVE);
-    for (long k = 0; k < K; k++) {
-        native y[2];
-        UNROLL for (int c = 0; c < 2; c++) y[c] = held(load<native>(panel + k * PANEL + c * NATIVE));
-        UNROLL for (int r = 0; r < R; r++) {
-            const float z = x[r][k];
-            UNROLL for (int c = 0; c < 2; c++) a[r][c] += z * y[c];
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int c = 0; c < 2; c++) store(out[r] + c * NATIVE, a[r][c]);
-}
-
-// Rows of x (M, K) times w, (N, K) transposed or (K, N), into out (M, N). The matrix is laid out in panels of columns
-// first, which then go through the caches once for every BLOCK of rows.
-extern "C" void product(const float *x, const float *w, float *packed, float *out, long M, long N, long K,
-                        long transposed, long threads) {
-    const long panels = (N + PANEL - 1) / PANEL, parts = (K + PART - 1) / PART;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for
-        for (long p = 0; p < panels; p++) {
-            const long n = p * PANEL, columns = std::min<long>(PANEL, N - n);
-            float *panel = packed + n * K;
-            for (long k = 0; k < K; k++)
-                for (long c = 0; c < PANEL; c++)
-                    panel[k * PANEL + c] = c >= columns ? 0 : transposed ? w[(n + c) * K + k] : w[k * N + n + c];
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (long block = 0; block < M; block += BLOCK)
-            for (long part = 0; part < parts; part++)
-                for (long p = 0; p < panels; p++) {
-                    const long k = part * PART, n = p * PANEL, columns = std::min<long>(PANEL, N - n);
-                    const float *panel = packed + n * K + k * PANEL;
-                    auto tile = [&](auto rows, long m) {
-                        constexpr int R = decltype(rows)::value;
-                        In in{x + m * K + k, K};
-                        Out to{out + m * N + n, N};
-                        if (columns == PANEL) return product_tile<R>(in, panel, to, std::min<long>(PART, K - k), part);
-                        float some[R * PANEL] = {};
-                        Out there{some, PANEL};
-                        if (part) for (int r = 0; r < R; r++) std::copy(to[r], to[r] + columns, there[r]);
-                        product_tile<R>(in, panel, there, std::min<long>(PART, K - k), part);
-                        for (int r = 0; r < R; r++) std::copy(there[r], there[r] + columns, to[r]);
-                    };
-                    long m = block;
-                    const long end = std::min(block + BLOCK, M);
-                    for (; m + TILE <= end; m += TILE) tile(std::integral_constant<int, TILE>(), m);
-                    for (; m < end; m++) tile(std::integral_constant<int, 1>(), m);
-                }
-    }
 }

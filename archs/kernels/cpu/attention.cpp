@@ -1,4 +1,4 @@
-// Attention on a CPU: of one new token over a static cache, of a prompt, and its gradients; built by building.py.
+// Attention on a CPU: of one new token over a static cache, of a prompt, and its gradients; built by build.py.
 //
 // Queries that share keys go through them together, a tile of N tokens at a time, with a running softmax (Milakov and
 // Gimelshein 2018, arXiv 1805.02867). Of one new token they are those of a KV head, and few long sequences are each split

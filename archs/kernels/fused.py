@@ -1,0 +1,106 @@
+"""PyTorch's fused attention, kept on its fast paths, and what it pays to compile or to run at once on a device.
+
+Shapes as in `archs/ops.py`.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from archs.kernels import kernel
+from archs.kernels.cpu.build import compiler, is_transformed
+
+# For one query on a GPU: cuDNN, PyTorch's first choice on Hopper, makes a plan for each length.
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+COMPILED_FROM = {"cuda": 2e15, "cpu": 2e14}  # FLOPs of a run; compiling takes a minute or two
+TOKENS_AT_ONCE = {"cpu": 2**11}  # in a layer during prefill: their activations stay in a CPU's caches
+
+
+def gains_by_compiling(device: torch.device, flops: float) -> bool:
+    """True if a training run of this many FLOPs is faster with torch.compile, its compile time included."""
+    return flops > COMPILED_FROM.get(device.type, float("inf")) and compiler() is not None
+
+
+def sequences_at_once(tokens_BT: Tensor) -> int:
+    """How many sequences of a prompt should go through the layers together."""
+    return max(1, TOKENS_AT_ONCE.get(tokens_BT.device.type, 2**17) // tokens_BT.shape[1])
+
+
+def are_columns(v: Tensor, k: Tensor) -> bool:
+    """True if the values are the first columns of the keys, in the same memory (MLA's latent). Under torch.compile and
+    torch.func tensors have no address, and the answer is False."""
+    if v.shape[-1] >= k.shape[-1] or torch.compiler.is_compiling() or is_transformed():
+        return False
+    return v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
+
+
+def is_floating(q: Tensor, *others: object) -> bool:
+    return q.is_floating_point()
+
+
+@kernel(is_floating)
+def attention(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
+) -> Tensor:
+    """`ops.attention` through scaled_dot_product_attention."""
+    (B, H, T, D), (G, S), E = q_BHTD.shape, k_BGSD.shape[1:3], v_BGSE.shape[-1]
+    if are_columns(v_BGSE, k_BGSD):
+        v_BGSE = k_BGSD  # equal sizes are on the fast path; the further columns are cut off
+    if 0 < window < S and T > 1:
+        return windowed(q_BHTD, k_BGSD, v_BGSE, scale, window)[..., :E]
+    if T == 1:  # the query heads of a KV head become its query length: each cached byte is read once
+        slots = torch.arange(S, device=q_BHTD.device)
+        mask = None if position is None else slots <= position.view(-1, 1, 1, 1)
+        return sdpa(q_BHTD.reshape(B, G, H // G, D), k_BGSD, v_BGSE, scale, mask).reshape(B, H, 1, -1)[..., :E]
+    mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril(S - T)
+    return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask, causal=T == S)[..., :E]
+
+
+@kernel(is_floating)
+def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
+    return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask)[..., : v_BGSE.shape[-1]]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """scaled_dot_product_attention on its fast paths; on a CPU the result may have further columns of zeros.
+
+    On a CPU these want equal key and value sizes, and under autocast fp32: their bf16 backward is 4 times as slow. On a
+    GPU those that take a mask do not know groups, so that there, in training and prefill alone, the keys are repeated.
+    """
+    context, groups = contextlib.nullcontext(), q.shape[1] // k.shape[1]
+    if q.is_cuda:
+        if mask is not None and groups > 1:
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        if mask is None and not causal:
+            context = sdpa_kernel(NOT_CUDNN, set_priority=True)
+    else:
+        v = F.pad(v, (0, max(0, k.shape[-1] - v.shape[-1])))
+        if torch.is_autocast_enabled("cpu"):
+            context = torch.autocast("cpu", enabled=False)
+            q, k, v = q.float(), k.float(), v.float()
+    with context:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+def windowed(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int) -> Tensor:
+    """Queries in blocks of `window`, each against its own block of keys and the one before it, so that time and memory
+    grow with T x 2 window and not with T x S. S - T is at most window - 1."""
+    (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
+    before, blocks = S - T, -(-T // window)
+    tail = blocks * window - T
+
+    def pairs_of_blocks(x_BGSD: Tensor) -> Tensor:  # (blocks, B G, 2 window, D)
+        x = F.pad(x_BGSD, (0, 0, window - before, tail)).reshape(B * G, blocks + 1, window, -1)
+        return torch.cat((x[:, :-1], x[:, 1:]), dim=2).transpose(0, 1)
+
+    q = F.pad(q_BHTD, (0, 0, 0, tail)).reshape(B * H, blocks, window, D).transpose(0, 1)
+    ones = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
+    mask = (ones.triu(1) & ones.tril(window)).repeat(blocks, 1, 1, 1)
+    mask[0, :, :, : window - before] = False  # padding before the first key
+    out = sdpa(q, pairs_of_blocks(k_BGSD), pairs_of_blocks(v_BGSE), scale, mask)
+    return out.transpose(0, 1).reshape(B, H, blocks * window, -1)[:, :, :T]

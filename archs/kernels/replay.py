@@ -1,0 +1,205 @@
+"""A decode step recorded once and replayed: as a CUDA graph, or on a CPU as a list of calls.
+
+Without the model's Python between them, operators follow each other at once. On a CPU that Python takes longer than its
+work suggests, as each layer's keys and values drive it out of the caches. A step's inputs are tensors at fixed
+addresses, the position among them, so that one recording serves every length.
+"""
+
+import contextlib
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+from archs.kernels import kernel, triton
+from archs.kernels.cpu.build import usable
+from archs.kernels.cpu.layers import prepare
+
+
+def can_record(model: Any, tokens_B: Tensor, cache: Any) -> bool:
+    """A static cache, and attention kernels that read the position on the device.
+
+    On a CPU weights and cache are in fp32, and no dispatch mode looks on, as it would see nothing of a replay.
+    """
+    weight = model.embed.weight
+    if not cache.static:
+        return False
+    if weight.is_cuda:
+        return triton.runs_on(weight.device)
+    observed = _get_current_dispatch_mode() is not None or torch.is_autocast_enabled("cpu")
+    return not observed and usable(weight) and cache.dtypes == {torch.float32}
+
+
+@kernel(can_record)
+def decode_step(model: Any, tokens_B: Tensor, cache: Any) -> Tensor:
+    cache.step = cache.step or RecordedStep(cache.batch_size, tokens_B.device)
+    return cache.step(model, tokens_B, cache)
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all recordings: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+class RecordedStep:
+    """The decode step of a cache, with the position on the device. It is recorded again when a weight of the model has
+    moved or a module was replaced.
+
+    On a GPU the first step runs as it is (kernels are compiled, workspaces allocated) and the second is recorded; on a
+    CPU the first is recorded. Hooks on modules see the steps that are not replayed. A copy of a cache records its own.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device):
+        with torch.inference_mode(False):  # or they could not be written outside of it
+            self.tokens_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        on_gpu = device.type == "cuda"
+        self.host_position = None if on_gpu else ctypes.c_int64.from_address(self.position.data_ptr())
+        self.device_position = 0  # the value on the GPU; -1 is unknown
+        self.model: Any = None
+        self.recorded_for: tuple | None = None
+        self.replay: Callable[[], object] | None = None
+        self.backend = "split-kv triton, cuda graph" if on_gpu else "split-kv c++, recorded"
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # it holds addresses
+
+    def __call__(self, model: Any, tokens_B: Tensor, cache: Any) -> Tensor:
+        on_gpu = tokens_B.is_cuda
+        with torch.cuda.device(tokens_B.device) if on_gpu else contextlib.nullcontext():
+            self.tokens_B.copy_(tokens_B)
+            if self.host_position is not None:
+                self.host_position.value = cache.length  # fill_ would take 50 us with cold caches
+            elif self.device_position != cache.length:
+                self.position.fill_(cache.length)
+            self.device_position = -1  # should the step fail
+            if self.model is model and self.recorded_for is not None and self.recorded_for == self._places(model):
+                if self.replay is None:
+                    self._record_graph(model, cache)
+                self.replay()
+            else:
+                self._begin(model)
+                if on_gpu:
+                    self.logits_BV = self._step(model, cache)
+                else:
+                    self._record_calls(model, cache)
+                self.recorded_for = self._places(model)
+            self.device_position = cache.length + 1
+            return self.logits_BV.clone()
+
+    def _begin(self, model: Any) -> None:
+        self.model, self.recorded_for, self.replay = model, None, None
+        self.modules = [(m._modules, list(m._modules.values())) for m in model.modules() if m._modules]
+        self.weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]
+
+    def _places(self, model: Any) -> tuple | None:
+        """What a recording holds for; None when a module was replaced."""
+        if any(list(now.values()) != before for now, before in self.modules):
+            return None
+        addresses = [x.data_ptr() for weights, name in self.weights if (x := weights.get(name)) is not None]
+        return addresses, model.training, torch.get_num_threads()
+
+    def _step(self, model: Any, cache: Any) -> Tensor:
+        logits_BV = model.append(self.tokens_B[:, None], cache, self.position)
+        if self.host_position is None:
+            self.position += 1
+        return logits_BV
+
+    def _record_graph(self, model: Any, cache: Any) -> None:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=recording_stream(self.position.device)):
+                self.logits_BV = self._step(model, cache)
+            self.replay = graph.replay
+        except RuntimeError as e:  # an operator that cannot be recorded
+            torch.cuda.set_stream(stream)
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            warnings.warn(f"decode goes without a CUDA graph, more slowly: {e}", stacklevel=2)
+            self.replay, self.backend = partial(self._plain_step, model, cache), "split-kv triton"
+
+    def _plain_step(self, model: Any, cache: Any) -> None:
+        self.logits_BV = self._step(model, cache)
+
+    def _record_calls(self, model: Any, cache: Any) -> None:
+        def step() -> None:
+            self.logits_BV = self._step(model, cache)
+
+        model.chunk(1, self.position)  # computes what is cached from step to step
+        self.replay = record(step)
+
+
+def record(function: Callable[[], object]) -> Callable[[], None]:
+    """Runs a function on CPU tensors and returns a call that runs its operators again, on the same tensors."""
+    calls = Calls()
+    with torch.inference_mode(False), torch.no_grad(), calls:  # tensors of inference mode could not be written later
+        function()
+    return calls.replay
+
+
+class Calls(TorchDispatchMode):
+    """Records the operators that run. A replay makes no views again, and writes all other results in their places."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+        self.storages: list[Any] = []  # kept alive, as calls go by address
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if prepared := prepare(func, args, kwargs):
+            result, call = prepared
+            call()
+        else:
+            result = func(*args, **kwargs)
+            call = call_again(func, args, kwargs, result)
+        if call:
+            self.calls.append(call)
+            self.storages += [x.untyped_storage() for x in tree_leaves((args, result)) if isinstance(x, Tensor)]
+        return result
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def call_again(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Any) -> Callable[[], object] | None:
+    """A call of an operator that writes into `result`; None for a view. TypeError for a number."""
+    results = [x for x in tree_leaves(result) if x is not None]
+    if not all(isinstance(x, Tensor) for x in results):
+        raise TypeError(
+            f"{func} gives Python a value, which a recorded decode step would not see change: keep it in a tensor, or "
+            "set `static = False` on the cache, and nothing is recorded"
+        )
+    arguments = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    if all(x.untyped_storage()._cdata in arguments for x in results):
+        return partial(func, *args, **kwargs) if func._schema.is_mutable or not results else None
+    if out_overload := find_out_overload(func):
+        return partial(out_overload, *args, **kwargs, out=result)
+
+    def call() -> None:
+        for x, new in zip(results, tree_leaves(func(*args, **kwargs)), strict=True):
+            x.copy_(new)
+
+    return call
+
+
+@functools.cache
+def find_out_overload(func: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The overload with the same arguments and `out`."""
+    arguments = [(a.name, str(a.type)) for a in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        overload = getattr(func.overloadpacket, name)
+        others = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
+        outs = [a.name for a in overload._schema.arguments if a.is_out]
+        if outs == ["out"] and others == arguments:
+            return overload
+    return None
