@@ -90,7 +90,7 @@ def _evaluate_runs(plan: Plan) -> list[str]:
                 if turn < ROUNDS - 1:
                     write_json(run.directory / FIRST_ROUND, states[run.directory] | {"measured": known})
                     continue
-                record = look.record(run) | known | run.settings | states[run.directory]
+                record = run.record() | known | run.settings | states[run.directory]
                 _log_hyperparameters(run, record)
                 write_json(run.directory / "record.json", record)
                 (run.directory / FIRST_ROUND).unlink(missing_ok=True)

@@ -245,8 +245,7 @@ class Snapshot:
     def ready(self) -> list[Run]:
         """The runs that can be trained now and are not: first those that try rates, then a whole seed after the other,
         so that a study that is stopped has complete pairs. More may follow as records appear."""
-        order = {seed: place for place, seed in enumerate(self.plan.study.seeds)}
-        runs = sorted(self.runs, key=lambda run: order[run.seed])
+        runs = sorted(self.runs, key=lambda run: self.plan.study.seeds.index(run.seed))
         retrofits = [r for run in runs if self.is_finished(run) for r in self.plan.retrofits(run)]
         return [run for run in [*self.tuning_runs, *runs, *retrofits] if not self.is_finished(run)]
 
