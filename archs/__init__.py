@@ -41,7 +41,11 @@ def find_variant(arch: str) -> type[Decoder]:
     if not colon:
         raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}, or give file.py:Class")
     try:
-        module = _load(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
+        module = (
+            _load(Path(place).resolve(), Path(place).stat().st_mtime_ns)
+            if place.endswith(".py")
+            else importlib.import_module(place)
+        )
     except (ImportError, OSError, SyntaxError) as e:
         raise ValueError(f"architecture {arch!r}: cannot load {place}: {e}") from None
     variant = getattr(module, name, None)
@@ -51,7 +55,7 @@ def find_variant(arch: str) -> type[Decoder]:
 
 
 @functools.cache
-def _load(path: Path) -> ModuleType:
+def _load(path: Path, modified: int) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -175,11 +175,7 @@ class Decoder(Costs, nn.Module):
         return self.unembed(self.norm(self.hidden(self.embed(tokens_BT), cache, start)[:, -1]))
 
     def new_cache(
-        self,
-        batch_size: int,
-        max_tokens: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, batch_size: int, max_tokens: int, dtype: torch.dtype | None = None, device: Any = None
     ) -> Cache:
         """An empty cache for up to `max_tokens` a sequence; dtype and device default to the model's."""
         weight = self.embed.weight

@@ -75,20 +75,21 @@ class GatedRetention(nn.Module):
         self.decay = nn.Linear(width, heads, bias=False)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: State) -> Tensor:
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: State | None) -> Tensor:
         qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
         log_decay_BHT = F.logsigmoid(at_least_fp32(self.decay(x_BTW))).transpose(1, 2) / DECAY_TEMPERATURE
         with torch.autocast(x_BTW.device.type, enabled=False):
             q_BHTD, k_BHTD = chunk.rotate(at_least_fp32(qk_BXTD)).chunk(2, dim=1)
             inputs = q_BHTD, k_BHTD * self.head_dim**-0.5, at_least_fp32(v_BHTD)
-            state = kv.read()
+            state = kv.read() if kv else None
             if state is not None and x_BTW.shape[1] == 1:
                 out_BHTD = retention_step(*inputs, log_decay_BHT.exp(), state)
             else:
                 if state is None:
                     state = q_BHTD.new_zeros(len(x_BTW), self.heads, self.head_dim, self.head_dim)
                 out_BHTD, state = retention_chunkwise(*inputs, log_decay_BHT, at_least_fp32(state), CHUNK)
-            kv.write(state)
+            if kv:
+                kv.write(state)
             out_BHTD = rms_norm(out_BHTD)
         return self.out(merge_heads(out_BHTD.to(gate_BHTD.dtype) * F.silu(gate_BHTD)))
 
