@@ -34,7 +34,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """True if a Triton kernel without a gradient can run on these tensors: on a GPU, with contiguous vectors, no gradient
+    """True if a Triton kernel without a gradient can run on these tensors: contiguous vectors on a GPU, no gradient
     needed, not inside torch.compile or torch.func."""
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     fits = all(x.is_cuda and x.stride(-1) == 1 for x in tensors)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from archs.attention import attend, attend_window, rope_table, rotate
 
 

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_attention import by_definition
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from archs.attention import attend, rope_table, rotate
-from archs.cache import HUGE_PAGE, zeros
 from archs.cpu import building, layers
 from archs.cpu.attention import causal, split_kv, takes_attention, takes_causal
 from archs.cpu.building import build, compiler, takes
@@ -37,6 +32,11 @@ from archs.cpu.layers import (
     takes_few,
     takes_heads,
 )
+from test_attention import by_definition
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from archs.cache import HUGE_PAGE, zeros
 from archs.decoder import NORM_EPS, Embedding, Linear, RMSNorm, normed
 
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")

@@ -8,11 +8,10 @@ import weakref
 
 import pytest
 import torch
-from test_laws import each_variant, make
-from torch.utils.flop_counter import FlopCounterMode
-
 from archs.cpu.building import compiler
 from archs.graph import Calls, RecordedStep
+from test_laws import each_variant, make
+from torch.utils.flop_counter import FlopCounterMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_cpu = pytest.mark.skipif(not compiler(), reason="no C++ compiler here: nothing is recorded on a CPU")
