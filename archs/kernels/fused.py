@@ -37,11 +37,7 @@ def are_columns(v: Tensor, k: Tensor) -> bool:
     return v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
 
 
-def is_floating(q: Tensor, *others: object) -> bool:
-    return q.is_floating_point()
-
-
-@kernel(is_floating)
+@kernel(lambda q, *others: len(q) > 0)
 def attention(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
 ) -> Tensor:
@@ -49,6 +45,9 @@ def attention(
     (B, H, T, D), (G, S), E = q_BHTD.shape, k_BGSD.shape[1:3], v_BGSE.shape[-1]
     if are_columns(v_BGSE, k_BGSD):
         v_BGSE = k_BGSD  # equal sizes are on the fast path; the further columns are cut off
+    if 0 < window < S and position is None:  # no query sees the tokens before these
+        k_BGSD, v_BGSE = k_BGSD[:, :, -(T + window - 1) :], v_BGSE[:, :, -(T + window - 1) :]
+        S = k_BGSD.shape[2]
     if 0 < window < S and T > 1:
         return windowed(q_BHTD, k_BGSD, v_BGSE, scale, window)[..., :E]
     if T == 1:  # the query heads of a KV head become its query length: each cached byte is read once

@@ -33,9 +33,19 @@ def runs_on(device: torch.device) -> bool:
     return True
 
 
+def usable(*tensors: Tensor) -> bool:
+    """True if a Triton kernel without a gradient can run on these tensors: contiguous vectors on a GPU, no gradient
+    needed, not inside torch.compile or torch.func."""
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    fits = all(x.is_cuda and x.stride(-1) == 1 for x in tensors)
+    return fits and not gradient and not torch.compiler.is_compiling() and not is_transformed()
+
+
 def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None) -> bool:
-    one = position is not None and position.numel() == 1 and q.is_cuda
-    return one and not window and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    """One position for all sequences; one dtype, up to fp32."""
+    if position is None or position.numel() > 1 or window or not usable(q, k, v):
+        return False
+    return q.dtype == k.dtype == v.dtype != torch.float64 and runs_on(q.device)
 
 
 @kernel(supports_decode)
@@ -50,12 +60,9 @@ def decode_attention(
 
 
 def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:
-    """fp32 except for the state, and no gradient."""
-    if not state.is_cuda or torch.compiler.is_compiling() or is_transformed():
-        return False
-    fits = all(x.dtype == torch.float32 for x in (q, k, v, decay)) and all(x.stride(3) == 1 for x in (q, k, v))
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, decay))
-    return fits and not gradient and state.is_contiguous() and runs_on(state.device)
+    """fp32 except for the state."""
+    fits = all(x.dtype == torch.float32 for x in (q, k, v, decay)) and state.is_contiguous()
+    return fits and usable(q, k, v, state) and not decay.requires_grad and runs_on(state.device)
 
 
 @kernel(supports_retention)

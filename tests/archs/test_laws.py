@@ -49,7 +49,7 @@ def test_cached_logits_equal_the_full_forward(arch, options, seed, batch, layers
 
 @torch.inference_mode()
 def moved_by_rounding(model, tokens, full):
-    """How far logits move if weights are a rounding off: where almost nothing is normed (retention), a rounding is much."""
+    """How far logits move if weights are a rounding off, which is far where almost nothing is normed (retention)."""
     moved = copy.deepcopy(model)
     for parameter in moved.parameters():
         parameter.mul_(1 + torch.randint(-1, 2, parameter.shape) * torch.finfo(torch.float32).eps)
