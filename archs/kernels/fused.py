@@ -37,7 +37,11 @@ def are_columns(v: Tensor, k: Tensor) -> bool:
     return v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
 
 
-@kernel(lambda q, *others: len(q) > 0)
+def has_sequences(q: Tensor, *others: object) -> bool:
+    return len(q) > 0
+
+
+@kernel(has_sequences)
 def attention(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
 ) -> Tensor:
@@ -58,7 +62,7 @@ def attention(
     return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask, causal=T == S)[..., :E]
 
 
-@kernel(is_floating)
+@kernel(has_sequences)
 def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
     return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask)[..., : v_BGSE.shape[-1]]
 

@@ -160,6 +160,14 @@ def any_inputs(r):
     return prompt_inputs(r, shapes, (1, 2), fewest=1, longest=40)
 
 
+def masked_inputs(r):
+    """Additive masks, some of them infinite, never for all keys of a query."""
+    q, k, v, scale, _ = prompt_inputs(r, PROMPT_SHAPES[1:], (1, 2), fewest=1, longest=20)
+    mask = torch.randn(*q.shape[:3], k.shape[2])
+    mask[..., 1:] = mask[..., 1:].masked_fill(torch.rand(mask[..., 1:].shape) < 0.3, -math.inf)
+    return q, k, v, scale, mask
+
+
 def paged_inputs(r):
     """Blocks in any order; NaN in those of no sequence, old tokens behind the last of a sequence."""
     H, G, D, E = r.choice([DECODE_SHAPES[n] for n in (1, 7, 9)])
@@ -278,6 +286,12 @@ CASES = {
     fused.attention: Case(
         any_inputs,
         (lambda: (torch.randn(0, 4, 9, 8), torch.randn(0, 4, 9, 8), torch.randn(0, 4, 9, 8), 0.2, 4),),
+        runs_in="fp64 bf16 autocast meta gradient torch.func forward_mode torch.compile no_compiler",
+        gradients=True,
+    ),
+    fused.masked_attention: Case(
+        masked_inputs,
+        (lambda: (*(torch.randn(0, 4, 9, 8) for _ in range(3)), 0.2, torch.randn(0, 4, 9, 9)),),
         runs_in="fp64 bf16 autocast meta gradient torch.func forward_mode torch.compile no_compiler",
         gradients=True,
     ),
