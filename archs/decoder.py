@@ -214,14 +214,6 @@ class Decoder(Costs, nn.Module):
     def add_modules(self) -> None:
         """Makes modules that belong to no layer."""
 
-    def hf_class(self) -> tuple[str, str, dict[str, Any]]:
-        """(model type, class, config entries of its own) in Hugging Face transformers; ValueError without one.
-
-        A variant that has one also defines `hf_attention(attention)`, the weights of a layer's attention, except the
-        output projection, under that class's names.
-        """
-        raise ValueError(f"transformers has no class that computes {type(self).__name__}")
-
 
 def tie(model: Decoder, *_: Any) -> None:
     """One matrix embeds and unembeds."""

@@ -2,8 +2,8 @@
 
 AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
 
-A variant names the class that computes the same, and its special part of the config and weights (`Decoder.hf_class`,
-`hf_attention`).
+A variant that has such a class defines `hf_class()`: (model type, class, config entries of its own), and
+`hf_attention(attention)`: the weights of a layer's attention, except the output projection, under the class's names.
 """
 
 from pathlib import Path
@@ -21,6 +21,9 @@ from train.progress import console
 from train.store import read_plan
 from train.study import load_data, parse_study
 from train.tokenizer import END_OF_TEXT, as_hf
+
+# What a model computes: a subclass that changes one of these computes something other than its parent.
+COMPUTES = "layer_attention", "new_layers", "hidden", "chunk", "append"
 
 
 def export(run: Path, out: Path) -> None:
@@ -40,7 +43,7 @@ def export(run: Path, out: Path) -> None:
     try:
         hf = hf_config(model)
     except ValueError as e:
-        can = ", ".join(name for name, variant in VARIANTS.items() if variant.hf_class is not Decoder.hf_class)
+        can = ", ".join(name for name, variant in VARIANTS.items() if hasattr(variant, "hf_class"))
         raise InputError(f"{config['label']} cannot be exported: {e}; those that can be: {can}") from None
     checkpoint = newest_whole(run, console.print)
     if not checkpoint:
@@ -87,7 +90,10 @@ def _encoding(run: Path, config: dict) -> tiktoken.Encoding | None:
 
 def hf_config(model: Decoder) -> dict[str, Any]:
     """config.json of the class in transformers that computes the same as the model; ValueError without one."""
-    o = model.options
+    o, variant = model.options, type(model)
+    parent = next((cls for cls in variant.__mro__ if "hf_class" in vars(cls)), None)
+    if parent is None or any(getattr(variant, name) is not getattr(parent, name) for name in COMPUTES):
+        raise ValueError(f"transformers has no class that computes {variant.__name__}")
     model_type, architecture, special = model.hf_class()
     return {
         "architectures": [architecture],
