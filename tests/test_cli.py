@@ -21,7 +21,6 @@ from texts import write_texts
 import kvfrontier
 import plots
 from archs import VARIANTS
-from archs.decoder import Options
 from train.files import lock
 
 ROOT = Path(kvfrontier.__file__).parent
@@ -407,22 +406,3 @@ def test_a_study_is_found_by_file_directory_or_results(done, folder, tmp_path, m
         assert kvf("status", study) == 0
     finally:
         (folder / "moved.yaml").rename(folder / "mini.yaml")
-
-
-def test_the_readmes_table_of_options_is_that_of_the_variants():
-    table = (ROOT / "README.md").read_text().partition("| arch | options |\n")[2].partition("\n\n")[0]
-    listed = dict(re.findall(r"^\| (`.*?) \| (.*) \|$", table, re.M))
-    common = set(Options.model_fields)
-    for archs, options in listed.items():
-        for arch in re.findall(r"`(\w+)`", archs):
-            own = set(VARIANTS[arch].Options.model_fields) - common
-            assert own == set(re.findall(r"(?:^|, )`(\w+)`", options)), arch
-    assert len(listed) > 1
-
-
-def test_the_readme_names_the_commands_that_ci_runs():
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^    (.*kvfrontier run.*|.*pytest.*)$", readme, re.M)
-    assert any("kvfrontier run" in c for c in commands)
-    test_command = next(c for c in commands if "pytest" in c)
-    assert test_command in (ROOT / ".ci" / "run").read_text()
