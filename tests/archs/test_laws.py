@@ -21,7 +21,7 @@ from train.export import hf_config, hf_weights
 
 
 @each_variant
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 3),
