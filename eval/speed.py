@@ -207,7 +207,8 @@ class _Operators(TorchDispatchMode):
 
 
 def attention_backend(model: Decoder, tokens_B: torch.Tensor, cache: Cache) -> str:
-    """What a decode step's attention runs on: torch's kernel, as `sdpa flash` (`math`: none is fused), or ours."""
+    """The kernel of a decode step's attention: PyTorch's, such as `sdpa flash` (`math`: none is fused), or this
+    project's."""
     if cache.step:
         return cache.step.backend
     cache.length -= 1

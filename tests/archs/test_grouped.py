@@ -4,6 +4,9 @@ import pytest
 import torch
 from helpers import SHAPE, make
 
+from archs import build
+from train.export import hf_config
+
 
 @pytest.mark.parametrize(("arch", "kv_heads"), [("mha", 4), ("mqa", 1)])
 def test_gqa_at_its_ends_is_mha_and_mqa(arch, kv_heads):
@@ -19,3 +22,10 @@ def test_keys_and_values_are_cached_for_kv_heads_alone(arch, options, kv_heads):
     head_dim = SHAPE["width"] // SHAPE["heads"]
     for layer in make(arch, options).new_cache(3, 10).layers:
         assert [tuple(t.shape) for t in layer.tensors] == [(3, kv_heads, 10, head_dim)] * 2
+
+
+def test_a_subclass_with_other_layers_is_not_exported_as_its_parent(tmp_path):
+    source = "from archs.grouped import MHA\n\n\nclass Windows(MHA):\n    def new_layers(self, make):\n"
+    (tmp_path / "windows.py").write_text(f"{source}        return [make.ring(8, 4, 16)] * self.options.layers\n")
+    with pytest.raises(ValueError, match="no class that computes Windows"):
+        hf_config(build(f"{tmp_path}/windows.py:Windows", **SHAPE))
