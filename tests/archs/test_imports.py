@@ -72,7 +72,11 @@ def test_architectures_need_torch_and_pydantic_alone():
 
 
 def test_operators_alone_import_kernels():
+    """Except for bench/tiles.py, which tunes one."""
+
     def forbidden(module, target):
+        if module == "bench.tiles":
+            return False
         return target.startswith("archs.kernels") and not module.startswith(("archs.ops", "archs.kernels"))
 
     assert violations(forbidden) == []
