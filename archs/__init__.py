@@ -46,8 +46,8 @@ def find_variant(arch: str) -> type[Decoder]:
             if place.endswith(".py")
             else importlib.import_module(place)
         )
-    except (ImportError, OSError, SyntaxError) as e:
-        raise ValueError(f"architecture {arch!r}: cannot load {place}: {e}") from None
+    except Exception as e:  # whatever a user's file does wrong
+        raise ValueError(f"architecture {arch!r}: cannot load {place}: {type(e).__name__}: {e}") from None
     variant = getattr(module, name, None)
     if not (isinstance(variant, type) and issubclass(variant, Decoder)):
         raise ValueError(f"architecture {arch!r}: {place} has no subclass of archs.Decoder named {name!r}")

@@ -8,14 +8,13 @@ import sys
 
 import pytest
 import torch
-from test_ops import CASES, assert_equals_formula, without_compiler
+from operators import CASES, assert_equals_formula, needs_compiler, without_compiler
 
 from archs import ops
 from archs.kernels.cpu import attention, layers
 from archs.kernels.cpu import build as building
 from archs.kernels.cpu.build import build, compiler
 
-needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
 QKV = torch.randn(3, 2, 4, 9, 16).unbind()
 
 
