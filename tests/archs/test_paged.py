@@ -50,7 +50,7 @@ def poison(cache):
     held = {block for sequence in cache.sequences for block in sequence.blocks}
     unheld = [block for block in range(cache.block_count) if block not in held]
     rows = [sequence.row for sequence in cache.sequences]
-    for part in cache.parts:
+    for part in cache.storages:
         for stream in getattr(part, "streams", None) or [part.state]:
             pool = len(stream) == cache.block_count
             stream[unheld if pool else [row for row in range(len(stream)) if row not in rows]] = math.nan
