@@ -82,7 +82,8 @@ def compressed_cache(
     if needed and form is not needed:
         raise ValueError(f"{name} works on models that were trained further for it: {name}(...).retrofit(model)")
     if form and form is not needed:
-        raise ValueError(f"{name} cannot act on a model that was trained further for {form.__name__}; use that")
+        use = f"use {form.__name__} with a budget below 1.0"
+        raise ValueError(f"{name} cannot act on a model that was trained further for {form.__name__}; {use}")
     o, weight = model.options, model.embed.weight
     slots = partial(QuantisedSlots, quantisation) if quantisation else Slots
     make = partial(slots, technique, (o.rotary_dim, o.rope_base))

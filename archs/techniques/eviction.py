@@ -103,11 +103,10 @@ class L2Norm(Technique):
     whole_layers: int = Field(2, ge=0)
 
     def validate_model(self, model: Decoder) -> None:
-        layers, whole = model.options.layers, self.whole_layers
-        if whole >= layers and self.budget != 1.0:
-            raise ValueError(
-                f"L2Norm leaves whole_layers={whole} layers as they are, and the model has {layers}: give fewer"
-            )
+        layers = model.options.layers
+        if self.whole_layers >= layers and self.budget != 1.0:
+            allowed = f"are all of the {layers} that the model has: give fewer"
+            raise ValueError(f"L2Norm: whole_layers={self.whole_layers} {allowed}")
 
     def select(self, slots: Slots) -> Tensor | None:
         return None if slots.layer < self.whole_layers else super().select(slots)
