@@ -7,6 +7,7 @@
 To add one: a file with a subclass of `Technique`, and one line in `TECHNIQUES`.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from archs.settings import SettingsError
 from archs.techniques.dmc import DMC
 from archs.techniques.eviction import H2O, VATP, L2Norm, SnapKV, StreamingLLM
 from archs.techniques.fastgen import FastGen
-from archs.techniques.quantised import Quantisation
-from archs.techniques.slots import Compressed, CompressedCache
+from archs.techniques.quantised import Quantisation, QuantisedSlots
+from archs.techniques.slots import Compressed, CompressedCache, Slots
 from archs.techniques.technique import Full, Technique
 
 TECHNIQUES: dict[str, type[Technique]] = {
@@ -47,18 +48,15 @@ def from_settings(settings: dict[str, Any], prompt: int) -> tuple[Technique, Qua
 
     ValueError names what is wrong.
     """
-    options = dict(settings)
-    if odd := [key for key in options if not isinstance(key, str)]:
-        raise ValueError(f"{odd[0]!r} is no option; give names")
-    packing = {name: options.pop(name) for name in Quantisation.model_fields if name in options}
-    chosen = technique(options.pop("technique", None), **options)
+    packing = {name: settings[name] for name in Quantisation.model_fields if name in settings}
+    options = {name: value for name, value in settings.items() if name not in ("technique", *packing)}
+    chosen = technique(settings.get("technique"), **options)
     chosen.validate_prompt(prompt)
-    if not packing:
-        return chosen, None
-    if "bits" not in packing:
+    if packing and "bits" not in packing:
         raise ValueError(f"{next(iter(packing))} goes with bits: 8, 4 or 2")
-    chosen.validate_quantisation()
-    return chosen, Quantisation(**packing)
+    quantisation = Quantisation(**packing) if packing else None
+    validate_quantisation(chosen, quantisation)
+    return chosen, quantisation
 
 
 def compressed_cache(
@@ -78,10 +76,25 @@ def compressed_cache(
     the quantisation cannot act on the model.
     """
     technique.validate_model(model)
-    if quantisation:
-        technique.validate_quantisation()
+    validate_quantisation(technique, quantisation)
+    name, form = type(technique).__name__, getattr(model, "trained_for", None)
+    needed = type(technique) if technique.trains and not technique.is_full else None
+    if needed and form is not needed:
+        raise ValueError(f"{name} works on models that were trained further for it: {name}(...).retrofit(model)")
+    if form and form is not needed:
+        use = f"use {form.__name__} with a budget below 1.0"
+        raise ValueError(f"{name} cannot act on a model that was trained further for {form.__name__}; {use}")
     o, weight = model.options, model.embed.weight
-    size = batch_size, max_tokens, dtype or weight.dtype, weight.device
-    make = Compressed(technique, technique.slots_for(model, quantisation), (o.rotary_dim, o.rope_base), *size)
+    slots = partial(QuantisedSlots, quantisation) if quantisation else Slots
+    make = partial(slots, technique, (o.rotary_dim, o.rope_base))
     with torch.inference_mode(False):
-        return CompressedCache(technique, model.new_layers(make), batch_size, max_tokens, kind_V)
+        layers = model.new_layers(Compressed(make, batch_size, max_tokens, dtype or weight.dtype, weight.device))
+        if kind_V is None:
+            kind_V = torch.zeros(o.vocab_size, dtype=torch.uint8, device=weight.device)
+    return CompressedCache(technique, layers, batch_size, max_tokens, kind_V)
+
+
+def validate_quantisation(technique: Technique, quantisation: Quantisation | None) -> None:
+    if quantisation and not technique.quantisable:
+        name = type(technique).__name__
+        raise ValueError(f"{name} can't be quantised, as its slots change after they are written: leave out bits")

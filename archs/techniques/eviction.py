@@ -5,7 +5,6 @@ VATP (Guo et al. 2024, arXiv 2406.12335, section 3), SnapKV (Li et al. 2024, arX
 norm of keys (Devoto et al. 2024, arXiv 2406.11430, section 3).
 """
 
-from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from archs.decoder import Decoder
 from archs.techniques import ragged
 from archs.techniques.slots import Slots
-from archs.techniques.technique import Technique, first_and_last
+from archs.techniques.technique import PromptWeights, Technique, first_and_last
 
 
 class StreamingLLM(Technique):
@@ -27,7 +26,7 @@ class StreamingLLM(Technique):
 
     sinks: int = Field(4, ge=0)
 
-    def validate_budget(self, capacity: int) -> None:
+    def validate_options(self, capacity: float) -> None:
         fits = self.sinks < capacity
         self.check(fits, f"sinks={self.sinks} leave no window in the budget of {capacity} slots: give fewer")
 
@@ -35,10 +34,9 @@ class StreamingLLM(Technique):
         return torch.where(slots.position_N < self.sinks, slots.length, slots.position_N)
 
     def positioned(self, slots: Slots, q_ORD: Tensor) -> tuple[Tensor, Tensor]:
-        slot_S = torch.arange(int(slots.count_O.max()), device=q_ORD.device)
-        slot_N = ragged.flatten(slot_S.expand(len(slots.count_O), -1), slots.count_O)
-        moved_O = slots.count_O - slots.length  # of the query, which is the last token
-        return slots.moved(q_ORD, moved_O[:, None]), slots.moved(slots.keys_ND, slot_N - slots.position_N)
+        steps_O = slots.count_O - slots.length  # of the query, which is the last token
+        steps_N = ragged.rank(slots.count_O) - slots.position_N
+        return slots.moved(q_ORD, steps_O[:, None]), slots.moved(slots.keys_ND, steps_N)
 
 
 class H2O(Technique):
@@ -51,7 +49,7 @@ class H2O(Technique):
     first: int = Field(0, ge=0)  # tokens that always stay
     observes: ClassVar[bool] = True
 
-    def validate_budget(self, capacity: int) -> None:
+    def validate_options(self, capacity: float) -> None:
         fits = self.first < capacity
         self.check(fits, f"first={self.first} leave no other token in the budget of {capacity} slots: give fewer")
 
@@ -60,25 +58,14 @@ class H2O(Technique):
         last = max(0, min(int(self.recent * capacity), capacity - self.first))
         return torch.where(first_and_last(slots, self.first, last), torch.inf, slots.score_N)
 
-    def observe_prompt(self, slots: Slots, weights: Iterable[tuple[int, Tensor]]) -> None:
-        total_BGS = sum(weight.sum((2, 3)) for _, weight in weights)
-        slots.score_N += total_BGS.flatten() * self.weight(slots)
-
-    def observe_step(self, slots: Slots, weight_NR: Tensor) -> None:
-        slots.score_N += weight_NR.sum(1) * self.weight(slots)
-
-    def weight(self, slots: Slots) -> Tensor | float:
-        """How much the attention on each slot counts."""
-        return 1.0
-
 
 class VATP(H2O):
     """H2O with attention weights times the L1 norm of the value; the first tokens stay."""
 
     first: int = Field(20, ge=0)
 
-    def weight(self, slots: Slots) -> Tensor:
-        return slots.values_NE.float().abs().sum(1)
+    def observe(self, slots: Slots, weight_NR: Tensor) -> None:
+        super().observe(slots, weight_NR * slots.values_NE.float().abs().sum(1, keepdim=True))
 
 
 class SnapKV(Technique):
@@ -92,26 +79,22 @@ class SnapKV(Technique):
     kernel: int = Field(7, ge=1)
     observes: ClassVar[bool] = True
 
-    def validate_options(self) -> None:
+    def validate_options(self, capacity: float) -> None:
         self.check(self.kernel % 2 == 1, f"kernel={self.kernel}: must be odd")
-
-    def validate_budget(self, capacity: int) -> None:
         fits = self.window <= capacity
         self.check(fits, f"window={self.window} is longer than the budget of {capacity} slots: give a shorter one")
 
-    def select(self, slots: Slots, after_prompt: bool) -> Tensor | None:
-        return super().select(slots, after_prompt) if after_prompt else None
+    def select(self, slots: Slots) -> Tensor | None:
+        return super().select(slots) if slots.is_prompt else None
 
     def priority(self, slots: Slots) -> Tensor:
         return torch.where(first_and_last(slots, 0, self.window), torch.inf, slots.score_N)
 
-    def observe_prompt(self, slots: Slots, weights: Iterable[tuple[int, Tensor]]) -> None:
-        prefix = max(0, slots.length - self.window)
-        if prefix:
-            total_BGS = sum(weight[:, :, :, max(0, prefix - first) :].sum(3).mean(2) for first, weight in weights)
-            total_BGS[..., :prefix] = F.avg_pool1d(total_BGS[..., :prefix], self.kernel, 1, self.kernel // 2)
-            total_BGS[..., prefix:] = 0  # the window itself stays
-            slots.score_N += total_BGS.flatten()
+    def observe_prompt(self, slots: Slots, weights: PromptWeights) -> None:
+        prefix = max(1, slots.length - self.window)
+        total_BGS = sum(weight[:, :, :, max(0, prefix - first) :].sum(3).mean(2) for first, weight in weights())
+        total_BGS[..., :prefix] = F.avg_pool1d(total_BGS[..., :prefix], self.kernel, 1, self.kernel // 2)
+        slots.score_N += total_BGS.flatten()
 
 
 class L2Norm(Technique):
@@ -122,10 +105,11 @@ class L2Norm(Technique):
     def validate_model(self, model: Decoder) -> None:
         layers = model.options.layers
         if self.whole_layers >= layers and self.budget != 1.0:
-            raise ValueError(f"whole_layers={self.whole_layers} are all of the {layers} that the model has: give fewer")
+            allowed = f"are all of the {layers} that the model has: give fewer"
+            raise ValueError(f"L2Norm: whole_layers={self.whole_layers} {allowed}")
 
-    def select(self, slots: Slots, after_prompt: bool) -> Tensor | None:
-        return None if slots.layer < self.whole_layers else super().select(slots, after_prompt)
+    def select(self, slots: Slots) -> Tensor | None:
+        return None if slots.layer < self.whole_layers else super().select(slots)
 
     def priority(self, slots: Slots) -> Tensor:
         return -slots.keys_ND.float().norm(dim=1)

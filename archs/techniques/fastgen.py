@@ -4,11 +4,10 @@ On the prompt one sees how much of a head's attention each policy recovers: spec
 most attended; with the nearest; everything. A head takes the cheapest that recovers a threshold, and stays with it. The
 first token counts as special: it stands where others have a token for the beginning of text.
 
-Shapes: P policies, O owners (KV heads of sequences) = B G, T prompt tokens, N slots.
+Shapes: P policies, B sequences, G KV heads, R query heads of one, T prompt tokens, N slots, K thresholds.
 """
 
 import itertools
-from collections.abc import Iterable
 from typing import Annotated, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from archs.techniques.slots import Slots
-from archs.techniques.technique import Technique, first_and_last, share, top
+from archs.techniques.technique import PromptWeights, Technique, first_and_last, share, top
 
 SPECIAL, PUNCTUATION = 1, 2  # kinds of tokens; all others are 0
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -34,13 +33,12 @@ class FastGen(Technique):
     local: Share = 0.3
     observes: ClassVar[bool] = True
 
-    def validate_options(self) -> None:
+    def validate_options(self, capacity: float) -> None:
         one = self.threshold is None or self.budget == 1.0
         self.check(one, f"threshold={self.threshold} and budget={self.budget}: give one of them")
 
-    def select(self, slots: Slots, after_prompt: bool) -> Tensor:
-        policies_PN = self.policies(slots)
-        return policies_PN.gather(0, slots.policy_O[slots.owner_N][None])[0]
+    def select(self, slots: Slots) -> Tensor:
+        return self.policies(slots).gather(0, slots.policy_O.repeat_interleave(slots.count_O)[None])[0]
 
     def policies(self, slots: Slots) -> Tensor:
         """The slots that each policy keeps, bool (P, N); each keeps all that the one before it does."""
@@ -51,47 +49,37 @@ class FastGen(Technique):
         adds = special, punctuation, frequent, local, torch.ones_like(special)
         return torch.stack(list(itertools.accumulate(adds, torch.bitwise_or)))
 
-    def observe_prompt(self, slots: Slots, weights: Iterable[tuple[int, Tensor]]) -> None:
-        slots.score_N += sum(weight.sum((2, 3)) for _, weight in weights).flatten()
-        T, owners = slots.length, len(slots.count_O)
-        policies_PN = self.policies(slots)
-        cost_PO = policies_PN.view(-1, owners, T).sum(2)
-        recovered_PO = self.recovered(policies_PN, T, weights)
-        recovered_PO = recovered_PO.clamp(max=1 - 1e-9).where(cost_PO < T, 1.0)  # rounding errors are not attention
-        threshold_O = recovered_PO.new_full((owners,), self.threshold or 1.0)
-        if self.threshold is None:
-            threshold_O = self.affordable(recovered_PO, cost_PO, slots.kv_heads, self.capacity(T))
-        if self.threshold is None and self.capacity(T) >= T:
-            threshold_O, recovered_PO[:-1] = 1.0, 0.0  # all fits: keep everything, and all that follows
-        slots.policy_O = (recovered_PO >= threshold_O).int().argmax(0)  # the cheapest that does
+    def observe_prompt(self, slots: Slots, weights: PromptWeights) -> None:
+        super().observe_prompt(slots, weights)
+        T, G, capacity = slots.length, slots.kv_heads, self.capacity(slots.length)
+        kept_PBGT = self.policies(slots).unflatten(1, (-1, G, T))
+        cost_BGP = kept_PBGT.sum(3).permute(1, 2, 0)
+        if self.threshold is None and capacity >= T:
+            slots.policy_O[:] = len(kept_PBGT) - 1  # all fits: keep everything, and all that follows
+            return
+        recovered_BGP = self.recovered(kept_PBGT, weights).permute(1, 2, 0)
+        recovered_BGP = recovered_BGP.clamp(max=1 - 1e-9).where(cost_BGP < T, 1.0)  # rounding errors are not attention
+        threshold_BK = recovered_BGP.flatten(1)  # with a budget the best of what each policy of each head recovers
+        if self.threshold is not None:
+            threshold_BK = torch.full_like(threshold_BK[:, :1], self.threshold)
+        reaches_BKGP = recovered_BGP[:, None] >= threshold_BK[:, :, None, None]
+        policy_BKG = reaches_BKGP.int().argmax(3)  # the cheapest that does
+        cost_BK = cost_BGP.mT.gather(1, policy_BKG).sum(2)
+        fits_BK = (cost_BK <= capacity * G) | (threshold_BK == threshold_BK.amin(1, keepdim=True))
+        best_B = threshold_BK.where(fits_BK, -1.0).argmax(1)
+        slots.policy_O = policy_BKG[torch.arange(len(best_B), device=best_B.device), best_B].flatten()
 
-    def recovered(self, policies_PN: Tensor, T: int, weights: Iterable[tuple[int, Tensor]]) -> Tensor:
+    def recovered(self, kept_PBGT: Tensor, weights: PromptWeights) -> Tensor:
         """The share of a query's attention that each policy recovers, mean over the prompt and a KV head's query heads,
-        float64 (P, O). The nearest tokens are those before each query."""
-        near, positions = share(self.local, T), torch.arange(T, device=policies_PN.device)
-        total_PO: Tensor | float = 0.0
-        for first, weight_BGRTS in weights:
-            B, G, R, queries, _ = weight_BGRTS.shape
-            age_TS = positions[first : first + queries, None] - positions
-            local_TS = (age_TS < near) & (age_TS >= 0)
-            kept_PBGTS = policies_PN.view(-1, B, G, 1, T).repeat(1, 1, 1, queries, 1)
-            kept_PBGTS[3] = kept_PBGTS[2] | local_TS
-            attention_BGTS = weight_BGRTS.sum(2)
-            total_PO += torch.stack([(attention_BGTS * kept).sum((2, 3), dtype=torch.float64) for kept in kept_PBGTS])
-        return total_PO.flatten(1) / (R * T)
-
-    @staticmethod
-    def affordable(recovered_PO: Tensor, cost_PO: Tensor, kv_heads: int, capacity: int) -> Tensor:
-        """(O,): for each sequence the highest threshold whose policies keep at most capacity x kv_heads slots, or the
-        lowest there is."""
-        policies = len(recovered_PO)
-        recovered_PBG, cost_PBG = (x.view(policies, -1, kv_heads) for x in (recovered_PO, cost_PO))
-        B = recovered_PBG.shape[1]
-        thresholds_BK = recovered_PBG.transpose(0, 1).reshape(B, -1)  # what each policy of each head recovers
-        chosen_BKG = (recovered_PBG[:, :, None] >= thresholds_BK[..., None]).int().argmax(0)
-        cost_BK = cost_PBG.permute(1, 0, 2).gather(1, chosen_BKG).sum(2)
-        fits_BK = (cost_BK <= capacity * kv_heads) | (thresholds_BK == thresholds_BK.amin(1, keepdim=True))
-        return thresholds_BK.where(fits_BK, -1.0).amax(1).repeat_interleave(kv_heads)
-
-    def observe_step(self, slots: Slots, weight_NR: Tensor) -> None:
-        slots.score_N += weight_NR.sum(1)
+        float64 (P, B, G). The nearest tokens are those before each query."""
+        T, total_PBG = kept_PBGT.shape[3], 0.0
+        special, punctuation, frequent, _, everything = kept_PBGT[:, :, :, None]
+        token_T = torch.arange(T, device=kept_PBGT.device)
+        for first, weight_BGRtT in weights():
+            R, queries = weight_BGRtT.shape[2:4]
+            age_tT = token_T[first : first + queries, None] - token_T
+            local = frequent | (age_tT < share(self.local, T)) & (age_tT >= 0)
+            kept = special, punctuation, frequent, local, everything
+            weight_BGtT = weight_BGRtT.sum(2)
+            total_PBG += torch.stack([(weight_BGtT * each).sum((2, 3), dtype=torch.float64) for each in kept])
+        return total_PBG / (R * T)

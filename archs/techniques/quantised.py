@@ -4,10 +4,9 @@ Keys, whose outliers lie in few channels, are quantised by channel over groups o
 channels; both asymmetrically, x = zero + scale q. The newest tokens of each KV head stay in full precision until there
 is a group more than `residual` of them. MLA's latent, which is keys and values in one, is quantised as keys.
 
-Shapes: O owners (KV heads of sequences), N slots, Q quantised slots, g slots or channels of a group, D channels.
+Shapes: O owners (KV heads of sequences), N slots, Q packed slots, D channels.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -30,88 +29,82 @@ class Quantisation(Settings):
 
 
 class QuantisedSlots(Slots):
-    """`tensors` has the slots in full precision; packed slots lie in `codes`, with their scales and zeros."""
+    """Each owner's oldest `packed_O` slots are packed; `tensors` has the others, in full precision.
+
+    `packed` has codes of keys and the group that each is in, and codes of values and their scales and zeros, a row for
+    a slot; `key_scales` have a row (D) for a group.
+    """
 
     def __init__(self, quantisation: Quantisation, *args):
         super().__init__(*args)
-        self.quantisation, keys = quantisation, self.tensors[0]
-        self.packed_N = torch.zeros(0, dtype=torch.bool, device=keys.device)
-        self.codes = [pack(x.new_zeros(0, x.shape[1], dtype=torch.uint8), quantisation.bits) for x in self.tensors]
-        self.group_Q = torch.zeros(0, dtype=torch.long, device=keys.device)  # which group of keys a slot is in
-        self.key_scales = [keys.new_zeros(0, keys.shape[1]) for _ in range(2)]  # scale and zero: (groups, D)
-        widths = [-(-x.shape[1] // quantisation.group) for x in self.tensors[1:] for _ in range(2)]
-        self.value_scales = [keys.new_zeros(0, width) for width in widths]
+        self.quantisation, self.packed_O = quantisation, torch.zeros_like(self.count_O)
+        self.packed, self.key_scales = self.pack(self.tensors)
 
     @property
-    def metadata_nbytes(self) -> int:
-        return super().metadata_nbytes + self.packed_N.nbytes + self.group_Q.nbytes
+    def full_O(self) -> Tensor:
+        return self.count_O - self.packed_O
+
+    @property
+    def metadata(self) -> list[Tensor]:
+        return [*super().metadata, self.packed_O, self.packed[1]]
 
     @property
     def keys_ND(self) -> Tensor:
-        scale, zero = (each[self.group_Q] for each in self.key_scales)
-        return self._joined(0, lambda q: zero + scale * q)
+        codes, group_Q, *_ = self.packed
+        return self.unpack(self.tensors[0], codes, *(rows[group_Q] for rows in self.key_scales))
 
     @property
     def values_NE(self) -> Tensor:
         if len(self.tensors) == 1:
             return self.keys_ND[:, : self.value_size]
+        codes, *scales = self.packed[2:]
         width = self.tensors[1].shape[1]
-        scale, zero = (each.repeat_interleave(self.quantisation.group, 1)[:, :width] for each in self.value_scales)
-        return self._joined(1, lambda q: zero + scale * q)
+        scales = [rows.repeat_interleave(self.quantisation.group, 1)[:, :width] for rows in scales]
+        return self.unpack(self.tensors[1], codes, *scales)
 
-    def _joined(self, index: int, dequantised: Callable[[Tensor], Tensor]) -> Tensor:
-        full, codes = self.tensors[index], self.codes[index]
-        both = full.new_empty(len(self.packed_N), full.shape[1])
-        both[self.packed_N] = dequantised(unpack(codes, self.quantisation.bits, full.shape[1]).to(full.dtype))
-        both[~self.packed_N] = full
-        return both
+    def unpack(self, full: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        packed = zero + scale * unpack(codes, self.quantisation.bits, full.shape[1]).to(full.dtype)
+        return ragged.join(packed, self.packed_O, full, self.full_O)
 
-    def store(self, new: list[Tensor]) -> None:
-        full_O = ragged.count(~self.packed_N, self.count_O)
-        self.tensors = [ragged.grow(x, full_O, rows) for x, rows in zip(self.tensors, new, strict=True)]
-        self.packed_N = ragged.grow(self.packed_N, self.count_O, new[0].new_zeros(new[0].shape[:2]))
+    def pack(self, rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Whole groups of keys' and values' rows as what `packed` and `key_scales` have of them."""
+        q, (keys, *values) = self.quantisation, rows
+        groups = len(keys) // q.group
+        codes, *key_scales = quantise(keys.unflatten(0, (groups, q.group)), 1, q.bits)
+        packed = [pack(codes.flatten(0, 1), q.bits), torch.arange(len(keys), device=keys.device) // q.group]
+        for x in values:
+            width = x.shape[1]
+            last_repeated = torch.arange(-(-width // q.group) * q.group, device=x.device).clamp(max=width - 1)
+            codes, *scales = quantise(x[:, last_repeated].unflatten(1, (-1, q.group)), 2, q.bits)
+            packed += [pack(codes.flatten(1)[:, :width], q.bits), *(scale[:, :, 0] for scale in scales)]
+        return packed, [scale[:, 0] for scale in key_scales]
+
+    def store(self, new: list[Tensor], new_O: Tensor) -> None:
+        self.tensors = [ragged.join(x, self.full_O, rows, new_O) for x, rows in zip(self.tensors, new, strict=True)]
 
     def free(self, keep_N: Tensor) -> None:
-        keep_Q = keep_N[self.packed_N]
-        self.tensors = [x[keep_N[~self.packed_N]] for x in self.tensors]
-        self.codes, self.value_scales = ([x[keep_Q] for x in rows] for rows in (self.codes, self.value_scales))
-        used, self.group_Q = self.group_Q[keep_Q].unique(return_inverse=True)
+        is_packed_N = ragged.rank(self.count_O) < self.packed_O.repeat_interleave(self.count_O)
+        keep_Q = keep_N[is_packed_N]
+        self.tensors = [x[keep_N[~is_packed_N]] for x in self.tensors]
+        self.packed = [x[keep_Q] for x in self.packed]
+        used, self.packed[1] = self.packed[1].unique(return_inverse=True)
         self.key_scales = [x[used] for x in self.key_scales]
-        self.packed_N = self.packed_N[keep_N]
+        self.packed_O = ragged.count(keep_Q, self.packed_O)
 
-    def evict(self, after_prompt: bool) -> None:
+    def evict(self) -> None:
         """Frees what the technique does not keep, and then packs whole groups of each owner's oldest slots."""
-        super().evict(after_prompt)
-        q, full_N = self.quantisation, ~self.packed_N
-        full_O = ragged.count(full_N, self.count_O)
-        packs_O = (full_O - q.residual).clamp(min=0) // q.group * q.group
-        if not packs_O.any():
+        super().evict()
+        q, full_O = self.quantisation, self.full_O
+        new_O = (full_O - q.residual).clamp(min=0) // q.group * q.group
+        if not new_O.any():
             return
-        oldest_OS = torch.arange(int(full_O.max()), device=full_O.device) < packs_O[:, None]
-        now = ragged.flatten(oldest_OS, full_O)  # which slots in full precision are packed now
-        keys, *values = (x[now] for x in self.tensors)
-        codes, *key_scales = quantise(keys.view(-1, q.group, keys.shape[1]), 1, q.bits)
-        groups = torch.arange(len(codes), device=now.device).repeat_interleave(q.group) + len(self.key_scales[0])
-        new_codes, value_scales = [pack(codes.flatten(0, 1), q.bits)], []
-        for rows in values:
-            whole = F.pad(rows, (0, -rows.shape[1] % q.group), mode="replicate")
-            codes, *scales = quantise(whole.view(len(rows), -1, q.group), 2, q.bits)
-            new_codes.append(pack(codes.flatten(1)[:, : rows.shape[1]], q.bits))
-            value_scales += [scale[:, :, 0] for scale in scales]
-        before_N = self.packed_N.clone()
-        self.packed_N[full_N.nonzero()[now, 0]] = True
-        before_Q = before_N[self.packed_N]  # which packed slots were packed before
-
-        def merged(old: Tensor, new: Tensor) -> Tensor:
-            both = old.new_empty(len(before_Q), *old.shape[1:])
-            both[before_Q], both[~before_Q] = old, new.to(old.dtype)
-            return both
-
-        self.codes = list(map(merged, self.codes, new_codes))
-        self.value_scales = list(map(merged, self.value_scales, value_scales))
-        self.group_Q = merged(self.group_Q, groups)
-        self.key_scales = [torch.cat((old, new[:, 0])) for old, new in zip(self.key_scales, key_scales, strict=True)]
-        self.tensors = [x[~now] for x in self.tensors]
+        is_new = ragged.rank(full_O) < new_O.repeat_interleave(full_O)
+        packed, key_scales = self.pack([x[is_new] for x in self.tensors])
+        packed[1] += len(self.key_scales[0])
+        pairs = zip(self.packed, packed, strict=True)
+        self.packed = [ragged.join(old, self.packed_O, new, new_O) for old, new in pairs]
+        self.key_scales = [torch.cat(pair) for pair in zip(self.key_scales, key_scales, strict=True)]
+        self.tensors, self.packed_O = [x[~is_new] for x in self.tensors], self.packed_O + new_O
 
 
 def quantise(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:

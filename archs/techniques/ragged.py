@@ -1,6 +1,6 @@
 """Rows of owners (KV heads of sequences) that have different numbers of them, one owner's after another's.
 
-Shapes: O owners, N rows of all, S the most rows of an owner, T new rows of each.
+Shapes: O owners, N rows of all, S the most rows of an owner.
 """
 
 import torch
@@ -31,14 +31,18 @@ def count(true_N: Tensor, count_O: Tensor) -> Tensor:
     return (pad(true_N, count_O) & mask(count_O)).sum(1)
 
 
-def grow(rows: Tensor, count_O: Tensor, new: Tensor) -> Tensor:
-    """The rows with new ones (O, T, ...) at the end of each owner's."""
-    new = new.to(rows.dtype)
-    if len(rows) == len(count_O) * int(count_O.max()):
-        return torch.cat((pad(rows, count_O), new), 1).flatten(0, 1)
-    T = new.shape[1]
-    grown = rows.new_empty(len(rows) + len(count_O) * T, *rows.shape[1:])
-    places_OT = (count_O + T).cumsum(0)[:, None] - T + torch.arange(T, device=rows.device)
-    old_N = torch.ones(len(grown), dtype=torch.bool, device=rows.device).index_fill(0, places_OT.flatten(), False)
-    grown[old_N], grown[places_OT] = rows, new
-    return grown
+def rank(count_O: Tensor) -> Tensor:
+    """The number (N,) of each row among its owner's."""
+    first_O = count_O.cumsum(0) - count_O
+    return torch.arange(int(count_O.sum()), device=count_O.device) - first_O.repeat_interleave(count_O)
+
+
+def join(old: Tensor, old_O: Tensor, new: Tensor, new_O: Tensor) -> Tensor:
+    """Each owner's old rows followed by its new ones, in the dtype of the old."""
+    new = new.to(old.dtype)
+    if int(old_O.min()) == int(old_O.max()) and int(new_O.min()) == int(new_O.max()):
+        return torch.cat((pad(old, old_O), pad(new, new_O)), 1).flatten(0, 1)
+    rows = old.new_empty(len(old) + len(new), *old.shape[1:])
+    rows[torch.arange(len(old), device=old.device) + (new_O.cumsum(0) - new_O).repeat_interleave(old_O)] = old
+    rows[torch.arange(len(new), device=old.device) + old_O.cumsum(0).repeat_interleave(new_O)] = new
+    return rows

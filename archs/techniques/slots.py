@@ -4,10 +4,11 @@ Slots lie flat, those of an owner (a KV head of a sequence) together and in the 
 freed is no longer in the storage: nothing can read it, and `Cache.nbytes` counts what is left.
 
 Shapes: B batch, G KV heads, H query heads, R = H / G, O = B G owners, N slots of all owners, T tokens, S slots of one
-owner, D key size, E value size.
+owner, D key size, E value size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class CompressedCache(Cache):
 
     static = False
 
-    def __init__(self, technique: Any, layers: list, batch_size: int, max_tokens: int, kind_V: Tensor | None):
+    def __init__(self, technique: Any, layers: list, batch_size: int, max_tokens: int, kind_V: Tensor):
         super().__init__(layers, batch_size, max_tokens)
         self.technique, self.observes, self.kind_V = technique, technique.observes, kind_V
         self.slots = list(dict.fromkeys(layer for layer in layers if isinstance(layer, Slots)))
@@ -34,15 +35,18 @@ class CompressedCache(Cache):
             slots.layer = layers.index(slots)
 
     def begin(self, tokens_BT: Tensor) -> None:
+        """ValueError, too, where the technique's options do not fit the prompt, or for a second prompt."""
         super().begin(tokens_BT)
         if not self.length:
             self.technique.validate_prompt(tokens_BT.shape[1])
+        elif tokens_BT.shape[1] > 1:
+            raise ValueError("after its prompt a compressed cache takes one token at a time")
         for slots in self.slots:
-            slots.next_kinds_BT = None if self.kind_V is None else self.kind_V[tokens_BT]
+            slots.next_kinds_BT = self.kind_V[tokens_BT]
 
     def advance(self, tokens: int) -> None:
         for slots in self.slots:
-            slots.evict(after_prompt=self.length == 0)
+            slots.evict()
         super().advance(tokens)
 
     def reset(self) -> None:
@@ -58,41 +62,46 @@ class CompressedCache(Cache):
     @property
     def metadata_nbytes(self) -> int:
         """Bytes of positions, kinds of tokens, counts and scores."""
-        return sum(slots.metadata_nbytes for slots in self.slots)
+        return sum(tensor.nbytes for slots in self.slots for tensor in slots.metadata)
 
 
 class Compressed(Static):
     """Makes what layers attend to: slots in place of full caches."""
 
-    def __init__(self, technique: Any, slots: Callable[..., "Slots"], rotary: tuple[int, float], *args):
+    def __init__(self, slots: Callable[..., "Slots"], *args):
         super().__init__(*args)
-        self.technique, self.slots, self.rotary = technique, slots, rotary
+        self.slots = slots
 
     def full(self, heads: int, key_size: int, value_size: int | None = None, *, shared: bool = False) -> "Slots":
         sizes = [key_size] if shared else [key_size, value_size or key_size]
         tensors = [torch.zeros(0, size, dtype=self.dtype, device=self.device) for size in sizes]
-        return self.slots(self.technique, tensors, self.batch_size, heads, value_size or key_size, self.rotary)
+        return self.slots(tensors, self.batch_size, heads, value_size or key_size)
 
 
 class Slots(KV):
     """`tensors` are keys (N, D) and values (N, E), or keys alone whose first columns are the values (a latent)."""
 
-    def __init__(self, technique: Any, tensors: list[Tensor], batch_size: int, kv_heads: int, value_size: int, rotary):
-        """`rotary`: how many of a key's last columns are rotated, and the base."""
-        self.technique, self.tensors, self.kv_heads = technique, tensors, kv_heads
-        self.value_size, self.rotary, self.layer = value_size, rotary, 0
+    dense = None
+
+    def __init__(
+        self,
+        technique: Any,
+        rotary: tuple[int, float],  # how many of a key's last columns are rotated, and the base
+        tensors: list[Tensor],
+        batch_size: int,
+        kv_heads: int,
+        value_size: int,
+    ):
+        self.technique, self.rotary, self.tensors = technique, rotary, tensors
+        self.kv_heads, self.value_size, self.layer = kv_heads, value_size, 0
         device = tensors[0].device
         self.count_O = torch.zeros(batch_size * kv_heads, dtype=torch.long, device=device)
         self.policy_O = torch.zeros_like(self.count_O)
         self.position_N = torch.zeros(0, dtype=torch.int32, device=device)
         self.score_N = torch.zeros(0, dtype=torch.float32, device=device)
         self.kind_N = torch.zeros(0, dtype=torch.uint8, device=device)
-        self.next_kinds_BT: Tensor | None = None  # kinds of the tokens that are appended next; None: all 0
+        self.next_kinds_BT = torch.zeros(0, 0, dtype=torch.uint8, device=device)  # of the tokens that are appended next
         self.length = 0  # tokens seen
-
-    @property
-    def owner_N(self) -> Tensor:
-        return torch.repeat_interleave(torch.arange(len(self.count_O), device=self.count_O.device), self.count_O)
 
     @property
     def keys_ND(self) -> Tensor:
@@ -103,29 +112,27 @@ class Slots(KV):
         return self.tensors[1] if len(self.tensors) > 1 else self.keys_ND[:, : self.value_size]
 
     @property
-    def metadata_nbytes(self) -> int:
-        metadata = self.position_N, self.score_N, self.kind_N, self.count_O, self.policy_O, self.next_kinds_BT
-        return sum(x.nbytes for x in metadata if x is not None)
-
-    # KV protocol
+    def metadata(self) -> list[Tensor]:
+        return [self.position_N, self.score_N, self.kind_N, self.count_O, self.policy_O, self.next_kinds_BT]
 
     @property
-    def dense(self) -> None:
-        return None
+    def is_prompt(self) -> bool:
+        """A prompt was appended last, and not a token."""
+        return self.view is not None
+
+    # KV protocol
 
     def write(self, start: int, *new_BGTD: Tensor | None) -> View | None:
         """Appends a prompt, which then attends to itself, or one token for each sequence."""
         new = [x.to(self.tensors[0].dtype) for x in new_BGTD if x is not None]
         B, G, T, _ = new[0].shape
-        if start and T > 1:
-            raise ValueError("after its prompt a compressed cache takes one token at a time")
-        device = self.count_O.device
-        position_OT = torch.arange(start, start + T, device=device).expand(B * G, T)
-        kind_BT = torch.zeros(B, T, device=device) if self.next_kinds_BT is None else self.next_kinds_BT
-        self.store([x.flatten(0, 1) for x in new])
-        self.position_N = ragged.grow(self.position_N, self.count_O, position_OT)
-        self.score_N = ragged.grow(self.score_N, self.count_O, torch.zeros(B * G, T, device=device))
-        self.kind_N = ragged.grow(self.kind_N, self.count_O, kind_BT.repeat_interleave(G, 0))
+        T_O = torch.full_like(self.count_O, T)
+        position_N = torch.arange(start, start + T, device=T_O.device).repeat(B * G)
+        kind_N = self.next_kinds_BT.repeat_interleave(G, 0).flatten()
+        self.store([x.flatten(0, 2) for x in new], T_O)
+        self.position_N = ragged.join(self.position_N, self.count_O, position_N, T_O)
+        self.score_N = ragged.join(self.score_N, self.count_O, torch.zeros_like(position_N), T_O)
+        self.kind_N = ragged.join(self.kind_N, self.count_O, kind_N, T_O)
         self.count_O, self.length = self.count_O + T, start + T
         if start:
             return None
@@ -133,22 +140,19 @@ class Slots(KV):
 
     def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
         """Attention of a prompt on itself, or of one token on all slots of its KV heads; (B, H, T, E)."""
-        if self.view is not None:
+        if self.is_prompt:
             if self.technique.observes:
-                self.technique.observe_prompt(self, PromptWeights(q_BHTD, self.view.k, scale))
+                self.technique.observe_prompt(self, partial(prompt_weights, q_BHTD, self.view.k, scale))
             return super().attend(q_BHTD, scale)
         B, H, _, D = q_BHTD.shape
-        q_ORD = q_BHTD.reshape(B * self.kv_heads, H // self.kv_heads, D).to(self.keys_ND.dtype)
-        q_ORD, keys_ND = self.positioned(q_ORD)
+        q_ORD = q_BHTD.reshape(B * self.kv_heads, H // self.kv_heads, D).to(self.tensors[0].dtype)
+        q_ORD, keys_ND = self.technique.positioned(self, q_ORD)
         k_OSD, v_OSE = (ragged.pad(rows, self.count_O) for rows in (keys_ND, self.values_NE))
         score_ORS = (q_ORD @ k_OSD.mT).float() * scale
         weight_ORS = score_ORS.masked_fill(~ragged.mask(self.count_O)[:, None], -torch.inf).softmax(-1)
         if self.technique.observes:
-            self.technique.observe_step(self, ragged.flatten(weight_ORS.mT, self.count_O))
+            self.technique.observe(self, ragged.flatten(weight_ORS.mT, self.count_O))
         return (weight_ORS @ v_OSE.float()).reshape(B, H, 1, -1).to(q_BHTD.dtype)
-
-    def positioned(self, q_ORD: Tensor) -> tuple[Tensor, Tensor]:
-        return self.technique.positioned(self, q_ORD)
 
     def moved(self, x: Tensor, steps: Tensor) -> Tensor:
         """Keys or queries (..., D), rotated on by some positions (...)."""
@@ -159,36 +163,32 @@ class Slots(KV):
 
     # Storage
 
-    def store(self, new: list[Tensor]) -> None:
-        """Appends rows (O, T, D) of each tensor."""
-        self.tensors = [ragged.grow(x, self.count_O, rows) for x, rows in zip(self.tensors, new, strict=True)]
+    def store(self, new: list[Tensor], new_O: Tensor) -> None:
+        """Appends rows of each tensor, as many for each owner."""
+        self.tensors = [ragged.join(x, self.count_O, rows, new_O) for x, rows in zip(self.tensors, new, strict=True)]
 
     def free(self, keep_N: Tensor) -> None:
         """Frees the other slots' keys and values."""
         self.tensors = [x[keep_N] for x in self.tensors]
 
     def keep(self, keep_N: Tensor) -> None:
+        """Frees the other slots."""
         self.free(keep_N)
         self.count_O = ragged.count(keep_N, self.count_O)
         self.position_N, self.score_N, self.kind_N = (x[keep_N] for x in (self.position_N, self.score_N, self.kind_N))
 
-    def evict(self, after_prompt: bool) -> None:
-        keep_N = self.technique.select(self, after_prompt)
+    def evict(self) -> None:
+        """Frees what the technique does not keep."""
+        keep_N = self.technique.select(self)
         if keep_N is not None and not keep_N.all():
             self.keep(keep_N)
 
 
-class PromptWeights:
-    """The attention weights of a prompt, each time it is iterated: (position of the first query, weights (B, G, R,
-    queries, S)) for some queries at a time."""
-
-    def __init__(self, q_BHTD: Tensor, k_BGSD: Tensor, scale: float):
-        self.q_BGRTD = q_BHTD.to(k_BGSD.dtype).unflatten(1, (k_BGSD.shape[1], -1))
-        self.k_BGSD, self.scale = k_BGSD, scale
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, self.k_BGSD.shape[2], QUERIES_AT_ONCE):
-            q_BGRTD = self.q_BGRTD[:, :, :, first : first + QUERIES_AT_ONCE]
-            score = torch.einsum("bgrtd,bgsd->bgrts", q_BGRTD, self.k_BGSD).float() * self.scale
-            future = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1 + first)
-            yield first, score.masked_fill(future, -torch.inf).softmax(-1)
+def prompt_weights(q_BHTD: Tensor, k_BGSD: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+    """A prompt's attention weights in pieces: (position of the first query, weights (B, G, R, queries, S))."""
+    q_BGRTD = q_BHTD.to(k_BGSD.dtype).unflatten(1, (k_BGSD.shape[1], -1))
+    for first in range(0, k_BGSD.shape[2], QUERIES_AT_ONCE):
+        queries = q_BGRTD[:, :, :, first : first + QUERIES_AT_ONCE]
+        score = torch.einsum("bgrtd,bgsd->bgrts", queries, k_BGSD).float() * scale
+        future = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1 + first)
+        yield first, score.masked_fill(future, -torch.inf).softmax(-1)

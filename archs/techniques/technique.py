@@ -1,8 +1,7 @@
 """What a technique is: which slots it keeps, and what attention it looks at to decide that."""
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -12,41 +11,41 @@ from torch import Tensor
 from archs.decoder import Decoder
 from archs.settings import Settings
 from archs.techniques import ragged
-from archs.techniques.quantised import Quantisation, QuantisedSlots
 from archs.techniques.slots import Slots
+
+PromptWeights = Callable[[], Iterator[tuple[int, Tensor]]]  # (first query, weights (B, G, R, queries, S)), in pieces
 
 
 class Technique(Settings):
     """`budget`: slots of each KV head, as a number of tokens (10) or as a share of the context (0.5).
 
     A technique defines `select` or, where it ranks slots, `priority`; with `observes` it is shown attention weights.
-    One that `trains` works on models that were trained further for it, with `train_tokens` and `lr`.
+    One that `trains` works on models that were trained further for it; it has the fields `train_tokens` and `lr` and
+    the methods `retrofit`, `before_step` and `penalty` (archs/techniques/dmc.py).
     """
 
     model_config = ConfigDict(frozen=True)
     budget: int | float = 1.0
     observes: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    quantisable: ClassVar[bool] = True
+    is_full: ClassVar[bool] = False  # nothing is dropped or merged
 
     @model_validator(mode="after")
     def _validate(self) -> "Technique":
-        fits = 0 < self.budget <= 1 if isinstance(self.budget, float) else self.budget >= 1
+        is_share = isinstance(self.budget, float)
+        fits = 0 < self.budget <= 1 if is_share else self.budget >= 1
         self.check(fits, f"budget={self.budget!r}: must be a share above 0.0 and up to 1.0, or 1 token or more")
-        self.validate_options()
-        if isinstance(self.budget, int):
-            self.validate_budget(self.budget)
+        self.validate_options(math.inf if is_share else self.budget)
         return self
 
-    def validate_options(self) -> None:
-        """ValueError for options that exclude each other."""
-
-    def validate_budget(self, capacity: int) -> None:
-        """ValueError where other options leave no room in this many slots."""
+    def validate_options(self, capacity: float) -> None:
+        """ValueError for options that exclude each other, or leave no room in a budget of this many slots."""
 
     def validate_prompt(self, tokens: int) -> None:
-        """ValueError where they leave no room in what the budget comes to with a prompt of this length."""
+        """ValueError for options that leave no room in what the budget comes to with a prompt of this length."""
         if (capacity := self.capacity(tokens)) < tokens:
-            self.validate_budget(capacity)
+            self.validate_options(capacity)
 
     def validate_model(self, model: Decoder) -> None:
         """ValueError where the technique cannot act on a model."""
@@ -56,63 +55,40 @@ class Technique(Settings):
                 "computes the last one's alone (early exit); techniques that look at none work there"
             )
 
-    def validate_quantisation(self) -> None:
-        """ValueError where what the technique keeps cannot be quantised."""
-
-    @property
-    def is_full(self) -> bool:
-        """Nothing is dropped or merged."""
-        return False
-
-    def slots_for(self, model: Decoder, quantisation: Quantisation | None) -> Callable[..., Slots]:
-        """Makes the slots of a layer of a model. ValueError where the model was not trained further as it must be."""
-        return partial(QuantisedSlots, quantisation) if quantisation else Slots
-
     def capacity(self, tokens: int) -> int:
         """Slots of one KV head; a share is of the tokens seen so far."""
         return share(self.budget, tokens) if isinstance(self.budget, float) else self.budget
 
-    def select(self, slots: Slots, after_prompt: bool) -> Tensor | None:
-        """Which slots (N,) are kept, after the prompt or after a token; None for all."""
+    def select(self, slots: Slots) -> Tensor | None:
+        """Which slots (N,) are kept after a prompt (`slots.is_prompt`) or after a token; None for all."""
         return top(slots, self.priority(slots), self.capacity(slots.length))
 
     def priority(self, slots: Slots) -> Tensor:
         """(N,): the highest of each KV head's slots are kept, and of equals the earlier ones."""
         raise NotImplementedError
 
-    def observe_prompt(self, slots: Slots, weights: Iterable[tuple[int, Tensor]]) -> None:
-        """Sees the prompt's attention: (position of the first query, weights (B, G, R, queries, S)), in pieces."""
+    def observe_prompt(self, slots: Slots, weights: PromptWeights) -> None:
+        """Sees the prompt's attention."""
+        self.observe(slots, sum(weight.sum(3) for _, weight in weights()).transpose(2, 3).flatten(0, 2))
 
-    def observe_step(self, slots: Slots, weight_NR: Tensor) -> None:
-        """Sees the attention of a decode step's queries on each slot."""
+    def observe(self, slots: Slots, weight_NR: Tensor) -> None:
+        """Sees the attention that each slot receives from query heads: a slot's score is the sum of it."""
+        slots.score_N += weight_NR.sum(1)
 
     def positioned(self, slots: Slots, q_ORD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys with positions applied: their tokens' own, unless a technique moves them."""
         return q_ORD, slots.keys_ND
 
-    def retrofit(self, model: Decoder) -> Decoder:
-        """The model, its layers changed to the form in which they are trained further."""
-        return model
-
-    def before_step(self, model: Decoder, done: float) -> None:
-        """Called before each step of that training, with the share of the budget that is done."""
-
-    def penalty(self, model: Decoder, done: float) -> Tensor | float:
-        """What is added to the loss of a step."""
-        return 0.0
-
 
 class Full(Technique):
     """Keeps everything."""
 
-    def validate_options(self) -> None:
+    is_full: ClassVar[bool] = True
+
+    def validate_options(self, capacity: float) -> None:
         self.check(self.budget == 1.0, f"budget={self.budget}: full keeps everything; leave it out")
 
-    @property
-    def is_full(self) -> bool:
-        return True
-
-    def select(self, slots: Slots, after_prompt: bool) -> None:
+    def select(self, slots: Slots) -> None:
         return None
 
 

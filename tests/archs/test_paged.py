@@ -4,24 +4,15 @@ import math
 
 import pytest
 import torch
+from helpers import each_variant, make
 
-from archs import VARIANTS, build
-from archs.paged import COPIED, PagedCache
+from archs import VARIANTS
+from archs.cache import FullCache, State
+from archs.paged import PagedCache
 
-SHAPE = {"vocab_size": 61, "width": 48, "layers": 4, "heads": 4, "context": 64}
-CASES = [(arch, own) for arch, variant in VARIANTS.items() for own in variant.examples]
+GQA = "gqa", VARIANTS["gqa"].examples[0]
 BLOCK, LATER = 4, 6
 PROMPTS = 3, 17, 8, 1
-
-
-def random_model(arch="gqa", own=None):
-    torch.manual_seed(0)
-    model = build(arch, **SHAPE, **(CASES[2][1] if own is None else own)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    return model
 
 
 def alone(model, tokens_T, prompt):
@@ -41,69 +32,65 @@ def together(model, cache, sequences, texts, prompts=PROMPTS):
     return torch.stack(logits, dim=1)
 
 
-def texts_of(prompts=PROMPTS):
-    return [torch.randint(61, (prompt + LATER,)) for prompt in prompts]
+def random_texts(prompts=PROMPTS):
+    return [torch.randint(97, (prompt + LATER,)) for prompt in prompts]
 
 
-def poison(cache):
-    """NaN wherever no sequence's tokens are."""
-    held = {block for sequence in cache.sequences for block in sequence.blocks}
-    unheld = [block for block in range(cache.block_count) if block not in held]
-    rows = [sequence.row for sequence in cache.sequences]
-    for part in cache.parts:
-        for stream in getattr(part, "streams", None) or [part.state]:
-            pool = len(stream) == cache.block_count
-            stream[unheld if pool else [row for row in range(len(stream)) if row not in rows]] = math.nan
+def poison(cache, sequence):
+    """Makes NaN of all that a sequence has, as a model that diverged would."""
+    for layer in cache.storages:
+        for tensor in [layer.state] if isinstance(layer, State) else layer.tensors:
+            tensor[sequence.blocks if type(layer) is FullCache else sequence.row] = math.nan
 
 
 def assert_near(logits, expected):
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("block_size", [BLOCK, 16], ids=["copied", "read where they lie"])
-@pytest.mark.parametrize(("arch", "own"), CASES)
-def test_sequences_of_different_lengths_decode_as_each_alone(arch, own, block_size):
-    model, texts = random_model(arch, own), texts_of()
-    cache = PagedCache(model, sequences=5, blocks=25, block_size=block_size)
+@pytest.mark.parametrize("block_size", [BLOCK, 16])
+@each_variant
+def test_sequences_of_different_lengths_decode_as_each_alone(arch, options, block_size):
+    model, texts = make(arch, options, layers=4), random_texts()
+    cache = PagedCache(model, sequences=4, blocks=25, block_size=block_size)
     for _ in range(2):
-        poison(cache)
         sequences = [cache.admit() for _ in PROMPTS]
         logits = together(model, cache, sequences, texts)
         for row, text, prompt in zip(logits, texts, PROMPTS, strict=True):
             assert_near(row, alone(model, text, prompt))
         for sequence in sequences:
+            poison(cache, sequence)
             cache.free(sequence)
     assert sorted(cache.free_blocks) == list(range(25))
 
 
-@pytest.mark.parametrize(("arch", "own"), CASES)
-def test_freed_blocks_serve_others_and_what_was_in_them_is_never_read(arch, own):
+@each_variant
+def test_freed_blocks_serve_others_and_what_was_in_them_is_never_read(arch, options):
     """One stays while others come and go, in a pool that is too small for all of them."""
-    model, (long, *texts) = random_model(arch, own), texts_of((12, 9, 20, 3))
+    model, (long, *texts) = make(arch, options, layers=4), random_texts((12, 9, 20, 3))
     cache = PagedCache(model, sequences=2, blocks=12, block_size=BLOCK)
-    stays, seen = cache.admit(), []
-    logits, used = [model.prefill(long[None, :12], cache.batch([stays]))], set()
+    stays, used = cache.admit(), set()
+    logits = [model.prefill(long[None, :12], cache.batch([stays]))]
     for text, token in zip(texts, long[12:], strict=False):
         comes = cache.admit()
-        poison(cache)
-        seen.append(model.prefill(text[None, :-1], cache.batch([comes])))
+        prefilled = model.prefill(text[None, :-1], cache.batch([comes]))
         both = model.decode(torch.stack((text[-1], token)), cache.batch([comes, stays]))
         logits.append(both[1:])
-        assert_near(torch.cat((seen[-1], both[:1])), alone(model, text, len(text) - 1))
+        assert_near(torch.cat((prefilled, both[:1])), alone(model, text, len(text) - 1))
         assert not used or used & set(comes.blocks)
         used |= set(comes.blocks)
+        poison(cache, comes)
         cache.free(comes)
     assert_near(torch.cat(logits), alone(model, long[:15], 12))
 
 
-@pytest.mark.parametrize(("arch", "own"), CASES)
-def test_bytes_are_those_of_whole_blocks_and_no_block_is_in_two_tables(arch, own):
-    model = random_model(arch, own)
+@each_variant
+def test_bytes_are_those_of_whole_blocks_and_no_block_is_in_two_tables(arch, options):
+    model = make(arch, options, layers=4)
     cache = PagedCache(model, sequences=4, blocks=30, block_size=BLOCK)
     token, constant = model.kv_bytes_per_token(torch.float32), model.kv_constant_bytes(torch.float32)
     assert cache.nbytes == 30 * BLOCK * token + 4 * constant
     sequences = [cache.admit() for _ in PROMPTS]
-    together(model, cache, sequences, texts_of())
+    together(model, cache, sequences, random_texts())
     lengths = [sequence.length for sequence in sequences]
     assert lengths == [prompt + LATER for prompt in PROMPTS]
     held = sum(math.ceil(length / BLOCK) for length in lengths)
@@ -115,13 +102,10 @@ def test_bytes_are_those_of_whole_blocks_and_no_block_is_in_two_tables(arch, own
     assert all(len(sequence.blocks) == math.ceil(sequence.length / BLOCK) for sequence in sequences)
 
 
-@pytest.mark.parametrize(("block_size", "copied"), [(1, 2**22), (12, 1), (12, 2**13), (16, 2**22), (64, 2**14)])
+@pytest.mark.parametrize("block_size", [1, 12, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neither_the_size_of_blocks_nor_how_many_are_copied_together_changes_anything(
-    block_size, dtype, copied, monkeypatch
-):
-    monkeypatch.setitem(COPIED, "cpu", copied)
-    model, texts = random_model().to(dtype), texts_of()
+def test_the_size_of_blocks_changes_nothing(block_size, dtype):
+    model, texts = make(*GQA).to(dtype), random_texts()
     cache = PagedCache(model, sequences=4, blocks=64, block_size=block_size)
     logits = together(model, cache, [cache.admit() for _ in PROMPTS], texts)
     expected = torch.stack([alone(model, *pair) for pair in zip(texts, PROMPTS, strict=True)])
@@ -129,9 +113,9 @@ def test_neither_the_size_of_blocks_nor_how_many_are_copied_together_changes_any
     assert (logits - expected).abs().max() <= near * expected.abs().max()
 
 
-@pytest.mark.parametrize(("arch", "own"), CASES)
-def test_equal_lengths_are_prefilled_together_and_piece_by_piece(arch, own):
-    model, tokens_BT = random_model(arch, own), torch.randint(61, (3, 26))
+@each_variant
+def test_equal_lengths_are_prefilled_together_and_piece_by_piece(arch, options):
+    model, tokens_BT = make(arch, options, layers=4), torch.randint(97, (3, 26))
     cache, whole = PagedCache(model, 3, 21, BLOCK), model.new_cache(3, 26)
     batch = cache.batch([cache.admit() for _ in range(3)])
     for piece in tokens_BT.split((11, 9, 1, 1, 4), dim=1):
@@ -142,44 +126,44 @@ def test_equal_lengths_are_prefilled_together_and_piece_by_piece(arch, own):
 
 
 def test_a_full_pool_says_so_and_nothing_changes():
-    model = random_model()
+    model = make(*GQA)
     cache = PagedCache(model, sequences=2, blocks=5, block_size=BLOCK)
     a, b = cache.admit(), cache.admit()
-    model.prefill(torch.randint(61, (1, 8)), cache.batch([a]))
-    model.prefill(torch.randint(61, (1, 7)), cache.batch([b]))
+    model.prefill(torch.randint(97, (1, 8)), cache.batch([a]))
+    model.prefill(torch.randint(97, (1, 7)), cache.batch([b]))
     both = cache.batch([a, b])
     model.decode(torch.tensor([1, 2]), both)
 
     def state():
-        storages = [stream.clone() for part in cache.parts for stream in part.streams]
+        storages = [tensor.clone() for layer in cache.storages for tensor in layer.tensors]
         return [(s.length, list(s.blocks)) for s in (a, b)], list(cache.free_blocks), storages
 
     before = state()
-    says = (
-        r"^1 blocks of 4 tokens are wanted \(1 more tokens for each of 1 sequences\) and 0 of 5 are free; free a "
+    message = (
+        r"^1 blocks of 4 tokens are needed \(1 more tokens for each of 1 sequences\) and 0 of 5 are free; free a "
         r"sequence, or make the cache with blocks=6$"
     )
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         model.decode(torch.tensor([1]), cache.batch([b]))
-    with pytest.raises(ValueError, match=r"^1 blocks of 4 tokens are wanted \(5 more"):
-        model.prefill(torch.randint(61, (1, 5)), cache.batch([a]))
+    with pytest.raises(ValueError, match=r"^1 blocks of 4 tokens are needed \(5 more"):
+        model.prefill(torch.randint(97, (1, 5)), cache.batch([a]))
     after = state()
     assert before[:2] == after[:2]
     assert all(torch.equal(*pair) for pair in zip(before[2], after[2], strict=True))
     with pytest.raises(ValueError, match="all 2 sequences are there; free one, or make the cache with sequences=3"):
         cache.admit()
     cache.free(b)
-    model.prefill(torch.randint(61, (1, 5)), cache.batch([a]))
+    model.prefill(torch.randint(97, (1, 5)), cache.batch([a]))
     assert a.length == 14
 
 
 def test_wrong_batches_are_named():
-    model = random_model()
+    model = make(*GQA)
     cache = PagedCache(model, sequences=3, blocks=9, block_size=BLOCK)
     a, b = cache.admit(), cache.admit()
-    model.prefill(torch.randint(61, (1, 3)), cache.batch([a]))
+    model.prefill(torch.randint(97, (1, 3)), cache.batch([a]))
     with pytest.raises(ValueError, match="different lengths take one token at a time; prefill them one by one"):
-        model.prefill(torch.randint(61, (2, 2)), cache.batch([a, b]))
+        model.prefill(torch.randint(97, (2, 2)), cache.batch([a, b]))
     with pytest.raises(ValueError, match="tokens for 3 sequences, but the cache was made for 2"):
         model.decode(torch.tensor([1, 2, 3]), cache.batch([a, b]))
     with pytest.raises(ValueError, match="a sequence is twice in the batch"):

@@ -5,157 +5,194 @@ import math
 
 import pytest
 import torch
+from helpers import CASES, CHOSEN, make
 
-from archs import VARIANTS, build
-from archs.attention import rotate, split_heads
-from archs.cache import FullCache
-from archs.techniques import TECHNIQUES, Quantisation, Slots, compressed_cache, dmc, technique
-from archs.techniques.dmc import DMC, merging
+from archs import VARIANTS
+from archs.cache import FullCache, State
+from archs.grouped import GroupedAttention
+from archs.kv import Uncached
+from archs.ops import rotate, split_heads
+from archs.techniques import TECHNIQUES, Quantisation, Slots, compressed_cache, dmc, from_settings, ragged, technique
+from archs.techniques.dmc import DMC
 from archs.techniques.fastgen import PUNCTUATION, SPECIAL
 from archs.techniques.quantised import pack, quantise, unpack
 
-SHAPE = {"vocab_size": 61, "width": 48, "layers": 4, "heads": 4, "context": 64}
-CASES = [(arch, own) for arch, variant in VARIANTS.items() for own in variant.examples]
 PROMPT, LATER = 40, 12
-OWN = {"snapkv": {"window": 6}, "vatp": {"first": 4}}
+SIZE = 2, PROMPT + LATER
+OPTIONS = {"snapkv": {"window": 6}, "vatp": {"first": 4}}
+GROUPED = [(arch, options) for arch, options in CASES if arch in ("mha", "mqa", "gqa")]
+EACH = [(name, *case) for name in TECHNIQUES for case in CASES]
+ACTING = [
+    (name, arch, options)
+    for name, arch, options in EACH
+    if not (TECHNIQUES[name].observes and CHOSEN[arch].early_exit) and (name != "dmc" or (arch, options) in GROUPED)
+]
+BUDGETED = [case for case in ACTING if case[0] not in ("full", "fastgen", "dmc")]
 
 
-def random_model(arch, own):
-    torch.manual_seed(0)
-    model = build(arch, **SHAPE, **own).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    return model, torch.randint(61, (2, PROMPT + LATER))
+def each(cases):
+    return pytest.mark.parametrize(
+        ("name", "arch", "options"), cases, ids=["-".join(map(str, (*case[:2], n))) for n, case in enumerate(cases)]
+    )
 
 
-def run(model, tokens, cache):
-    logits = [model.prefill(tokens[:, :PROMPT], cache)]
-    return torch.stack(logits + [model.decode(token, cache) for token in tokens[:, PROMPT:].T])
+def model_and_tokens(arch="gqa", options=VARIANTS["gqa"].examples[0]):
+    return make(arch, options, layers=4), torch.randint(97, SIZE)
 
 
-def works_on(name, model):
-    return not (TECHNIQUES[name].observes and model.early_exit)
+def run(model, tokens, cache, prompt=PROMPT):
+    logits = [model.prefill(tokens[:, :prompt], cache)]
+    return torch.stack(logits + [model.decode(token, cache) for token in tokens[:, prompt:].T])
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
-@pytest.mark.parametrize(("arch", "own"), CASES)
-def test_with_a_full_budget_nothing_changes(arch, own, name):
-    model, tokens = random_model(arch, own)
+def assert_near(logits, expected):
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@each(ACTING)
+def test_with_a_full_budget_nothing_changes(name, arch, options):
+    model, tokens = model_and_tokens(arch, options)
     for budget in (1.0,) if name in ("dmc", "full") else (1.0, PROMPT + LATER):
-        one = technique(name, budget=budget, **OWN.get(name, {}))
-        if not works_on(name, model):
-            with pytest.raises(ValueError, match="computes the last one's alone"):
-                compressed_cache(model, one, 2, PROMPT + LATER)
-            continue
-        cache, whole = compressed_cache(model, one, 2, PROMPT + LATER), model.new_cache(2, PROMPT + LATER)
-        expected = run(model, tokens, whole)
+        one, whole = technique(name, budget=budget, **OPTIONS.get(name, {})), model.new_cache(*SIZE)
+        cache, expected = compressed_cache(model, one, *SIZE), run(model, tokens, whole)
         for _ in range(2 if budget == 1.0 else 1):
-            assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert_near(run(model, tokens, cache), expected)
             assert cache.nbytes == whole.nbytes
             cache.reset()
 
 
+@each([case for case in EACH if case not in ACTING])
+def test_a_model_on_which_a_technique_cannot_act_is_refused(name, arch, options):
+    model, _ = model_and_tokens(arch, options)
+    reason = "computes the last one's alone" if name != "dmc" else "merges keys and values of KV heads"
+    with pytest.raises(ValueError, match=f"^{TECHNIQUES[name].__name__} .*{reason}"):
+        compressed_cache(model, technique(name), *SIZE)
+
+
 @pytest.mark.parametrize("prompt", [1, 2, 5])
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_nor_does_it_with_a_prompt_of_few_tokens(name, prompt):
-    model, tokens = random_model("gqa", {"kv_heads": 2})
+def test_a_full_budget_changes_nothing_after_a_prompt_of_few_tokens(name, prompt):
+    model, tokens = model_and_tokens()
     whole, cache = model.new_cache(2, 20), compressed_cache(model, technique(name), 2, 20)
-    for one in (whole, cache):
-        logits = [model.prefill(tokens[:, :prompt], one)]
-        one.logits = torch.stack(logits + [model.decode(token, one) for token in tokens[:, prompt:20].T])
-    assert (whole.logits - cache.logits).abs().max() <= 1e-5 * whole.logits.abs().max()
+    assert_near(run(model, tokens[:, :20], cache, prompt), run(model, tokens[:, :20], whole, prompt))
     assert cache.nbytes == whole.nbytes
 
 
 @pytest.mark.parametrize(("name", "budget"), [("snapkv", 0.5), ("streaming-llm", 0.1), ("vatp", 0.5)])
 def test_a_prompt_that_is_too_short_for_the_options_leaves_the_cache_as_it_was(name, budget):
-    model, tokens = random_model("mha", {})
+    model, tokens = model_and_tokens()
     cache = compressed_cache(model, technique(name, budget=budget), 2, PROMPT)
     with pytest.raises(ValueError, match="budget of"):
         model.prefill(tokens[:, :20], cache)
     assert (cache.length, cache.nbytes) == (0, 0)
 
 
+def test_a_second_prompt_is_refused_before_anything_is_written():
+    model, tokens = model_and_tokens("yoco", VARIANTS["yoco"].examples[0])
+    cache = compressed_cache(model, technique("l2-norm", budget=0.5), *SIZE)
+    model.prefill(tokens[:, :20], cache)
+    window = cache.layers[0].tensors[0].clone()
+    with pytest.raises(ValueError, match="takes one token at a time"):
+        model.prefill(tokens[:, 20:24], cache)
+    assert torch.equal(window, cache.layers[0].tensors[0])
+
+
+def nbytes_of(layer):
+    return layer.state.nbytes if isinstance(layer, State) else sum(tensor.nbytes for tensor in layer.tensors)
+
+
 @pytest.mark.parametrize("budget", [0.5, 17])
-@pytest.mark.parametrize("name", [name for name in TECHNIQUES if name not in ("full", "fastgen", "dmc")])
-@pytest.mark.parametrize(("arch", "own"), CASES)
-def test_a_smaller_budget_holds_what_it_says(arch, own, name, budget):
-    model, tokens = random_model(arch, own)
-    if not works_on(name, model):
-        return
-    one = technique(name, budget=budget, **OWN.get(name, {}))
-    cache, whole = compressed_cache(model, one, 2, PROMPT + LATER), model.new_cache(2, PROMPT + LATER)
-    for logits in (run(model, tokens, cache), run(model, tokens, whole)):
-        assert logits.isfinite().all()
-    share = math.ceil(budget * (PROMPT + LATER)) if budget < 1 else budget
-    if name == "snapkv":  # decides once; what comes later is kept
-        share = (math.ceil(budget * PROMPT) if budget < 1 else budget) + LATER
-    expected = 0
-    for n, (part, full) in enumerate(zip(cache.parts, whole.parts, strict=True)):
-        held = sum(stream.nbytes for stream in getattr(full, "streams", [])) or full.state.nbytes
-        kept = isinstance(full, FullCache) and not (name == "l2-norm" and n < 2)
-        expected += held * share // (PROMPT + LATER) if kept else held
-        if isinstance(part, Slots):
-            assert {stream.untyped_storage().nbytes() for stream in part.streams} == {
-                stream.nbytes for stream in part.streams
-            }
+@each(BUDGETED)
+def test_a_smaller_budget_holds_what_it_says(name, arch, options, budget):
+    model, tokens = model_and_tokens(arch, options)
+    cache = compressed_cache(model, technique(name, budget=budget, **OPTIONS.get(name, {})), *SIZE)
+    assert run(model, tokens, cache).isfinite().all()
+    seen = PROMPT if name == "snapkv" else PROMPT + LATER  # SnapKV decides once; what comes later is kept
+    share = (math.ceil(budget * seen) if budget < 1 else budget) + PROMPT + LATER - seen
+    layers, expected = dict(zip(cache.layers, model.new_cache(*SIZE).layers, strict=True)), 0
+    for n, (layer, full) in enumerate(layers.items()):
+        cut = type(full) is FullCache and not (name == "l2-norm" and n < 2)
+        expected += nbytes_of(full) * share // (PROMPT + LATER) if cut else nbytes_of(full)
+        if cut:
+            assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in layer.tensors)
     assert cache.nbytes == expected
 
 
 @pytest.mark.parametrize("budget", [0.7, 0.4, 17])
-@pytest.mark.parametrize(("arch", "own"), CASES)
-def test_fastgens_heads_together_hold_no_more_of_the_prompt_than_the_budget(arch, own, budget):
-    model, tokens = random_model(arch, own)
-    one = technique("fastgen", budget=budget, frequent=0.1, local=0.2)
-    if not works_on("fastgen", model):
-        return
-    kinds = torch.zeros(61, dtype=torch.uint8)
+@each([case for case in ACTING if case[0] == "fastgen"])
+def test_fastgens_heads_together_hold_no_more_of_the_prompt_than_the_budget(name, arch, options, budget):
+    model, tokens = model_and_tokens(arch, options)
+    kinds = torch.zeros(97, dtype=torch.uint8)
     kinds[:4], kinds[4:8] = SPECIAL, PUNCTUATION
-    cache = compressed_cache(model, one, 2, PROMPT + LATER, kind_V=kinds)
+    cache = compressed_cache(model, technique(name, budget=budget, frequent=0.1, local=0.2), *SIZE, kind_V=kinds)
     model.prefill(tokens[:, :PROMPT], cache)
     capacity = math.ceil(budget * PROMPT) if budget < 1 else budget
     for slots in cache.slots:
-        held_B = slots.count_O.view(2, -1).sum(1)
-        assert (held_B <= capacity * slots.kv_heads).all()
-        for owner, held in enumerate(slots.position_N.split(slots.count_O.tolist())):
+        assert (slots.count_O.view(2, -1).sum(1) <= capacity * slots.kv_heads).all()
+        for owner, positions in enumerate(slots.position_N.split(slots.count_O.tolist())):
             kind = kinds[tokens[owner // slots.kv_heads, :PROMPT]]
-            assert {0, *(kind == SPECIAL).nonzero()[:, 0].tolist()} <= set(held.tolist())
-    assert cache.nbytes == sum(s.numel() * s.element_size() for slots in cache.slots for s in slots.streams)
-    logits = torch.stack([model.decode(token, cache) for token in tokens[:, PROMPT:].T])
-    assert logits.isfinite().all()
+            assert {0, *(kind == SPECIAL).nonzero()[:, 0].tolist()} <= set(positions.tolist())
+    assert cache.nbytes == sum(map(nbytes_of, cache.slots))
+    assert torch.stack([model.decode(token, cache) for token in tokens[:, PROMPT:].T]).isfinite().all()
 
 
-def test_what_was_let_go_is_not_read():
+def test_a_freed_slot_is_not_read():
     slots = one_layer(technique("h2o", budget=2, recent=0.0), heads=1, sizes=(4, 4))
-    slots.append(0, torch.zeros(1, 1, 3, 4), torch.ones(1, 1, 3, 4))
+    append(slots, 0, torch.zeros(1, 1, 3, 4), torch.ones(1, 1, 3, 4))
     slots.score_N += torch.tensor([3.0, 1.0, 2.0])
-    slots.streams[1][1] = math.nan
-    assert not slots.attend(torch.ones(1, 1, 1, 4), None, None).isfinite().all()
-    slots.score_N[:] = torch.tensor([3.0, 1.0, 2.0])
-    slots.evict(prompt=True)
+    slots.tensors[1][1] = math.nan
+    slots.evict()
     assert slots.position_N.tolist() == [0, 2]
-    assert slots.attend(torch.ones(1, 1, 1, 4), None, None).isfinite().all()
+    append(slots, 3, torch.zeros(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
+    assert slots.attend(torch.ones(1, 1, 1, 4), 1.0).isfinite().all()
+
+
+def test_of_slots_of_equal_priority_the_earlier_ones_stay():
+    slots = one_layer(technique("l2-norm", budget=3, whole_layers=0), heads=1, sizes=(1, 1))
+    norms = torch.tensor([2.0, 1.0, 2.0, 2.0, 1.0, 2.0]).view(1, 1, 6, 1)
+    append(slots, 0, norms, norms)
+    slots.evict()
+    assert slots.position_N.tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("counts", [[2, 2, 2], [0, 3, 1], [0, 0, 0]])
+@pytest.mark.parametrize("new", [[1, 1, 1], [2, 0, 1]])
+def test_ragged_rows_are_joined_padded_and_counted_by_owner(counts, new):
+    rows = [torch.arange(10 * n, 10 * n + count) for n, count in enumerate(counts)]
+    more = [torch.arange(100 * n + 100, 100 * n + 100 + count) for n, count in enumerate(new)]
+    count_O, new_O = torch.tensor(counts), torch.tensor(new)
+    joined = ragged.join(torch.cat(rows), count_O, torch.cat(more), new_O)
+    each = [torch.cat(pair) for pair in zip(rows, more, strict=True)]
+    assert torch.equal(joined, torch.cat(each))
+    assert torch.equal(ragged.rank(count_O + new_O), torch.cat([torch.arange(len(x)) for x in each]))
+    assert torch.equal(ragged.flatten(ragged.pad(joined, count_O + new_O), count_O + new_O), joined)
+    assert ragged.count(joined % 2 == 0, count_O + new_O).tolist() == [int((x % 2 == 0).sum()) for x in each]
 
 
 # The rules, against what the papers say, on full attention matrices
 
 
 def one_layer(one, heads=2, sizes=(4, 5)):
-    whole = FullCache(1, 64, [(heads, size) for size in sizes], torch.float32, "meta")
-    return Slots(one, 2, whole, (sizes[0], 10_000.0), "cpu")
+    tensors = [torch.zeros(0, size) for size in sizes]
+    slots = Slots(one, (sizes[0], 10_000.0), tensors, 1, heads, sizes[1])
+    slots.layer = 2
+    return slots
+
+
+def append(slots, start, k, v, kinds=None):
+    slots.next_kinds_BT = torch.zeros(len(k), k.shape[2]) if kinds is None else kinds[None]
+    slots.append(start, k, v)
 
 
 def kept_by(one, q, k, v, kinds=None):
     """Positions that each KV head holds after each step: the prompt, then a token at a time."""
     slots, history = one_layer(one), []
     for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, PROMPT + LATER))]:
-        slots.coming_BT = None if kinds is None else kinds[None, start:end]
-        slots.append(start, k[:, :, start:end], v[:, :, start:end])
-        slots.attend(q[:, :, start:end], None, None)
-        slots.evict(prompt=not start)
-        history.append([set(held.tolist()) for held in slots.position_N.split(slots.count_O.tolist())])
+        now = slice(start, end)
+        append(slots, start, k[:, :, now], v[:, :, now], None if kinds is None else kinds[now])
+        slots.attend(q[:, :, now], q.shape[-1] ** -0.5)
+        slots.evict()
+        history.append([set(positions.tolist()) for positions in slots.position_N.split(slots.count_O.tolist())])
     return history
 
 
@@ -237,40 +274,42 @@ def fastgen(kinds, threshold, frequent=0.3, local=0.3):
     return keep
 
 
+def random_qkv(seed, tokens=PROMPT + LATER):
+    torch.manual_seed(seed)
+    return torch.randn(1, 6, tokens, 4) * 2, torch.randn(1, 2, tokens, 4), torch.randn(1, 2, tokens, 5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.8, 1.0])
 def test_fastgen_keeps_what_its_policies_say(threshold, seed):
-    torch.manual_seed(seed)
-    q, k, v = torch.randn(1, 6, 52, 4) * 2, torch.randn(1, 2, 52, 4), torch.randn(1, 2, 52, 5)
+    q, k, v = random_qkv(seed)
     kinds = torch.randint(10, (52,)).to(torch.uint8)  # a fifth special or punctuation
     one = technique("fastgen", threshold=threshold)
     assert kept_by(one, q, k, v, kinds) == steps_by(fastgen(kinds, threshold), q, k, v)
 
 
 def test_fastgens_budget_is_the_highest_threshold_that_it_affords():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(1, 6, 40, 4) * 2, torch.randn(1, 2, 40, 4), torch.randn(1, 2, 40, 5)
+    q, k, v = random_qkv(0, PROMPT)
 
-    def held(**options):
+    def count(**options):
         slots = one_layer(technique("fastgen", **options))
-        slots.append(0, k, v)
-        slots.attend(q, None, None)
-        slots.evict(prompt=True)
+        append(slots, 0, k, v)
+        slots.attend(q, 0.5)
+        slots.evict()
         return int(slots.count_O.sum())
 
-    by_threshold = [held(threshold=n / 100) for n in range(1, 101)]
+    by_threshold = [count(threshold=n / 100) for n in range(1, 101)]
     assert len(set(by_threshold)) > 3
     for budget in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
         affordable = [slots for slots in by_threshold if slots <= math.ceil(budget * 40) * 2]
-        assert held(budget=budget) == max(affordable, default=min(by_threshold))
+        assert count(budget=budget) == max(affordable, default=min(by_threshold))
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", [name for name in TECHNIQUES if name not in ("fastgen", "dmc")])
 def test_each_rule_keeps_what_its_formula_keeps(name, seed):
-    torch.manual_seed(seed)
-    q, k, v = torch.randn(1, 6, 52, 4) * 2, torch.randn(1, 2, 52, 4), torch.randn(1, 2, 52, 5)
-    budget = 0.6
+    q, k, v = random_qkv(seed)
+    budget = 1.0 if name == "full" else 0.6
     rules = {
         "full": lambda head, held, weights, seen: held,
         "streaming-llm": streaming(budget, 4),
@@ -279,51 +318,47 @@ def test_each_rule_keeps_what_its_formula_keeps(name, seed):
         "snapkv": snapkv(budget, 6, 7),
         "l2-norm": l2(budget, k),
     }
-    one = technique(name, **({} if name == "full" else {"budget": budget}), **OWN.get(name, {}))
+    one = technique(name, budget=budget, **OPTIONS.get(name, {}))
     assert kept_by(one, q, k, v) == steps_by(rules[name], q, k, v)
 
 
 def test_streaming_llms_positions_are_those_within_the_cache():
     """After many tokens the logits are those of the kept tokens alone, put one after the other."""
-    model, _ = random_model("mha", {})
-    model = build("mha", **SHAPE | {"layers": 1}).eval()
-    tokens = torch.randint(61, (1, 50))
+    model, tokens = make("mha", {}, layers=1), torch.randint(97, (1, 50))
     cache = compressed_cache(model, technique("streaming-llm", budget=16), 1, 64)
-    model.prefill(tokens[:, :40], cache)
-    for token in tokens[:, 40:49].T:
-        model.decode(token, cache)
+    run(model, tokens[:, :49], cache)
     kept = torch.cat((tokens[:, :4], tokens[:, 49 - 12 : 50]), dim=1)
     torch.testing.assert_close(model.decode(tokens[:, 49], cache), model(kept)[:, -1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "says"),
+    ("name", "options", "message"),
     [
         ("h2p", {}, "unknown technique 'h2p'; allowed are full, streaming-llm, h2o"),
         ("h2o", {"budget": 0}, "budget=0: must be a share above 0.0 and up to 1.0, or 1 token or more"),
         ("h2o", {"budget": 1.5}, "budget=1.5: must be a share"),
-        ("h2o", {"size": 3}, "h2o: unknown option 'size'; allowed are budget, recent"),
-        ("h2o", {"recent": 1.0}, "recent=1.0: must be a share of the budget"),
+        ("h2o", {"size": 3}, "h2o: unknown option 'size'; allowed: budget, recent"),
+        ("h2o", {"recent": 1.0}, "recent=1.0: must be a number of at least 0 and below 1"),
+        ("h2o", {"budget": True}, "budget=True: must be a whole number or a number"),
         ("snapkv", {"budget": 16}, "window=32 is longer than the budget of 16 slots: give a shorter one"),
-        ("h2o", {"budget": "half"}, "budget='half': must be a number"),
-        ("h2o", {"budget": True}, "budget=True: must be a number"),
-        ("snapkv", {"window": None}, "window=None: must be a whole number"),
+        ("snapkv", {"kernel": 4}, "kernel=4: must be odd"),
         ("full", {"budget": 0.5}, "budget=0.5: full keeps everything"),
         ("vatp", {"budget": 20}, "first=20 leave no other token in the budget of 20 slots"),
-        ("l2-norm", {"whole_layers": -1}, "whole_layers=-1: must be at least 0"),
-        ("l2-norm", {"whole_layers": 1.5}, "whole_layers=1.5: must be a whole number"),
-        ("snapkv", {"kernel": 4}, "the kernel odd"),
+        ("l2-norm", {"whole_layers": 1.5}, "whole_layers=1.5: must be a whole number of at least 0"),
         ("streaming-llm", {"budget": 4}, "sinks=4 leave no window in the budget of 4 slots: give fewer"),
-        ("streaming-llm", {"sinks": 1.5}, "sinks=1.5: must be a whole number"),
-        ("fastgen", {"threshold": 1.5}, "threshold=1.5: must be a share"),
+        ("fastgen", {"threshold": 1.5}, "threshold=1.5: must be a number above 0 and up to 1"),
         ("fastgen", {"threshold": 0.9, "budget": 0.5}, "threshold=0.9 and budget=0.5: give one of them"),
         ("dmc", {"budget": 10}, "budget=10: must be a share, as 0.5 for a compression ratio of 2"),
-        ("dmc", {"train_tokens": 0.5}, "train_tokens=0.5: must be a whole number"),
+        ("dmc", {"bits": 4}, "DMC can't be quantised, as its slots change after they are written: leave out bits"),
+        ("full", {"bits": 3}, "bits=3: must be one of 8, 4, 2"),
+        ("full", {"group": 8}, "group goes with bits: 8, 4 or 2"),
+        ("full", {"bits": 4, "residual": -1}, "residual=-1: must be a whole number of at least 0"),
+        ("snapkv", {"budget": 0.25}, "window=32 is longer than the budget of 25 slots"),
     ],
 )
-def test_bad_options_are_named(name, options, says):
-    with pytest.raises(ValueError, match=says):
-        technique(name, **options)
+def test_wrong_settings_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_settings({"technique": name, **options}, prompt=100)
 
 
 # Quantised
@@ -341,98 +376,80 @@ def test_codes_are_packed_and_lie_within_half_a_step(bits):
     assert torch.equal(zero + scale * constant, torch.full((1, 4, 2), 3.0))
 
 
-@pytest.mark.parametrize("name", ["full", "h2o"])
-@pytest.mark.parametrize(("arch", "own"), CASES)
-def test_quantised_caches_hold_packed_codes_and_scales_and_come_near(arch, own, name):
-    model, tokens = random_model(arch, own)
-    one = technique(name, **({} if name == "full" else {"budget": 30}))
-    if not works_on(name, model):
-        return
-    expected = run(model, tokens, compressed_cache(model, one, 2, PROMPT + LATER))
-    errors = {}
-    for bits in (8, 2) if name == "h2o" else (8, 4, 2):
-        cache = compressed_cache(model, one, 2, PROMPT + LATER, quantisation=Quantisation(bits, group=8, residual=10))
-        logits = run(model, tokens, cache)
-        errors[bits] = ((logits - expected).norm() / expected.norm()).item()
-        held = 0
-        for part in cache.parts:
-            if not isinstance(part, Slots):
-                held += sum(stream.nbytes for stream in getattr(part, "streams", [])) or part.state.nbytes
-                continue
-            full_O = torch.bincount(part.owner_N[~part.packed_N], minlength=len(part.count_O))
-            assert (full_O >= torch.minimum(part.count_O, torch.tensor(10))).all() or name != "full"
+@each([case for case in ACTING if case[0] in ("full", "h2o")])
+def test_quantised_caches_hold_packed_codes_and_scales_and_come_near(name, arch, options):
+    model, tokens = model_and_tokens(arch, options)
+    one = technique(name, budget=1.0 if name == "full" else 30)
+    expected, errors = run(model, tokens, compressed_cache(model, one, *SIZE)), []
+    for bits in (8, 4, 2):
+        quantisation = Quantisation(bits=bits, group=8, residual=10)
+        cache = compressed_cache(model, one, *SIZE, quantisation=quantisation)
+        errors.append(((run(model, tokens, cache) - expected).norm() / expected.norm()).item())
+        held = sum(nbytes_of(layer) for layer in set(cache.layers) - set(cache.slots))
+        for slots in cache.slots:
+            full_O, packed = slots.count_O - slots.packed_O, int(slots.packed_O.sum())
             assert (full_O < 18).all()
-            packed, groups = int(part.packed_N.sum()), int(part.group_Q.max()) + 1 if len(part.group_Q) else 0
-            widths = [stream.shape[1] for stream in part.streams]
+            assert name == "h2o" or (full_O >= 10).all()
+            groups, widths = len(slots.key_scales[0]), [tensor.shape[1] for tensor in slots.tensors]
             held += sum(int(full_O.sum()) * 4 * width + packed * -(-width * bits // 8) for width in widths)
             held += groups * 2 * 4 * widths[0] + sum(packed * 2 * 4 * -(-width // 8) for width in widths[1:])
             assert groups * 8 >= packed > 0
         assert cache.nbytes == held
-    assert errors[8] < errors.get(4, 1) < errors[2] if name == "full" else errors[8] < errors[2]
-    assert errors[8] < 0.02
+    assert errors[0] < 0.02
+    assert errors[0] < errors[2] if name == "h2o" else errors[0] < errors[1] < errors[2]
 
 
 def test_a_residual_longer_than_the_text_leaves_everything_as_it_is():
-    model, tokens = random_model("gqa", {"kv_heads": 2})
-    cache = compressed_cache(model, technique("full"), 2, PROMPT + LATER, quantisation=Quantisation(2, 32, 64))
-    expected = run(model, tokens, model.new_cache(2, PROMPT + LATER))
-    assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"bits": 3}, "bits=3: must be 8, 4 or 2"),
-        ({"bits": 4.0}, "bits=4.0: must be 8, 4 or 2"),
-        ({"group": 0}, "group=0"),
-        ({"residual": -1}, "residual=-1"),
-    ],
-)
-def test_bad_quantisation_is_named(options, says):
-    with pytest.raises(ValueError, match=says):
-        Quantisation(**options)
+    model, tokens = model_and_tokens()
+    cache = compressed_cache(model, technique("full"), *SIZE, quantisation=Quantisation(bits=2, residual=64))
+    assert_near(run(model, tokens, cache), run(model, tokens, model.new_cache(*SIZE)))
 
 
 # DMC
 
 
-def merging_model(arch, own, monkeypatch):
-    monkeypatch.setattr(dmc, "BIAS", 0.0)  # half of the random decisions are to merge
-    model, tokens = random_model(arch, own)
-    return merging(model), tokens
+@pytest.fixture
+def merging(monkeypatch):
+    """Makes a model of which about half of the random decisions are to merge."""
+    monkeypatch.setattr(dmc, "BIAS", 0.0)
+
+    def make(arch="mha", options=None):
+        model, tokens = model_and_tokens(arch, options or {})
+        return DMC(budget=0.5).retrofit(model), tokens
+
+    return make
 
 
-GROUPED = [(arch, own) for arch, own in CASES if arch in ("mha", "mqa", "gqa")]
+each_grouped = pytest.mark.parametrize(("arch", "options"), GROUPED)
 
 
-@pytest.mark.parametrize(("arch", "own"), GROUPED)
-def test_dmcs_cache_gives_what_the_whole_text_at_once_gives(arch, own, monkeypatch):
-    model, tokens = merging_model(arch, own, monkeypatch)
-    cache = compressed_cache(model, DMC(0.5), 2, PROMPT + LATER)
-    whole = model(tokens)
-    expected = whole[:, PROMPT - 1 :].transpose(0, 1)
+@each_grouped
+def test_dmcs_cache_gives_what_the_whole_text_at_once_gives(arch, options, merging):
+    model, tokens = merging(arch, options)
+    cache = compressed_cache(model, DMC(budget=0.5), *SIZE)
+    expected = model(tokens)[:, PROMPT - 1 :].transpose(0, 1)
     for _ in range(2):
-        assert (run(model, tokens, cache) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert_near(run(model, tokens, cache), expected)
         counts = torch.stack([slots.count_O for slots in cache.slots])
         assert 0.3 < counts.sum() / counts.numel() / (PROMPT + LATER) < 0.7
         assert cache.nbytes == counts.sum() * 2 * model.options.head_dim * 4
         cache.reset()
 
 
-@pytest.mark.parametrize(("arch", "own"), GROUPED)
-def test_dmc_merges_as_its_formula_says(arch, own, monkeypatch):
+@each_grouped
+def test_dmc_merges_as_its_formula_says(arch, options, merging):
     """Token by token: a running mean by weight, or a new slot (equations 1 and 2)."""
-    model, tokens = merging_model(arch, own, monkeypatch)
-    tokens = tokens[:1, :20]
-    layer, x = model.blocks[0].attention, model.blocks[0].attention_norm(model.embed(tokens))
-    rope = model.rope(x, 0)
+    model, tokens = merging(arch, options)
+    block, chunk = model.blocks[0], model.chunk(20, 0)
+    layer, x = block.attention, block.attention_norm(model.embed(tokens[:1, :20]))
     H, G, D = layer.heads, layer.kv_heads, model.options.head_dim
     qk, v = (part[0] for part in split_heads(layer.qkv(x), H + G, G))
+    at = lambda x, t: rotate(x[None], chunk.cos[t : t + 1], chunk.sin[t : t + 1])[0]  # noqa: E731
     outs = []
     for head in range(H):
         group, first = head // (H // G), head // (H // G) * (H // G)
         slots, out = [], []
-        for t in range(tokens.shape[1]):
+        for t in range(20):
             key, value, weight = qk[H + group, t].clone(), v[group, t], qk[first, t, 0].sigmoid()
             merges, key[0] = key[0] > 0, 0.0
             if merges and slots:
@@ -440,42 +457,62 @@ def test_dmc_merges_as_its_formula_says(arch, own, monkeypatch):
                 key, value = ((a * old + b * weight) / (old + weight) for a, b in ((k, key), (u, value)))
                 weight = old + weight
             slots.append((weight, key, value, t))
-            at = lambda x, t: rotate(x[None, None, None], (rope[0][t : t + 1], rope[1][t : t + 1]))[0, 0, 0]  # noqa: E731
             scores = torch.stack([at(qk[head, t], t) @ at(k, place) for _, k, _, place in slots]) / D**0.5
             out.append(scores.softmax(0) @ torch.stack([u for _, _, u, _ in slots]))
         outs.append(torch.stack(out))
     expected = layer.out(torch.cat(outs, dim=1))
-    torch.testing.assert_close(layer(x, rope)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x, chunk, Uncached())[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dmcs_relaxed_decisions_go_over_into_the_hard_ones(monkeypatch):
+def test_dmcs_relaxed_decisions_go_over_into_the_hard_ones(merging, monkeypatch):
     """Cold and without noise they are the same; the gradient reaches the element that decides."""
-    model, tokens = merging_model("gqa", {"kv_heads": 2}, monkeypatch)
-    hard = model(tokens)
-    monkeypatch.setattr(dmc, "TEMPERATURE", 1e-4)
+    model, tokens = merging("gqa", {"kv_heads": 2})
+    hard, D = model(tokens), model.options.head_dim
+    monkeypatch.setattr(dmc, "TEMPERATURE", 1e-6)
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
     model.train()
     assert (model(tokens) - hard).abs().max() <= 1e-4 * hard.abs().max()
     monkeypatch.setattr(dmc, "TEMPERATURE", 1.0)
     model(tokens)
     model.blocks[0].attention.merged.backward()
-    decides = model.blocks[0].attention.qkv.weight.grad[4 * 12 :: 12][:2]  # the first row of each key head
+    decides = model.blocks[0].attention.qkv.weight.grad[4 * D :: D][:2]  # the first row of each key head
     assert decides.abs().sum(1).min() > 0
 
 
-def test_what_dmc_does_not_go_with_is_named(monkeypatch):
-    model, _ = merging_model("mha", {}, monkeypatch)
-    for one, quantisation, says in (
-        (technique("h2o"), None, "models that were trained to merge, which no other technique does"),
-        (DMC(0.5), Quantisation(), "a cache that merges can't be quantised"),
+def test_dmcs_training_fades_the_decision_out_and_then_asks_for_more_merging(merging):
+    model, tokens = merging()
+    one, attention = DMC(budget=0.25), model.blocks[0].attention
+    model.train()(tokens)
+    merged = torch.stack([block.attention.merged for block in model.blocks]).mean().item()
+    for done, attended, target in (
+        (0.0, 1.0, 0.0),
+        (0.05, 0.5, 0.0),
+        (0.4, 0.0, 0.375),
+        (0.7, 0.0, 0.75),
+        (1.0, 0.0, 0.75),
     ):
-        with pytest.raises(ValueError, match=says):
-            compressed_cache(model, one, 2, 64, quantisation=quantisation)
-    with pytest.raises(ValueError, match="models that were trained to merge"):
-        compressed_cache(random_model("mha", {})[0], DMC(0.5), 2, 64)
+        one.before_step(model, done)
+        assert attention.attended_D[0].item() == pytest.approx(attended)
+        assert one.penalty(model, done).item() == pytest.approx(max(0.0, target - merged), abs=1e-6)
+
+
+def test_with_a_budget_of_one_dmc_leaves_the_model_as_it_is():
+    model, _ = model_and_tokens("mha", {})
+    assert [type(block.attention) for block in DMC().retrofit(model).blocks] == [GroupedAttention] * 4
+    assert (DMC().is_full, DMC(budget=0.5).is_full) == (True, False)
+
+
+def test_a_technique_and_a_model_that_do_not_go_together_are_refused(merging):
+    plain, (model, _) = model_and_tokens("mha", {})[0], merging()
+    for each, one, quantisation, message in (
+        (model, technique("h2o"), None, "H2O cannot act on a model that was trained further for DMC"),
+        (model, technique("full"), None, "Full cannot act on a model that was trained further for DMC"),
+        (model, DMC(), None, "DMC cannot act on a model that was trained further for DMC"),
+        (model, DMC(budget=0.5), Quantisation(), "DMC can't be quantised"),
+        (plain, DMC(budget=0.5), None, r"DMC works on models that were trained further for it: DMC\(...\).retrofit"),
+        (plain, technique("l2-norm", budget=0.5, whole_layers=4), None, "L2Norm: whole_layers=4 are all of the 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compressed_cache(each, one, 2, 64, quantisation=quantisation)
     with pytest.raises(ValueError, match=r"needs the cache that compressed_cache\(model, DMC"):
         model.prefill(torch.zeros(1, 4, dtype=torch.long), model.new_cache(1, 8))
-    with pytest.raises(ValueError, match="whole_layers=4 are all of the 4 that the model has"):
-        compressed_cache(random_model("mha", {})[0], technique("l2-norm", budget=0.5, whole_layers=4), 2, 64)
-    with pytest.raises(ValueError, match="MLA has none"):
-        merging(random_model("mla", VARIANTS["mla"].examples[0])[0])
