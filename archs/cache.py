@@ -1,9 +1,9 @@
-"""KV caches: allocated once for `max_tokens`, written in place, read as far as they are filled.
+"""KV caches whose storages are allocated once and written in place.
 
-The bytes that a cache reports are those of its storages, found by walking all tensors that it reaches, each storage
-once. So a variant cannot forget a buffer, and a cache shared by several layers counts once (YOCO, arXiv 2405.05254).
+`Cache.nbytes` walks every tensor that its layers reach and adds up their storages, each once. So no variant can leave
+out a buffer, and a cache that several layers share counts once (YOCO, arXiv 2405.05254).
 
-Shapes: B batch, G KV heads, S slots, T new tokens, D size of a vector.
+Shapes: B batch, G KV heads, S slots (tokens that there is room for), T new tokens, D size of a key or value.
 """
 
 import copy
@@ -19,38 +19,41 @@ from archs.kv import KV, View
 
 
 class FullCache(KV):
-    """Every token's key and value in order: tensors (B, G, max_tokens, D). Values may be columns of the keys."""
+    """Keys and values of all tokens, token t in slot t: two tensors (B, G, S, D), or one of keys whose first
+    `value_size` columns are the values."""
 
     def __init__(self, tensors: list[Tensor], value_size: int):
         self.tensors, self.value_size = tensors, value_size
 
     def write(self, start: int | Tensor, *new_BGTD: Tensor | None) -> View:
+        """Views the slots that are filled; with a tensor `start`, all slots and the position up to which to look."""
         if isinstance(start, Tensor):
-            self.put(start, new_BGTD)
-            return self.slots(position=start)
+            self.scatter(start, new_BGTD)
+            return self.filled(position=start)
         end = start + new_BGTD[0].shape[2]
         for tensor, new in zip(self.tensors, new_BGTD, strict=False):
             tensor[:, :, start:end] = new
-        return self.slots(end)
+        return self.filled(end)
 
-    def put(self, slots_T: Tensor, new_BGTD: tuple[Tensor | None, ...]) -> None:
+    def scatter(self, slots_T: Tensor, new_BGTD: tuple[Tensor | None, ...]) -> None:
         for tensor, new in zip(self.tensors, new_BGTD, strict=False):
             tensor.index_copy_(2, slots_T, new.to(tensor.dtype))
 
-    def slots(self, end: int | None = None, position: Tensor | None = None) -> View:
+    def filled(self, end: int | None = None, position: Tensor | None = None) -> View:
         k, *v = (tensor[:, :, :end] for tensor in self.tensors)
         return View(k, v[0] if v else k[..., : self.value_size], position=position)
 
 
 class Ring(FullCache):
-    """The last `window` tokens; token t is in slot t mod window."""
+    """Keys and values of the last S tokens, token t in slot t mod S; S is the window, the token itself included."""
 
     def write(self, start: int | Tensor, *new_BGTD: Tensor) -> View:
+        """Several tokens, whose windows differ, attend to copies in token order: the window before them, and them."""
         window, T = self.tensors[0].shape[2], new_BGTD[0].shape[2]
-        if T == 1:  # sees all that is held, in whatever order
+        if T == 1:  # it attends to all slots, whose order does not matter: positions are in the keys
             slot = start % window if isinstance(start, Tensor) else torch.tensor([start % window], device=self.device)
-            self.put(slot, new_BGTD)
-            return self.slots(position=start) if isinstance(start, Tensor) else self.slots(start + 1)
+            self.scatter(slot, new_BGTD)
+            return self.filled(position=start) if isinstance(start, Tensor) else self.filled(start + 1)
         before = torch.arange(max(0, start - window + 1), start, device=self.device) % window
         k, v = (
             torch.cat((tensor[:, :, before], new.to(tensor.dtype)), 2)
@@ -58,8 +61,8 @@ class Ring(FullCache):
         )
         stay = min(T, window)
         last = torch.arange(start + T - stay, start + T, device=self.device) % window
-        self.put(last, tuple(new[:, :, T - stay :] for new in new_BGTD))
-        return View(k, v, window)
+        self.scatter(last, tuple(new[:, :, T - stay :] for new in new_BGTD))
+        return View(k, v, window=window)
 
     @property
     def device(self) -> torch.device:
@@ -67,13 +70,13 @@ class Ring(FullCache):
 
 
 class State:
-    """A recurrent state, constant however long the sequence grows."""
+    """A recurrent state (B, ...), whose size does not depend on the length of the sequence."""
 
     def __init__(self, state: Tensor):
         self.state = state
 
     def read(self) -> Tensor:
-        """The state itself: an operator may change it in place."""
+        """The stored tensor, which an operator may change in place."""
         return self.state
 
     def write(self, state: Tensor) -> None:
@@ -82,7 +85,8 @@ class State:
 
 
 class Static:
-    """Makes what layers attend to, for `max_tokens` of each sequence."""
+    """Allocates what layers attend to: for `batch_size` sequences of up to `max_tokens` tokens. ValueError if either is
+    below 1."""
 
     def __init__(self, batch_size: int, max_tokens: int, dtype: torch.dtype, device: torch.device | str):
         for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
@@ -91,6 +95,7 @@ class Static:
         self.batch_size, self.max_tokens, self.dtype, self.device = batch_size, max_tokens, dtype, torch.device(device)
 
     def zeros(self, *shape: int) -> Tensor:
+        """(B, *shape)."""
         with torch.inference_mode(False):  # a cache made in inference mode could not be written outside of it
             return ops.zeros((self.batch_size, *shape), self.dtype, self.device)
 
@@ -109,11 +114,11 @@ class Static:
 
 
 class Cache:
-    """What a batch of sequences holds in all layers of a model. Made by `model.new_cache`.
+    """The KV of all layers of a model, for a batch of sequences. Made by `model.new_cache`.
 
-    `length` is the number of tokens held, `nbytes` the bytes of all storages, `layers` what the layers attend to, and
-    `step` the decode step that was recorded on these storages. `static`: storages stay where they are, so that a step
-    can be recorded and some of the sequences can be filled apart. `observes`: attention of all prompt tokens is needed.
+    `length` is the number of tokens seen, the same for all sequences; `layers` the KV of each layer; `step` the
+    recorded decode step, if there is one. `static`: storages never move, so a step can be recorded on them, and `rows`
+    gives some of the sequences. `observes`: it needs the attention weights of every prompt token, in all layers.
     """
 
     static = True
@@ -140,12 +145,12 @@ class Cache:
         return sum(storages.values())
 
     def begin(self, tokens_BT: Tensor) -> None:
-        """Prepares for tokens that are appended next. ValueError if there is no room for them."""
+        """Called before the layers append these tokens. ValueError if their batch differs, or there is no room."""
         B, T = tokens_BT.shape
         if self.batch_size != B:
             raise ValueError(f"tokens for {B} sequences, but the cache was made for {self.batch_size}")
         if T < 1:
-            raise ValueError("at least one token a sequence is needed")
+            raise ValueError("at least one token per sequence is needed")
         if self.length + T > self.max_tokens:
             raise ValueError(
                 f"the cache holds {self.length} of at most {self.max_tokens} tokens and {T} more do not fit; "
@@ -153,7 +158,7 @@ class Cache:
             )
 
     def advance(self, tokens: int) -> None:
-        """All layers have appended this many tokens."""
+        """Called after all layers have appended this many tokens."""
         for layer in self.layers:
             layer.view = None
         self.length += tokens
@@ -165,7 +170,7 @@ class Cache:
             tensor.zero_()
 
     def rows(self, first: int, count: int) -> "Cache":
-        """Some of the sequences, in the same storages."""
+        """A cache of some of the sequences, which writes to the same storages and counts its own `length`."""
         layers = with_tensors(self.layers, lambda t: t[first : first + count])
         cache = Cache(layers, min(count, self.batch_size - first), self.max_tokens)
         cache.length = self.length

@@ -1,10 +1,11 @@
 """The operators that models are written in, each as its formula in PyTorch.
 
-Kernels may stand behind an operator. Each alone knows what it supports (device, dtype, shapes, gradients); the first
-that supports the arguments runs, and the formula does where none does. Tests hold it against `op.formula`.
+An operator may have kernels. A kernel's `supports(*arguments)` says whether it can compute them (device, dtype, shapes,
+gradients); a call runs the first kernel that can, or else the formula. Operators take positional arguments only. Tests
+compare each kernel with its operator's `.formula`.
 
-Shapes: B batch, T query tokens, S cached tokens, H query heads, G KV heads, D key size, E value size, W width,
-V vocabulary.
+Shapes: B batch, T query tokens, S all tokens attended to, H query heads, G KV heads, D key size, E value size, W width,
+V vocabulary, K inputs and F outputs of a matrix; a paged cache has P blocks of C tokens, N for each sequence.
 """
 
 import functools
@@ -21,13 +22,13 @@ from archs.kernels.cpu import layers as cpu
 from archs.kernels.fused import gains_by_compiling, sequences_at_once
 from archs.kernels.replay import record
 
-__all__ = ["gains_by_compiling", "record", "sequences_at_once"]  # and the operators below
+__all__ = ["gains_by_compiling", "record", "sequences_at_once"]  # exported from the kernels
 
 NORM_EPS = 1e-6
 
 
 def accelerated(*kernels: Callable) -> Callable[[Callable], Callable]:
-    """Makes an operator of a formula and the kernels that may compute it."""
+    """Turns a formula into an operator that these kernels may compute."""
 
     def define(formula: Callable) -> Callable:
         @functools.wraps(formula)
@@ -45,7 +46,7 @@ def accelerated(*kernels: Callable) -> Callable[[Callable], Callable]:
 
 
 def compiled(operator: Callable, **options: Any) -> Callable:
-    """The operator with its formula compiled; `options` go to torch.compile."""
+    """The operator with its formula compiled, for arguments that no kernel supports; `options` go to torch.compile."""
     return accelerated(*operator.kernels)(torch.compile(operator.formula, dynamic=False, **options))
 
 
@@ -54,27 +55,27 @@ def compiled(operator: Callable, **options: Any) -> Callable:
 
 @accelerated(cpu.rms_norm)
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps), times the weight, over the last dimension (RMSNorm, arXiv 1910.07467, eq. 4)."""
+    """x / sqrt(mean(x^2) + NORM_EPS), times the weight (W); the mean is over the last dimension (arXiv 1910.07467)."""
     return F.rms_norm(x, x.shape[-1:], weight, NORM_EPS)
 
 
 @accelerated(cpu.swiglu)
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of (..., 2 F), the gate's half first; (..., F) (GLU variants, arXiv 2002.05202, eq. 6)."""
+    """silu(gate) * up, (..., F), where gate and up are the halves of (..., 2 F) (arXiv 2002.05202, eq. 6)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 @accelerated(cpu.head_linear)
 def head_linear(x_BHTK: Tensor, weight_HKF: Tensor) -> Tensor:
-    """Each head times a matrix of its own; (B, H, T, F)."""
+    """Multiplies each head by a matrix of its own; (B, H, T, F)."""
     # einsum and not @, which would copy the weights for each sequence
     return torch.einsum("bhtk,hkf->bhtf", x_BHTK, weight_HKF)
 
 
 @accelerated(cpu.unembed_cross_entropy)
 def unembed_cross_entropy(x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy of the logits x weight^T in nats, summed over all targets except those that are -100."""
+    """The sum of the cross-entropies, in nats, of logits x @ weight^T. Targets of -100 are ignored."""
     logits_NV = at_least_fp32(x_BTW @ weight_VW.T).flatten(0, 1)
     return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
 
@@ -88,7 +89,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 @functools.cache
 def frequencies(dim: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The angle (dim/2) by which each pair turns from one position to the next, base^(-2i/dim), in fp32 at least."""
+    """Radians per position of each pair of dimensions, base^(-2i/dim), (dim/2); in fp32, or fp64 if asked for."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.inference_mode(False):
         return base ** (torch.arange(0, dim, 2, dtype=dtype, device=device) / -dim)
@@ -96,15 +97,14 @@ def frequencies(dim: int, base: float, device: torch.device, dtype: torch.dtype 
 
 @accelerated(cpu.rope)
 def rope(position: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (..., dim/2) of rotary angles at positions (...) (RoFormer, arXiv 2104.09864, section 3)."""
+    """Cosines and sines (..., dim/2) of the angles at positions (...) (RoFormer, arXiv 2104.09864, section 3)."""
     angle = position[..., None] * frequencies
     return angle.cos(), angle.sin()
 
 
 @accelerated(cpu.rotate)
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns x (..., D) by angles with these cosines and sines (..., D/2); dimension i is paired with i + D/2, as in
-    Llama."""
+    """Rotates x (..., D) by tables (..., D/2) that broadcast; dimension i pairs with i + D/2, as in transformers."""
     a, b = at_least_fp32(x).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -126,10 +126,10 @@ def merge_heads(x_BHTD: Tensor) -> Tensor:
 def attention(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
 ) -> Tensor:
-    """Causal softmax attention of the last T of S tokens; query head h uses KV head h // (H/G). Returns (B, H, T, E).
+    """Causal softmax attention (B, H, T, E) of the last T of S tokens; query head h uses KV head h // (H/G).
 
-    With a window each token sees only itself and the window - 1 tokens before it. With a `position`, one for all
-    sequences (1) or one each (B), int64 on the device, T is 1 and the token sees the slots up to it, or all S.
+    With a `window` above 0 each query sees only its own token and the window - 1 before it. `position`, int64 of shape
+    (1) or (B) on the device, is for decode: T is 1, there is no window, and the query sees slots 0 to position.
     """
     H, T, G, S = *q_BHTD.shape[1:3], *k_BGSD.shape[1:3]
     slot_S = torch.arange(S, device=q_BHTD.device)
@@ -142,7 +142,7 @@ def attention(
 
 @accelerated(fused.masked_attention)
 def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """Softmax attention with a mask (B, H, T, S) that is added to the scores, and may have gradients."""
+    """Softmax attention with a mask (B, H, T, S) that is added to the scores; it may require a gradient."""
     k_BHSD, v_BHSE = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BGSD, v_BGSE))
     return (q_BHTD @ k_BHSD.mT * scale + mask).softmax(-1) @ v_BHSE
 
@@ -151,23 +151,25 @@ def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: floa
 def paged_attention(
     q_BH1D: Tensor, k_PGCD: Tensor, v_PGCE: Tensor, scale: float, position_B: Tensor, table_BN: Tensor
 ) -> Tensor:
-    """`attention` of one token a sequence, whose token t lies in slot t % C of block table[t // C]."""
+    """`attention` of one query per sequence over a paged cache: token t of sequence b is in slot t % C of block
+    table_BN[b, t // C]. All entries of the table are valid blocks."""
     k_BGSD, v_BGSE = (x[table_BN].transpose(1, 2).flatten(2, 3) for x in (k_PGCD, v_PGCE))
     return attention(q_BH1D, k_BGSD, v_BGSE, scale, 0, position_B)
 
 
 def self_score(q: Tensor, k: Tensor) -> Tensor:
-    """Q_n K_n^T of each token with itself, (..., 1), summed in fp64.
+    """The product of each token's query with its own key, (..., 1), summed in fp64.
 
-    For a sequence's first token it is the whole sum, and the norm that follows scales it up, and its rounding with it.
+    At a sequence's first token retention is this product times v. Where it is near zero, the norm after retention
+    magnifies it, rounding error included.
     """
     return (q.double() * k.double()).sum(-1, keepdim=True).to(q.dtype)
 
 
 @accelerated(cpu.retention_step, triton.retention_step)
 def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> Tensor:
-    """One token of gated retention: S_n = gamma_n S_{n-1} + K_n^T V_n, output Q_n S_n (B, H, 1, D) (YOCO,
-    arXiv 2405.05254, section 3.2). S_n replaces S_{n-1} in the storage of the state, in its dtype."""
+    """One token of gated retention, (B, H, 1, D): Q_n S_n with S_n = gamma_n S_{n-1} + K_n^T V_n (YOCO, arXiv
+    2405.05254, section 3.2). Overwrites the state with S_n, rounded to its dtype; the output is of S_n before that."""
     decayed_BHDD = at_least_fp32(state_BHDD) * decay_BH1[..., None]
     state_BHDD.copy_(decayed_BHDD + k_BH1D.mT @ v_BH1D)
     return q_BH1D @ decayed_BHDD + self_score(q_BH1D, k_BH1D) * v_BH1D
@@ -178,16 +180,17 @@ def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Te
 
 @accelerated(cpu.huge_pages)
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, in memory that is fast to read."""
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @accelerated(cpu.read_all)
 def read_all(x: Tensor) -> Tensor | float:
-    """The sum of x, which reads all of it: for measuring bandwidth."""
+    """The sum of x, which is computed to read all of it: for measuring bandwidth."""
     return x.sum()
 
 
 @accelerated(replay.decode_step)
 def decode_step(model: Any, tokens_B: Tensor, cache: Any) -> Tensor:
-    """Logits (B, V) after one more token of each sequence, whose keys and values go into the cache."""
+    """Appends one token per sequence to the cache; logits (B, V) for the next one."""
     return model.append(tokens_B[:, None], cache, cache.length)

@@ -50,7 +50,7 @@ class DMC(Technique):
         suited = all(type(block.attention) in (GroupedAttention, MergingAttention) for block in model.blocks)
         if not suited or len(full) < len(model.blocks):
             name = type(model).__name__
-            raise ValueError(f"DMC merges the keys and values of KV heads, and {name} does not keep them in every layer")
+            raise ValueError(f"DMC merges keys and values of KV heads, and {name} does not keep them in every layer")
 
     @property
     def is_full(self) -> bool:
