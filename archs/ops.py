@@ -72,7 +72,7 @@ def head_linear(x_BHTK: Tensor, weight_HKF: Tensor) -> Tensor:
     return torch.einsum("bhtk,hkf->bhtf", x_BHTK, weight_HKF)
 
 
-@accelerated(cpu.unembed_cross_entropy)
+@accelerated(fused.unembed_cross_entropy)
 def unembed_cross_entropy(x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy of the logits x weight^T in nats, summed over all targets except those that are -100."""
     logits_NV = at_least_fp32(x_BTW @ weight_VW.T).flatten(0, 1)
@@ -94,7 +94,6 @@ def frequencies(dim: int, base: float, device: torch.device, dtype: torch.dtype 
         return base ** (torch.arange(0, dim, 2, dtype=dtype, device=device) / -dim)
 
 
-@accelerated(cpu.rope)
 def rope(position: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine (..., dim/2) of rotary angles at positions (...) (RoFormer, arXiv 2104.09864, section 3)."""
     angle = position[..., None] * frequencies

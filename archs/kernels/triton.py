@@ -1,7 +1,4 @@
-"""The Triton kernels as kernels of operators: which GPUs and tensors they support.
-
-Triton is imported where there is a GPU alone.
-"""
+"""Which GPUs and tensors the Triton kernels support. Triton is imported only where there is a GPU."""
 
 import functools
 import importlib.util
@@ -12,7 +9,6 @@ from torch import Tensor
 
 from archs.kernels import kernel
 from archs.kernels.cpu.build import is_transformed
-from archs.kernels.fused import are_columns
 
 
 @functools.cache
@@ -25,41 +21,44 @@ def runs_on(device: torch.device) -> bool:
     from archs.kernels.triton_attention import split_kv_attention
 
     try:
-        x = torch.zeros(1, 1, 16, 16, device=device)
-        split_kv_attention(x[:, :, 0], x, x, torch.ones(1, dtype=torch.int64, device=device), 1.0)
+        x = torch.zeros(1, 1, 1, 16, device=device)
+        split_kv_attention(x, x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=device))
     except Exception as e:  # no C compiler, for one
         warnings.warn(f"decode goes without Triton and CUDA graphs, more slowly: {e}", stacklevel=2)
         return False
     return True
 
 
+def usable(*tensors: Tensor) -> bool:
+    """True if a Triton kernel without a gradient can run on these tensors: contiguous vectors on a GPU, no gradient
+    needed, not inside torch.compile or torch.func."""
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    fits = all(x.is_cuda and x.stride(-1) == 1 for x in tensors)
+    return fits and not gradient and not torch.compiler.is_compiling() and not is_transformed()
+
+
 def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None) -> bool:
-    one = position is not None and position.numel() == 1 and q.is_cuda
-    return one and not window and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    """One position for all sequences; one dtype, up to fp32."""
+    if position is None or position.numel() > 1 or window or not usable(q, k, v):
+        return False
+    return q.dtype == k.dtype == v.dtype != torch.float64 and runs_on(q.device)
 
 
 @kernel(supports_decode)
-def decode_attention(
-    q_BH1D: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
-) -> Tensor:
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, position: Tensor) -> Tensor:
     from archs.kernels.triton_attention import split_kv_attention
 
-    shared = are_columns(v_BGSE, k_BGSD)
-    out_BHE = split_kv_attention(q_BH1D[:, :, 0], k_BGSD, None if shared else v_BGSE, position, scale, v_BGSE.shape[-1])
-    return out_BHE[:, :, None]
+    return split_kv_attention(q, k, v, scale, position)
 
 
 def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:
-    """fp32 except for the state, and no gradient."""
-    if not state.is_cuda or torch.compiler.is_compiling() or is_transformed():
-        return False
-    fits = all(x.dtype == torch.float32 for x in (q, k, v, decay)) and all(x.stride(3) == 1 for x in (q, k, v))
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, decay))
-    return fits and not gradient and state.is_contiguous() and runs_on(state.device)
+    """fp32 except for the state."""
+    fits = all(x.dtype == torch.float32 for x in (q, k, v, decay)) and state.is_contiguous()
+    return fits and usable(q, k, v, state) and not decay.requires_grad and runs_on(state.device)
 
 
 @kernel(supports_retention)
-def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> Tensor:
+def retention_step(*arguments: Tensor) -> Tensor:
     from archs.kernels.triton_retention import retain
 
-    return retain(q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD)
+    return retain(*arguments)
