@@ -94,6 +94,7 @@ def frequencies(dim: int, base: float, device: torch.device, dtype: torch.dtype 
         return base ** (torch.arange(0, dim, 2, dtype=dtype, device=device) / -dim)
 
 
+@accelerated(cpu.rope)
 def rope(position: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine (..., dim/2) of rotary angles at positions (...) (RoFormer, arXiv 2104.09864, section 3)."""
     angle = position[..., None] * frequencies

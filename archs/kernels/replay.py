@@ -80,7 +80,7 @@ class RecordedStep:
                 self.replay()
             else:
                 self.recorded_for = self.replay = None  # should the step fail
-                self.members = [members for m in model.modules() for members in (m._modules, m._parameters)]
+                self.members = [members for m in model.modules() for members in (m._modules, m._parameters) if members]
                 if on_gpu:
                     step()
                 else:

@@ -179,6 +179,22 @@ extern "C" void join(const float *a, const float *b, float *out, long B, long H,
         }
 }
 
+// out (count, width): rows of a table (rows, width) by their numbers; how many of those there are no rows for.
+extern "C" long take(const float *table, const long *index, float *out, long count, long rows, long width) {
+    long missing = 0;
+    for (long i = 0; i < count; i++, out += width)
+        if (index[i] < 0 || index[i] >= rows) missing++;
+        else std::copy(table + index[i] * width, table + (index[i] + 1) * width, out);
+    return missing;
+}
+
+extern "C" void rope(const long *position, const float *frequencies, float *cosine, float *sine, long half) {
+    for (long i = 0; i < half; i++) {
+        float angle = *position * frequencies[i];
+        cosine[i] = std::cos(angle), sine[i] = std::sin(angle);
+    }
+}
+
 extern "C" void add(const float *x, const float *y, float *out, long n) {
 #pragma omp simd
     for (long i = 0; i < n; i++) out[i] = x[i] + y[i];

@@ -59,6 +59,15 @@ def swiglu(gate_up: Tensor) -> Prepared:
     return out, build().swiglu, gate_up, out, out.numel() // F, F, threads(gate_up.numel())
 
 
+@operator(
+    "rope(Tensor position, Tensor frequencies) -> (Tensor, Tensor)",
+    lambda position, frequencies: position.shape == (1,) and position.dtype == torch.int64 and usable(frequencies),
+)
+def rope(position: Tensor, frequencies: Tensor) -> Prepared:
+    table = frequencies.new_empty(1, len(frequencies)), frequencies.new_empty(1, len(frequencies))
+    return table, build().rope, position, frequencies, *table, len(frequencies)
+
+
 def can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Tables without gaps in a row that broadcast to (B, 1, T, D/2)."""
     tables = cos.stride(-1) == 1 and cos.shape == sin.shape and cos.stride() == sin.stride()
@@ -129,6 +138,21 @@ def linear(x_NK: Tensor, weight_KF: Tensor) -> Prepared | None:
     return out, build().linear, x_NK, weight_FK, out, N, K, F, threads(K * F)
 
 
+def take(table_VW: Tensor, index: Tensor, *_: Any) -> Prepared | None:
+    """Rows of a table, for few numbers. IndexError for a number of no row."""
+    fits = index.numel() <= FEW_ROWS and table_VW.is_contiguous() and index.is_contiguous()
+    if not fits or not usable(table_VW):
+        return None
+    out, function = table_VW.new_empty(*index.shape, table_VW.shape[1]), build().take
+    function.errcheck = _check_rows
+    return out, function, table_VW, index, out, index.numel(), *table_VW.shape
+
+
+def _check_rows(missing: int, *call: Any) -> None:
+    if missing:
+        raise IndexError(f"{missing} of the numbers are out of range")
+
+
 def add(x: Tensor, y: Any, alpha: float = 1) -> Prepared | None:
     """For equal shapes."""
     same = isinstance(y, Tensor) and x.shape == y.shape and alpha == 1 and x.is_contiguous() and y.is_contiguous()
@@ -159,7 +183,8 @@ def put(cache_BGSD: Tensor, dim: int, position: Tensor, new_BG1D: Tensor) -> Pre
 
 
 aten = torch.ops.aten
-PREPARE |= {aten.mm.default: linear, aten.add.Tensor: add, aten.cat.default: join, aten.index_copy_.default: put}
+PREPARE |= {aten.mm.default: linear, aten.embedding.default: take, aten.add.Tensor: add}
+PREPARE |= {aten.cat.default: join, aten.index_copy_.default: put}
 
 
 # Memory
