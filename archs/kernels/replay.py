@@ -90,7 +90,7 @@ class RecordedStep:
             return self.logits_BV.clone()
 
     def _places(self, model: Any) -> list:
-        """What a recording is made for: the modules, and where their weights lie."""
+        """What a recording is valid for: the modules, and where their weights lie."""
         members = (x for each in self.members for x in each.values())
         places = [x.data_ptr() if isinstance(x, Tensor) else x for x in members]
         return [model, model.training, torch.get_num_threads(), *places]

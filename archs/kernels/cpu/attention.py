@@ -19,9 +19,8 @@ from archs.kernels.fused import are_columns
 def can_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position: Tensor | None = None) -> bool:
     """One token, no gaps between tokens or between queries; values of another size are columns of the keys."""
     (H, T, D), (G, _, E) = q.shape[1:], v.shape[1:]
-    fits = (
-        T == 1 and not window and q.shape[0] > 0 and q[0].is_contiguous() and k.stride()[2:] == v.stride()[2:] == (D, 1)
-    )
+    fits = T == 1 and not window and len(q) > 0 and q[0].is_contiguous()
+    fits = fits and k.stride()[2:] == v.stride()[2:] == (D, 1)
     return fits and (D == E or are_columns(v, k)) and usable(q, k, v) and build(D, E, H // G) is not None
 
 
@@ -34,13 +33,7 @@ def can_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, p
     ),
 )
 def decode(
-    q_BH1D: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    window: int = 0,
-    position: Tensor | None = None,
-    table_BN: Tensor | None = None,
+    q_BH1D: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None, table_BN: Tensor | None = None
 ) -> Prepared:
     """Keys and values are (B, G, S, D), or with a table of blocks (P, G, C, D)."""
     B, H, _, D = q_BH1D.shape
@@ -93,7 +86,7 @@ def causal(
 
 
 def _pairs(q: tuple, k: tuple, window: int) -> int:
-    """Of a query and a key; without the causal mask, as PyTorch counts them."""
+    """Pairs of a query and a key without the causal mask, as PyTorch counts them."""
     return math.prod(q[:3]) * min(k[2], window or k[2])
 
 
@@ -121,23 +114,16 @@ def causal_forward(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float,
     flops=lambda grad, q, k, v, out, weight, scale, window=0: 2 * _pairs(q, k, window) * (3 * k[3] + 2 * v[3]),
 )
 def causal_backward(
-    grad_BHTE: Tensor,
-    q_BHTD: Tensor,
-    k_BGSD: Tensor,
-    v_BGSE: Tensor,
-    out_BHTE: Tensor,
-    weight_BHT: Tensor,
-    scale: float,
-    window: int = 0,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, weight: Tensor, scale: float, window: int = 0
 ) -> Prepared:
     """Gradients of queries, and for each query head of its keys and values, (B, H, S, D) and (B, H, S, E), laid out as
     (B, tokens, H, size)."""
-    B, H, T, D = q_BHTD.shape
-    G, S, E = v_BGSE.shape[1:]
-    grads = [q_BHTD.new_empty(B, tokens, H, size) for tokens, size in ((T, D), (S, D), (S, E))]
-    tensors = grad_BHTE, q_BHTD, k_BGSD, v_BGSE, out_BHTE, weight_BHT, *grads
-    strides = *grad_BHTE.stride()[:3], *q_BHTD.stride()[:3], *k_BGSD.stride()[:2], *v_BGSE.stride()[:2]
-    sizes = *out_BHTE.stride()[:3], B, H, G, T, S, window or S, scale, threads(B * H * T * S)
+    B, H, T, D = q.shape
+    G, S, E = v.shape[1:]
+    grads = [q.new_empty(B, tokens, H, size) for tokens, size in ((T, D), (S, D), (S, E))]
+    tensors = grad, q, k, v, out, weight, *grads
+    strides = *grad.stride()[:3], *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *out.stride()[:3]
+    sizes = B, H, G, T, S, window or S, scale, threads(B * H * T * S)
     return tuple(x.transpose(1, 2) for x in grads), build(D, E).causal_backward, *tensors, *strides, *sizes
 
 

@@ -1,7 +1,7 @@
 """The layers of a model besides attention, in C++ for a CPU in fp32 without gradients.
 
-A recorded decode step runs some of PyTorch's own operators in C++, too: they start faster, and a product
-with few rows reads its weights as fast as memory gives them, in half of PyTorch's time.
+A recorded decode step runs some of PyTorch's own operators in C++, too: they start faster, and a product with
+few rows reads its weights as fast as memory gives them, in half of PyTorch's time.
 
 Shapes: B batch, H heads, G KV heads, S cached tokens, D head size; K inputs and F outputs of a matrix, N rows.
 """
@@ -37,19 +37,9 @@ def step_of_rows(x: Tensor) -> int | None:
     lambda x, weight=None: step_of_rows(x) is not None and usable(x) and (weight is None or usable(weight)),
 )
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Prepared:
-    out, width = x.new_empty(x.shape), x.shape[-1]
-    return (
-        out,
-        build().rms_norm,
-        x,
-        weight,
-        out,
-        x.numel() // width,
-        width,
-        step_of_rows(x),
-        NORM_EPS,
-        threads(x.numel()),
-    )
+    out = x.new_empty(x.shape)
+    sizes = x.numel() // x.shape[-1], x.shape[-1], step_of_rows(x)
+    return out, build().rms_norm, x, weight, out, *sizes, NORM_EPS, threads(x.numel())
 
 
 @operator("swiglu(Tensor gate_up) -> Tensor", lambda gate_up: gate_up.is_contiguous() and usable(gate_up))
@@ -124,7 +114,7 @@ def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Te
     return out, build().retention, *tensors, B, H, D, *batches, threads(state_BHDD.numel())
 
 
-# Operators of PyTorch in a recorded step
+# Operators of PyTorch in a recorded step; None where the arguments are not supported
 
 
 def linear(x_NK: Tensor, weight_KF: Tensor) -> Prepared | None:
