@@ -8,8 +8,6 @@ kvfrontier status runs/quick
 import argparse
 import contextlib
 import errno
-import functools
-import gc
 import os
 import signal
 import sys
@@ -21,40 +19,29 @@ from typing import NoReturn
 UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 
 
-def tune_process() -> None:
-    """Has torch's CPU threads sleep soon and Python look for garbage less often; to be called before torch is imported.
-
-    Threads that wait awake for longer than half a millisecond stall each other where cores are shared: up to 50x slower
-    steps on a busy 2-core virtual machine. Threads that sleep at once must be woken for each operation, of which a
-    decode step has hundreds.
-    Looking for garbage among the objects that imports make, all of which stay, takes a quarter of a command's start.
-    """
-    gc.set_threshold(100_000)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
+    from train.machine import tune_process
+
     tune_process()
     from train.errors import InputError, Interrupted
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if _imports(frame):
+        if _is_importing(frame):
             _say_stopped(signum)
             os._exit(128 + signum)
         raise Interrupted(signum)
 
-    of_signals = threading.current_thread() is threading.main_thread()
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if of_signals else {}
-    with contextlib.suppress(AttributeError):  # of a stream that a caller has put there
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if in_main_thread else {}
+    with contextlib.suppress(AttributeError):  # a caller may have replaced the stream
         sys.stdout.reconfigure(errors="replace")
     try:
         status = args.command(args)
-        if sys.stdout:  # None where it is closed
+        if sys.stdout:  # None if it is closed
             sys.stdout.flush()
         return status
-    except BrokenPipeError:  # who read what is printed has gone
+    except BrokenPipeError:  # stdout was closed, as by `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except InputError as e:
@@ -62,18 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as e:
         if e.errno in UNWRITABLE:
-            said = f"cannot write {e.filename or 'a file'}: {e.strerror}"
-            todo = "make room there and give the same command again, or choose another place with --out"
+            problem = f"cannot write {e.filename or 'a file'}: {e.strerror}"
+            advice = "make room there and give the same command again, or choose another place with --out"
         elif e.filename:
-            said = f"{str(e.filename)[:200]}: {e.strerror}"
-            todo = "put that right and give the same command again"
+            problem = f"{str(e.filename)[:200]}: {e.strerror}"
+            advice = "put that right and give the same command again"
         else:
             raise
-        print(f"kvfrontier: {said}; what was done is kept: {todo}", file=sys.stderr)
+        print(f"kvfrontier: {problem}; what was done is kept: {advice}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Interrupted) as e:
         for s in before:
-            signal.signal(s, signal.SIG_IGN)  # one that was sent twice
+            signal.signal(s, signal.SIG_IGN)  # the same signal may come twice
         signum = getattr(e, "signum", signal.SIGINT)
         _say_stopped(signum)
         return 128 + signum
@@ -87,22 +74,22 @@ def _say_stopped(signum: int) -> None:
     print(f"kvfrontier: stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
 
 
-def _imports(frame: FrameType | None) -> bool:
-    """Whether this file is importing a module, before or between what it does; an exception there would come to
-    libraries that are half loaded, of which some go on and others abort."""
-    asked = importing = False
+def _is_importing(frame: FrameType | None) -> bool:
+    """True if this file is importing a module. An exception there would reach libraries that are half loaded, of which
+    some go on and others abort. Imports that other files make while a command runs do not count."""
+    by_this_file = importing = False
     while frame:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             importing = True
-        elif importing:  # who asked for it; the outermost comes last
-            importing, asked = False, frame.f_code.co_filename == __file__
+        elif importing:  # the frame that asked for the import; the outermost one comes last
+            importing, by_this_file = False, frame.f_code.co_filename == __file__
         frame = frame.f_back
-    return asked
+    return by_this_file
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, as all that is said of bad input."""
+        """One line, like all messages about bad input."""
         print(f"kvfrontier: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
@@ -167,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "study", nargs="?", default="quick", help="the directory of a study, its name or its YAML file (default: quick)"
     )
-    status.set_defaults(command=_status, out=None)
+    status.set_defaults(command=_status)
     return parser
 
 
@@ -184,45 +171,52 @@ def _folder(text: str) -> Path:
 
 
 def _run_stages(args: argparse.Namespace) -> int:
-    name, directory = _directory(args)
+    from train.store import find_directory
+
+    directory, study_file = find_directory(args.study, args.out)
     if args.stage == "plot":
         return _plot(directory)
+    from eval import measure_names
     from train.errors import InputError
     from train.plan import Plan
     from train.progress import console
-    from train.status import write_plan
-    from train.study import load_data, parse_study
+    from train.store import PLAN, read_plan
+    from train.study import load_data, parse_study, read_yaml
 
-    given, beside = _given(args)
-    study = parse_study(given, args.overrides)
-    plan = Plan(study, load_data(study, beside), directory)
-
-    record_plan = functools.partial(write_plan, name, beside, plan)
+    if study_file:
+        settings = read_yaml(study_file)
+    elif saved := read_plan(directory):
+        settings, study_file = saved["settings"], Path(saved["study_file"])
+    else:
+        raise InputError(f"{directory} has no {PLAN}: only plot works there; give the study's YAML file and --out")
+    study = parse_study(settings, args.overrides)
+    plan = Plan(study, load_data(study, study_file), directory, study_file, measure_names())
     if args.one is not None:
         from train.runner import train_one
 
-        return _report(train_one(plan, args.one, record_plan))
+        return _report(train_one(plan, args.one))
     failures = []
     if args.stage in ("run", "train"):
-        record_plan()
-        if plan.ready():
+        plan.save()
+        look = plan.look()
+        if look.ready:
             try:
-                failures += _train(args, plan, record_plan)
+                failures += _train(args, plan)
             finally:
-                record_plan()
+                plan.save()
         else:
-            console.print(f"all {len(plan.runs())} runs are trained", highlight=False)
-            failures += plan.failures()
+            console.print(f"all {len(look.runs)} runs are trained", highlight=False)
+            failures += look.failures
     if args.stage in ("run", "eval"):
         from eval.results import write_results
-        from train.files import is_evaluated
 
-        if not all(is_evaluated(run) for run in plan.runs()):
+        look = plan.look()
+        if not all(map(look.is_evaluated, look.runs)):
             from eval.evaluate import evaluate_runs  # takes seconds to import
 
             failures += evaluate_runs(plan)
-        if write_results(name, plan):
-            record_plan()
+        if write_results(plan):
+            plan.save()
         elif not failures:
             raise InputError(f"no run in {directory} is trained with these settings; see kvfrontier status {directory}")
         else:
@@ -232,9 +226,11 @@ def _run_stages(args: argparse.Namespace) -> int:
     return _report(failures)
 
 
-def _train(args: argparse.Namespace, plan, record_plan) -> list[str]:
-    """A line for each run that failed."""
+def _train(args: argparse.Namespace, plan) -> list[str]:
+    """Trains all runs; returns a line for each that failed."""
     from train.errors import InputError
+    from train.progress import StudyProgress
+    from train.workers import OnRay, SideBySide, train_with
 
     config = plan.study.train
     if config.num_nodes > 1:
@@ -242,14 +238,16 @@ def _train(args: argparse.Namespace, plan, record_plan) -> list[str]:
             f"train.num_nodes={config.num_nodes}: runs on several machines are started one by one, a process on each "
             f"device, by srun or torchrun with: kvfrontier train {args.study} --run NAME"
         )
-    if args.ray is not None or args.workers or config.devices > 1:
-        from train.workers import OnRay, SideBySide, train_by
+    with StudyProgress("training", 0) as progress:
+        if args.ray is not None:
+            workers = OnRay(plan, args.ray)
+        elif args.workers or config.devices > 1:
+            workers = SideBySide(plan, args.workers or 1)
+        else:
+            from train.runner import InProcess
 
-        workers = OnRay(plan, args.ray) if args.ray is not None else SideBySide(plan, args.workers or 1)
-        return train_by(workers, plan, record_plan)
-    from train.runner import train_runs
-
-    return train_runs(plan, record_plan)
+            workers = InProcess(plan, progress)
+        return train_with(workers, plan, progress)
 
 
 def _report(failures: list[str]) -> int:
@@ -258,60 +256,15 @@ def _report(failures: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _directory(args: argparse.Namespace) -> tuple[str, Path]:
-    """The study's name and where its results are."""
-    from train.errors import InputError
-    from train.files import read_json
-    from train.status import PLAN, read_plan
-
-    if Path(args.study).name == "results.json":
-        args.study = str(Path(args.study).parent)
-
-    if _is_study_directory(args.study):
-        if args.out:
-            raise InputError(f"--out does not go with {args.study}, which is a study's directory already")
-        directory = Path(args.study)
-        return read_plan(directory).get("study", directory.resolve().name), directory
-    from train.study import find_study
-
-    file = find_study(args.study)
-    directory = args.out or Path("runs") / file.stem
-    other = Path(str(read_json(directory / PLAN).get("study_file", file)))
-    if not args.out and other.is_file() and not other.samefile(file):
-        raise InputError(f"{directory} has the runs of {other}, another study; name another directory with --out")
-    return file.stem, directory
-
-
-def _is_study_directory(study: str) -> bool:
-    from train.status import PLAN
-
-    return any((Path(study) / name).is_file() for name in (PLAN, "results.json"))
-
-
-def _given(args: argparse.Namespace) -> tuple[dict, Path]:
-    """The study as its file, or the directory's last command, has it, and the file that its paths are relative to."""
-    from train.errors import InputError
-    from train.status import PLAN, read_plan
-    from train.study import find_study, read_yaml
-
-    if not _is_study_directory(args.study):
-        path = find_study(args.study)
-        return read_yaml(path), path
-    plan = read_plan(Path(args.study))
-    if not plan:
-        raise InputError(f"{args.study} has no {PLAN}: only plot works there; give the study's YAML file and --out")
-    return plan["settings"], Path(plan["study_file"])
-
-
 def _plot(directory: Path, only_if_changed: bool = False) -> int:
-    report = directory / "report.html"
-    if only_if_changed and _is_drawn(directory):
-        print(f"unchanged: {report}")
-        return 0
-    from plots import ResultsError, draw
+    from plots import ResultsError, draw, is_drawn
     from train.errors import InputError
     from train.files import lock
 
+    report = directory / "report.html"
+    if only_if_changed and is_drawn(directory):
+        print(f"unchanged: {report}")
+        return 0
     try:
         with lock(directory / "drawing", wait=-1) if directory.is_dir() else contextlib.nullcontext():
             draw(directory)
@@ -320,16 +273,6 @@ def _plot(directory: Path, only_if_changed: bool = False) -> int:
     print((directory / "tables" / "results.md").read_text(encoding="utf-8"))
     print(f"figures, tables and the report are in {directory}: open {report}, or tensorboard --logdir {directory}")
     return 0
-
-
-def _is_drawn(directory: Path) -> bool:
-    """Whether the report, which is written last, is there and newer than what it is drawn from and with."""
-    folders = [directory / name for name in ("figures", "tables")]
-    if not all(path.exists() for path in (directory / "report.html", *folders)):
-        return False
-    drawn = (directory / "report.html").stat().st_mtime_ns
-    others = [directory / "results.json", *(path for folder in folders for path in folder.iterdir())]
-    return all(path.stat().st_mtime_ns <= drawn for path in others)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -341,9 +284,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from train.status import states
+    from train.store import find_directory, states
 
-    directory = Path(args.study) if Path(args.study).is_dir() else _directory(args)[1]
+    directory = Path(args.study) if Path(args.study).is_dir() else find_directory(args.study, None)[0]
     for name, state in states(directory).items():
         print(f"{name}  {state}")
     return 0

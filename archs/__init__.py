@@ -9,9 +9,11 @@ A new variant is one file here with a subclass of `Decoder`, and one line in VAR
 `build("my_file.py:MyVariant", ...)`.
 """
 
+import functools
 import importlib
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 from archs.cache import Cache
 from archs.decoder import Decoder
@@ -39,18 +41,22 @@ def find_variant(arch: str) -> type[Decoder]:
     if not colon:
         raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}, or give file.py:Class")
     try:
-        variant = getattr(_load(place), name, None)
+        module = (
+            _load(Path(place).resolve(), Path(place).stat().st_mtime_ns)
+            if place.endswith(".py")
+            else importlib.import_module(place)
+        )
     except (ImportError, OSError, SyntaxError) as e:
         raise ValueError(f"architecture {arch!r}: cannot load {place}: {e}") from None
+    variant = getattr(module, name, None)
     if not (isinstance(variant, type) and issubclass(variant, Decoder)):
         raise ValueError(f"architecture {arch!r}: {place} has no subclass of archs.Decoder named {name!r}")
     return variant
 
 
-def _load(place: str):
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+@functools.cache
+def _load(path: Path, modified: int) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

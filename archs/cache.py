@@ -124,6 +124,12 @@ class Cache:
         self.length = 0
         self.step: Any = None
 
+    def __deepcopy__(self, memo: dict) -> "Cache":
+        new = copy.copy(self)
+        with torch.inference_mode(False):  # or a copy made in inference mode could not be written outside of it
+            new.__dict__ = copy.deepcopy(vars(self), memo)
+        return new
+
     @functools.cached_property
     def dtypes(self) -> set[torch.dtype]:
         return {t.dtype for t in _tensors(self.layers)}

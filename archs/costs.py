@@ -4,16 +4,16 @@ These are methods of the model, so that they cannot drift from it. Tests and eva
 variant's cache with its real storages.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
+LONG = 2**40  # tokens; longer than any window
+
 
 class Costs:
-    """A variant defines the methods from `kv_elements_per_token` on, for one sequence and all layers."""
+    """A variant defines `kv_stored_elements`, `score_flops`, `decode_score_flops` and, where the two differ,
+    `kv_read_elements`, each for one sequence and all layers."""
 
-    options: Any
     embed: nn.Embedding
     unembed: nn.Linear
 
@@ -22,14 +22,6 @@ class Costs:
         tables = {self.embed.weight, self.unembed.weight}
         return sum(p.numel() for p in self.parameters() if embedding or p not in tables)
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that each further token adds to one sequence's cache, once every window is full."""
-        return self.kv_elements_per_token() * dtype.itemsize
-
-    def kv_constant_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that one sequence holds however long it grows."""
-        return self.kv_constant_elements() * dtype.itemsize
-
     def kv_stored_bytes(self, context: int, dtype: torch.dtype) -> int:
         """Bytes that one sequence of `context` tokens holds."""
         return self.kv_stored_elements(context) * dtype.itemsize
@@ -37,6 +29,14 @@ class Costs:
     def kv_read_bytes(self, context: int, dtype: torch.dtype) -> int:
         """Bytes of cache that one decode step of one sequence must read when it holds `context` tokens."""
         return self.kv_read_elements(context) * dtype.itemsize
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Bytes that each further token adds to one sequence's cache, once every window is full."""
+        return self.kv_stored_bytes(LONG + 1, dtype) - self.kv_stored_bytes(LONG, dtype)
+
+    def kv_constant_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that one sequence holds however long it grows."""
+        return self.kv_stored_bytes(LONG, dtype) - LONG * self.kv_bytes_per_token(dtype)
 
     def flops_per_token(self, context: int) -> float:
         """Forward FLOPs a token, mean over a training sequence of `context` tokens; training takes three times this."""
@@ -50,14 +50,8 @@ class Costs:
         """Forward FLOPs a token in the weight matrices, unembedding included: two for each weight."""
         return 2 * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
-    def kv_elements_per_token(self) -> int:
-        raise NotImplementedError
-
-    def kv_constant_elements(self) -> int:
-        return 0
-
     def kv_stored_elements(self, context: int) -> int:
-        return self.kv_elements_per_token() * context
+        raise NotImplementedError
 
     def kv_read_elements(self, context: int) -> int:
         return self.kv_stored_elements(context)

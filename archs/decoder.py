@@ -175,11 +175,7 @@ class Decoder(Costs, nn.Module):
         return self.unembed(self.norm(self.hidden(self.embed(tokens_BT), cache, start)[:, -1]))
 
     def new_cache(
-        self,
-        batch_size: int,
-        max_tokens: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, batch_size: int, max_tokens: int, dtype: torch.dtype | None = None, device: Any = None
     ) -> Cache:
         """An empty cache for up to `max_tokens` a sequence; dtype and device default to the model's."""
         weight = self.embed.weight
@@ -217,14 +213,6 @@ class Decoder(Costs, nn.Module):
 
     def add_modules(self) -> None:
         """Makes modules that belong to no layer."""
-
-    def hf_class(self) -> tuple[str, str, dict[str, Any]]:
-        """(model type, class, config entries of its own) in Hugging Face transformers; ValueError without one."""
-        raise ValueError(f"transformers has no class that computes {type(self).__name__}")
-
-    def hf_attention(self, attention: nn.Module) -> dict[str, Tensor]:
-        """The weights of a layer's attention, except the output projection, under that class's names."""
-        raise NotImplementedError
 
 
 def tie(model: Decoder, *_: Any) -> None:

@@ -41,9 +41,9 @@ class Grouped(Decoder):
     def new_layers(self, make: Any) -> list:
         return [make.full(self.options.kv_heads, self.options.head_dim) for _ in range(self.options.layers)]
 
-    def kv_elements_per_token(self) -> int:
-        """2 g d L: a key and a value of each KV head in each layer."""
-        return 2 * self.options.kv_heads * self.options.head_dim * self.options.layers
+    def kv_stored_elements(self, context: int) -> int:
+        """2 g d L a token: a key and a value of each KV head in each layer."""
+        return 2 * self.options.kv_heads * self.options.head_dim * self.options.layers * context
 
     def score_flops(self, context: int) -> float:
         return self.decode_score_flops(mean_seen(context))

@@ -1,9 +1,9 @@
 """What a layer attends to: an object with two verbs, `append(start, k, v)` and `attend(q, scale)`.
 
-Positions, masks, windows and ragged lengths are its business and not the model's. This file has the protocol and the
-objects of training, which keep nothing; `archs/cache.py` has those that hold a cache. A model's `new_layers(make)`
-returns one for each layer: `make.full` for all tokens, `make.ring` for a window of the last ones, `make.state` for a
-recurrent state. Layers that share keys and values get the same object: one appends, the others only attend.
+Positions, masks, windows and ragged lengths are its business and not the model's. A model's `new_layers(make)` returns
+one for each layer: `make.full` for all tokens, `make.ring` for a window of the last ones, `make.state` for a recurrent
+state. Layers that share keys and values get the same object: one appends, the others only attend. Here are the objects
+of training, which keep nothing; those of a cache are in archs/cache.py.
 
 Shapes: B batch, G KV heads, H query heads, T new tokens, S tokens attended to, D key size, E value size.
 """
@@ -60,18 +60,8 @@ class Uncached(KV):
         return View(k_BGTD, v_BGTE, self.window)
 
 
-class NoState:
-    """The state before a sequence's first token."""
-
-    def read(self) -> None:
-        return None
-
-    def write(self, state: Tensor) -> None:
-        """Forgets it."""
-
-
 class Training:
-    """Makes what layers attend to where nothing is cached."""
+    """Makes what layers attend to where nothing is cached: no state is carried over from earlier tokens."""
 
     def full(self, heads: int, key_size: int, value_size: int | None = None, *, shared: bool = False) -> Uncached:
         return Uncached()
@@ -79,5 +69,5 @@ class Training:
     def ring(self, window: int, heads: int, head_dim: int) -> Uncached:
         return Uncached(window)
 
-    def state(self, *shape: int) -> NoState:
-        return NoState()
+    def state(self, *shape: int) -> None:
+        return None

@@ -103,9 +103,9 @@ class MLA(Decoder):
         o = self.options
         return [make.full(1, o.kv_rank + o.rope_dim, o.kv_rank, shared=True) for _ in range(o.layers)]
 
-    def kv_elements_per_token(self) -> int:
-        """(kv_rank + rope_dim) L, DeepSeek-V2 Table 1."""
-        return (self.options.kv_rank + self.options.rope_dim) * self.options.layers
+    def kv_stored_elements(self, context: int) -> int:
+        """(kv_rank + rope_dim) L a token, DeepSeek-V2 Table 1."""
+        return (self.options.kv_rank + self.options.rope_dim) * self.options.layers * context
 
     def score_flops(self, context: int) -> float:
         """In the materialised form."""

@@ -68,7 +68,7 @@ def in_words(annotation: Any, metadata: Any = ()) -> str:
     """What a setting of this type may be: "a whole number of at least 1 and below 10"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return in_words(arguments[0], [m for field in arguments[1:] for m in field.metadata])
+        return in_words(arguments[0], [m for field in arguments[1:] for m in getattr(field, "metadata", ())])
     if origin in (Union, types.UnionType):
         return " or ".join(in_words(each, metadata) for each in arguments if each is not type(None))
     if origin is Literal:

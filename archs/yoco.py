@@ -75,20 +75,21 @@ class GatedRetention(nn.Module):
         self.decay = nn.Linear(width, heads, bias=False)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: State) -> Tensor:
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: State | None) -> Tensor:
         qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
         log_decay_BHT = F.logsigmoid(at_least_fp32(self.decay(x_BTW))).transpose(1, 2) / DECAY_TEMPERATURE
         with torch.autocast(x_BTW.device.type, enabled=False):
             q_BHTD, k_BHTD = chunk.rotate(at_least_fp32(qk_BXTD)).chunk(2, dim=1)
             inputs = q_BHTD, k_BHTD * self.head_dim**-0.5, at_least_fp32(v_BHTD)
-            state = kv.read()
+            state = kv.read() if kv else None
             if state is not None and x_BTW.shape[1] == 1:
                 out_BHTD = retention_step(*inputs, log_decay_BHT.exp(), state)
             else:
                 if state is None:
                     state = q_BHTD.new_zeros(len(x_BTW), self.heads, self.head_dim, self.head_dim)
                 out_BHTD, state = retention_chunkwise(*inputs, log_decay_BHT, at_least_fp32(state), CHUNK)
-            kv.write(state)
+            if kv:
+                kv.write(state)
             out_BHTD = rms_norm(out_BHTD)
         return self.out(merge_heads(out_BHTD.to(gate_BHTD.dtype) * F.silu(gate_BHTD)))
 
@@ -162,26 +163,19 @@ class YOCO(Decoder):
             x_BTW = block(x_BTW, chunk, kv)
         return x_BTW
 
-    def kv_elements_per_token(self) -> int:
-        """2 g d, once for all cross-decoder layers."""
-        return 2 * self.options.kv_heads * self.options.head_dim
-
-    def kv_constant_elements(self) -> int:
-        return self._self_decoder_elements(self.options.window)
-
     def kv_stored_elements(self, context: int) -> int:
-        return self.kv_elements_per_token() * context + self._self_decoder_elements(context)
+        return self._kv_elements(context, readers=1)
 
     def kv_read_elements(self, context: int) -> int:
         """The shared K/V is stored once and read by every cross-decoder layer."""
-        half = self.options.layers // 2
-        return half * self.kv_elements_per_token() * context + self._self_decoder_elements(context)
+        return self._kv_elements(context, readers=self.options.layers // 2)
 
-    def _self_decoder_elements(self, context: int) -> int:
-        """For each layer a window, 2 g d min(context, window), or a state, h d d."""
+    def _kv_elements(self, context: int, readers: int) -> int:
+        """The shared K/V, 2 g d a token, and for each layer of the self-decoder a window, 2 g d min(context, window),
+        or a state, h d d."""
         o = self.options
         rows = 2 * o.kv_heads * min(context, o.window) if o.self_decoder == "swa" else o.heads * o.head_dim
-        return o.layers // 2 * o.head_dim * rows
+        return (readers * 2 * o.kv_heads * context + o.layers // 2 * rows) * o.head_dim
 
     def score_flops(self, context: int) -> float:
         """Retention in the recurrent form: two FLOPs for writing and two for reading each element of the state."""

@@ -1,58 +1,45 @@
-"""A training step, forward, backward and optimiser: each variant of ours, and transformers' model of the first's shape.
+"""A training step (forward, backward, optimiser) of each variant, and of transformers' model of the first one's shape.
 
     uv run python bench/training.py
     uv run python bench/training.py --context 1024 --batch 32 --variants mha "gqa kv_heads=4"
 
-Same shape, batch and precision, and the same AdamW with clipping. Ratios are to the first variant's step. MFU is the
-share of the rate of a large matrix product, measured here. Ours is compiled where there is a C++ compiler, as in longer
-runs.
+All have the same shape, batch and precision, and the same AdamW with clipping. Each is timed in turns with the first
+variant, and its ratio is to that one's step.
+MFU is the share of the rate of a large matrix product, measured here. Variants are compiled where there is a C++
+compiler, as in longer runs.
 """
 
-# Before torch, whose threads it tells how to wait.
-from pairs import Report, in_turns, model_parser, options, ratio, said, spread
-
-# isort: split
+from pairs import DTYPES, Report, Step, model_parser, options, ratio, spread
 
 import statistics
 import sys
-import time
 
 import torch
-from peers import peer
+from peers import peer, peer_name
 
-from archs.cpu.building import compiler
-from train.module import LanguageModel, adamw, matmul_flops_per_s
-from train.plan import resolve_precision
+from archs.ops import gains_by_compiling
+from train.machine import matmul_flops_per_s, resolve_precision
+from train.module import LanguageModel, adamw
 
 
-def main() -> None:
+def main() -> int:
     torch._dynamo.config.recompile_limit = 100  # several models in one process
     made = model_parser(__doc__.splitlines()[0], batch=16, context=256, precision="auto", repeats=9)
-    made.add_argument("--no-compile", action="store_true", help="ours as short runs are trained, not compiled")
-    made.add_argument("--seconds", type=int, help="leave out what has not begun to compile after so many")
-    made.add_argument("--compiled-peer", action="store_true", help="transformers' through torch.compile, too")
+    made.add_argument("--no-compile", action="store_true", help="train the variants as short runs do, not compiled")
+    made.add_argument("--compiled-peer", action="store_true", help="time transformers' model compiled, too")
     args = made.parse_args()
-    compiled = bool(compiler()) and not args.no_compile
+    compiles = not args.no_compile and gains_by_compiling(torch.device(args.device), float("inf"))
     precision = resolve_precision(args.precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    inputs = torch.randint(args.vocab_size, (args.batch, args.context), device=args.device)
-    targets = torch.randint(args.vocab_size, (args.batch, args.context), device=args.device)
-    modules: dict[str, LanguageModel] = {}
-    for name in args.variants:
-        modules[name] = LanguageModel(*options(name, args), tokens=1).to(args.device).train()
-    baseline = args.variants[0]
-    theirs = peer(modules[baseline].model)
+    title = f"training step, batch {args.batch} x {args.context}, width {args.width}, {args.layers} layers, {precision}"
+    title += ", variants compiled" if compiles else ", nothing compiled"
+    report = Report(title, args, ["what", "step ms", "to the first", "quartiles", "tokens/s", "MFU"])
+    inputs, targets = torch.randint(args.vocab_size, (2, args.batch, args.context), device=args.device)
 
-    def ours(module: LanguageModel):
-        if compiled:
-            module.compile_parts()
-        return stepper(lambda: module.mean_nats(inputs, targets), module)
-
-    def stepper(loss, model: torch.nn.Module):
+    def stepper(model: torch.nn.Module, loss: Step) -> Step:
         optimizer = adamw(model, lr=1e-4, weight_decay=0.1)
 
         def step() -> None:
-            with torch.autocast(args.device, dtype, enabled=precision == "bf16"):
+            with torch.autocast(args.device, DTYPES[precision], enabled=precision == "bf16"):
                 value = loss()
             value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -61,48 +48,35 @@ def main() -> None:
 
         return step
 
-    steps = {baseline: ours(modules[baseline])}
-    if theirs:
-        name = f"transformers {type(theirs).__name__.removesuffix('ForCausalLM')}"
-        theirs.train()
-        steps[name] = stepper(lambda: theirs(inputs, labels=targets, use_cache=False).loss, theirs)
+    def prepare(variant: str) -> tuple[LanguageModel, Step]:
+        module = LanguageModel(*options(variant, args), tokens=1).to(args.device).train()
+        if compiles:
+            module.compile_parts()
+        return module, stepper(module, lambda: module.mean_nats(inputs, targets))
+
+    first = args.variants[0]
+    first_module, first_step = prepare(first)
+    peers = {}
+    if other := peer(first_module.model):
+        peers[peer_name(other)] = other.train()
         if args.compiled_peer:
-            quick = torch.compile(theirs)
-            steps[f"{name}, compiled"] = stepper(lambda: quick(inputs, labels=targets, use_cache=False).loss, theirs)
-    steps |= {name: ours(module) for name, module in modules.items() if name != baseline}
-    began = time.monotonic()
-    for name in list(steps):
-        try:
-            if name != baseline and args.seconds and time.monotonic() - began > args.seconds:
-                raise TimeoutError(f"left out after {args.seconds} s")
-            steps[name]()
-        except Exception as e:  # a peer that does not run here, or no memory for it
-            if name == baseline:
-                raise
-            del steps[name]
-            print(f"{name}: {said(e)}", file=sys.stderr)
-    columns = ["what", "step ms", "to the first", "quartiles", "tokens/s", "MFU"]
-    title = (
-        f"training step, batch {args.batch} x {args.context}, width {args.width}, {args.layers} layers, {precision}, "
-    )
-    title += "ours compiled" if compiled else "nothing compiled"
-    report = Report(title, args.json, args.device, columns)
-    times = in_turns(steps, args.device, args.repeats, warmup=3)
-    peak = matmul_flops_per_s(args.device, dtype)
-    for name, column in times.items():
-        found, low, high = ratio(column, times[baseline])
-        speed = inputs.numel() / statistics.median(column)
-        flops = 3 * modules.get(name, modules[baseline]).model.flops_per_token(args.context)
-        row = {
-            "what": name,
-            "step ms": spread(column),
-            "to the first": f"{found:.2f}",
-            "quartiles": f"{low:.2f}-{high:.2f}",
-        }
-        report.add(**row, **{"tokens/s": f"{speed:,.0f}", "MFU": f"{speed * flops / peak:.0%}"})
-    report.show()
-    print(f"a large matrix product in {precision}: {peak / 1e12:.2f} TFLOP/s")
+            peers[f"{peer_name(other)}, compiled"] = torch.compile(other)
+    peak = matmul_flops_per_s(args.device, DTYPES[precision])
+
+    def measure(name: str) -> None:
+        module, step = first_module, first_step
+        if model := peers.get(name):
+            step = stepper(model, lambda: model(inputs, labels=targets, use_cache=False).loss)
+        elif name != first:
+            module, step = prepare(name)
+        times = report.in_turns({first: first_step, name: step}, args.repeats)
+        tokens_per_s = inputs.numel() / statistics.median(times[name])
+        flops = 3 * module.model.flops_per_token(args.context) * tokens_per_s
+        mfu = f"{flops / peak:.0%} of {peak / 1e12:.2f} TFLOP/s"
+        report.add(name, spread(times[name]), *ratio(times[name], times[first]), f"{tokens_per_s:,.0f}", mfu)
+
+    return report.measure([first, *peers, *args.variants[1:]], measure)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

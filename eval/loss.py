@@ -1,10 +1,10 @@
 """Validation loss on the held-out text, each token predicted once with at most `context` tokens before it."""
 
-from eval.subject import Subject
+from eval.subject import EvalContext
 from train.module import bits_per_byte
 
 
-def measure(subject: Subject) -> dict:
+def measure(subject: EvalContext) -> dict:
     """loss: {val_nats: a token, val_bpb: a byte of text, tokens}, and nats_at: the mean over the tokens with so many
     tokens of context before them, in bins from the key to before the next one."""
     p = subject.predictions

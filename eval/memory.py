@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from archs import Decoder
-from eval.subject import Subject
+from eval.subject import EvalContext
 
 FILLED = 4096  # tokens at most: caches longer than that, for windows longer than that, are allocated and filled so far
 CONTEXTS = [2**n for n in range(10, 21)]  # 1K to 1M tokens
@@ -18,7 +18,7 @@ class BytesDiffer(RuntimeError):
     """What a cache holds is not what the formula says."""
 
 
-def measure(subject: Subject) -> dict:
+def measure(subject: EvalContext) -> dict:
     """kv: see measure_memory, for a cache of the dtype that is decoded with."""
     kv = measure_memory(subject.model, subject.dtype, subject.config.decode.context)
     subject.show(f"{kv['bytes_per_token']:,} cache bytes a token")

@@ -1,4 +1,4 @@
-"""What attention's memory is for: predicting again what stood in the context before.
+"""Recall: predicting what stood in the context before, which is what attention's memory is for.
 
 In text, a recall hit is a token that ends a pair of tokens which already occurred in its context, as in the YOCO
 paper's Table 5 after Zoology (arXiv 2312.04927, section 3); in the generated task, a query is answered right or wrong.
@@ -7,19 +7,19 @@ paper's Table 5 after Zoology (arXiv 2312.04927, section 3); in the generated ta
 import torch
 from torch import Tensor
 
-from eval.subject import Subject
-from train.mqar import RecallTask
+from eval.subject import EvalContext
 
 
-def measure(subject: Subject) -> dict:
+def measure(subject: EvalContext) -> dict:
     """loss: for text {hit_nats, hit_tokens, rest_nats, rest_tokens}; for the generated task {accuracy, accuracy_at:
     {pairs: accuracy}}."""
     p = subject.predictions
-    if isinstance(subject.data, RecallTask):
+    if not p.predicted_NT.all():
         right_NT, asked_NT = p.right_NT & p.predicted_NT, p.predicted_NT
         pairs_N = asked_NT.sum(1)
         accuracy = {
-            str(n): (right_NT[pairs_N == n].sum() / asked_NT[pairs_N == n].sum()).item() for n in subject.data.pairs
+            str(n): (right_NT[pairs_N == n].sum() / asked_NT[pairs_N == n].sum()).item()
+            for n in pairs_N.unique().tolist()
         }
         overall = (right_NT.sum() / asked_NT.sum()).item()
         subject.show(f"{overall:.1%} of the queries right")

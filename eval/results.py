@@ -1,4 +1,4 @@
-"""results.json and results.csv: the records of a study's finished runs, with what they were made of and on."""
+"""results.json and results.csv: the records of a study's evaluated runs, the comparisons, and facts about both."""
 
 import csv
 import datetime
@@ -11,22 +11,26 @@ from archs import VARIANTS
 from eval.compare import compare, gap_changes
 from eval.equal_bytes import equal_bytes, technique_differences
 from eval.frontier import bytes_for_baseline
-from train.files import is_evaluated, read_json, read_record, write_atomic, write_json
-from train.plan import Plan, Run, matching_tables
+from train.files import read_json, write_atomic, write_json
+from train.plan import Plan, Snapshot
+from train.store import RESULTS
+from train.variants import matching_tables
 
 
-def write_results(name: str, plan: Plan) -> int:
-    """Gathers the complete records of this study's runs; returns how many there are.
+def write_results(plan: Plan) -> int:
+    """Gathers the records of the study's evaluated runs; returns their number.
 
-    Without any, and where nothing changed, the files stay as they are.
+    If there are none, or nothing changed, the files stay as they are.
     """
-    records = [read_record(run) for run in plan.runs() if is_evaluated(run)]
+    look = plan.look()
+    records = [look.record(run) for run in look.runs if look.is_evaluated(run)]
     if not records:
         return 0
     level = plan.study.eval.level
     comparisons, details = compare(records, level)
     results = {
-        "study": name,
+        "format": 2,  # to be raised, here and in plots/results.py, when older readers would fail or misread it
+        "study": plan.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **_measured_on(records),
         "corpus": plan.data.facts,
@@ -34,7 +38,7 @@ def write_results(name: str, plan: Plan) -> int:
         "archs": list(VARIANTS),
         "study_settings": plan.study.settings(),
         "runs": records,
-        "missing": _missing(plan),
+        "missing": _missing(look),
         "comparisons": comparisons,
         "bytes_for_baseline": bytes_for_baseline(records, level),
         "gap_changes": gap_changes(records, level),
@@ -42,49 +46,43 @@ def write_results(name: str, plan: Plan) -> int:
         "equal_bytes": equal_bytes(records, level),
         "details": details,
     }
-    path = plan.directory / "results.json"
+    path = plan.directory / RESULTS
     table = plan.directory / "results.csv"
     if not _same(read_json(path), results) or not table.exists():
-        write_json(path, results | {"matching": matching_tables(plan.study, plan.data.n_vocab)})
+        write_json(path, results | {"matching": matching_tables(plan.study, plan.data.n_vocab, plan.study_file.parent)})
         write_atomic(table, _csv(records).encode())
     return len(records)
 
 
-def _missing(plan: Plan) -> list[dict]:
+def _missing(look: Snapshot) -> list[dict]:
     """The runs of the study that have no record in it, and why: {label, seed, why}."""
-    planned = [(variant, seed, plan.run(variant, seed)) for variant in plan.variants for seed in plan.study.seeds]
-    return [
-        {"label": variant.label, "seed": seed, "why": _why_missing(run)}
-        for variant, seed, run in planned
-        if not (run and is_evaluated(run))
-    ]
-
-
-def _why_missing(run: Run | None) -> str:
-    if run is None:
-        return "no learning rate is known"
-    record = read_record(run)
-    if "failed" in record:
-        return record["failed"]
-    return "not evaluated" if "train" in record else "not trained"
+    runs, missing = {(run.variant.label, run.seed): run for run in look.runs}, []
+    for variant in look.plan.variants:
+        for seed in look.plan.study.seeds:
+            run = runs.get((variant.label, seed))
+            if not (run and look.is_evaluated(run)):
+                record = look.record(run) if run else {"failed": "no learning rate is known"}
+                why = record.get("failed") or ("not evaluated" if "train" in record else "not trained")
+                missing.append({"label": variant.label, "seed": seed, "why": why})
+    return missing
 
 
 def _same(written: dict, results: dict) -> bool:
-    """But for when they were written, and for what follows from the rest."""
-    apart = {"created", "matching"}
-    known = {key: value for key, value in written.items() if key not in apart}
-    return known == {key: value for key, value in json.loads(json.dumps(results)).items() if key not in apart}
+    """True if the results are already written, whenever that was; `matching` follows from the rest."""
+    ignored = {"created", "matching"}
+    known = {key: value for key, value in written.items() if key not in ignored}
+    return known == {key: value for key, value in json.loads(json.dumps(results)).items() if key not in ignored}
 
 
 def _measured_on(records: Sequence[dict]) -> dict:
-    """{machine, versions} of the first record's measurements; others, where runs were measured elsewhere, beside it."""
+    """{machine, versions} of the first record's measurements, and those of runs that were measured elsewhere."""
     first, *others = [record["measured_on"] for record in records]
     different = [other for n, other in enumerate(others) if other != first and other not in others[:n]]
     return first | ({"also_measured_on": different} if different else {})
 
 
 def _csv(records: Sequence[dict]) -> str:
-    """One row a run; columns are the keys' paths in the record, a decode point's with its batch and context."""
+    """A row for each run; columns are the paths of the record's keys, for decode points with batch and context."""
     rows = [_flat(record) for record in records]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO()

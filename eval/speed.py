@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from archs import Cache, Decoder
-from archs.cache import zeros
-from archs.cpu.layers import reader
+from archs import Cache, Decoder, ops
 from train.errors import out_of_memory
 
 if TYPE_CHECKING:
-    from eval.subject import Subject
+    from eval.subject import EvalContext
 
 REPEATED = True  # in each round of the evaluation
 DECODE_STEPS = 40  # room in the cache after the prompt; longer samples go through it again
@@ -32,7 +30,7 @@ MEMORY_BOUND = 0.5  # share of the roof from which on memory is said to set a st
 ROOF_BYTES = {"cpu": 2**28, "cuda": 2**31}  # far more than the last-level cache; on a GPU also than a launch's worth
 
 
-def measure(subject: "Subject") -> dict:
+def measure(subject: "EvalContext") -> dict:
     """decode: a point for each batch and context of the study's grid; decode_skipped: those that did not fit;
     recompute: the time of a token without a cache. Of what was timed in an earlier round too, the faster."""
     model, before = subject.model, subject.measured
@@ -106,7 +104,7 @@ def _gpu_ms(step: Callable[[], object], before: Callable[[], object], repeats: i
 
 def measure_roof(device: torch.device) -> float:
     """Bytes a second, in GB/s, at which the device reads a large array: the best of several ways."""
-    x = zeros(ROOF_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    x = ops.zeros((ROOF_BYTES[device.type] // 4,), torch.float32, device)
     if x.is_cuda:
         x.normal_()  # zeros take less power, so a GPU reads them faster
     return x.nbytes / min(timed(read, device, 10, 2).median for read in reads(x).values()) / 1e6
@@ -115,8 +113,7 @@ def measure_roof(device: torch.device) -> float:
 def reads(x: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Ways to read all of a large array."""
     ways = {"sum": x.sum, "max": x.amax, "dot": lambda: torch.dot(x, x)}
-    ours = reader(x) if x.device.type == "cpu" else None
-    return ways | ({"prefetched": ours} if ours else {})
+    return ways | {"prefetched": lambda: ops.read_all(x)}
 
 
 def measure_decode(model: Decoder, batches: list[int], contexts: list[int], roof_gb_s: float) -> Iterator[dict]:
@@ -210,7 +207,8 @@ class _Operators(TorchDispatchMode):
 
 
 def attention_backend(model: Decoder, tokens_B: torch.Tensor, cache: Cache) -> str:
-    """What a decode step's attention runs on: torch's kernel, as `sdpa flash` (`math`: none is fused), or ours."""
+    """The kernel of a decode step's attention: PyTorch's, such as `sdpa flash` (`math`: none is fused), or this
+    project's."""
     if cache.step:
         return cache.step.backend
     cache.length -= 1

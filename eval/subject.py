@@ -1,4 +1,4 @@
-"""What a measure is given: a trained model, the data, and the model's predictions on the held-out part of it."""
+"""The input of every measure: a trained model, the data, and the model's predictions on the held-out part of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 
 from archs import Decoder
-from archs.techniques.dmc import DMC
+from archs.techniques import Technique
 from train.batches import IGNORED
+from train.data import TrainingData
 from train.module import token_nats
-from train.mqar import RecallTask
 from train.study import EvalConfig
-from train.tokens import TokenSet
 
 TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of held-out sequences (N, T): the loss of each target in nats and whether it was the likeliest token.
+    """For held-out sequences (N, T), the loss of each target in nats and whether it was the likeliest token.
 
-    What is not predicted has the target IGNORED and 0 nats. `n_bytes` of text (or of answers) is what all targets stand
-    for.
+    A place where nothing is predicted has the target IGNORED and 0 nats. `n_bytes`: the bytes of text (or of answers)
+    that all targets stand for.
     """
 
     inputs_NT: Tensor
@@ -41,23 +40,23 @@ class Predictions:
 
 
 @dataclass
-class Subject:
-    """`measured` is what the record holds so far; `show` tells the user what was found."""
+class EvalContext:
+    """`measured` is what the record holds so far; `show` displays a result to the user."""
 
     model: Decoder  # in fp32; for the REPEATED measures in `dtype`
-    data: TokenSet | RecallTask
+    data: TrainingData
     config: EvalConfig
     dtype: torch.dtype  # of weights and cache while decoding
     roof_gb_s: float
     show: Callable[[str], None]
     measured: dict = field(default_factory=dict)
     seed: int = 0
-    retrofit: Callable[[DMC], Decoder] | None = None  # the model that was trained on to merge its cache
+    retrofit: Callable[[Technique], Decoder] | None = None  # loads the model that was trained further for a technique
 
     @cached_property
     @torch.inference_mode()
     def predictions(self) -> Predictions:
-        """In fp32, of about `loss_tokens` held-out tokens, each predicted once from at most `context` before it."""
+        """Predictions in fp32 of about `loss_tokens` held-out tokens, each from at most `context` tokens before it."""
         context, device = self.model.options.context, self.model.embed.weight.device
         columns, n_bytes = [], 0
         batches = self.data.validation(context, max(1, TOKENS_AT_ONCE // context), self.config.loss_tokens)

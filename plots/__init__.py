@@ -1,5 +1,5 @@
-"""Figures, tables and the report of one study, drawn from its `results.json` and from nothing else: what a results file
-holds can be drawn again at any time, on any machine, without the models that it came from."""
+"""Figures, tables and the report of one study, drawn from its `results.json` alone: they can be drawn again at any
+time, on any machine, without the models that were measured."""
 
 import csv
 import io
@@ -17,72 +17,85 @@ from plots.drawing import NotInResults
 from plots.figures import FIGURES
 from plots.results import ResultsError, load
 
-__all__ = ["ResultsError", "draw"]
+__all__ = ["ResultsError", "draw", "is_drawn"]
+
+
+def is_drawn(directory: Path) -> bool:
+    """True if the report, which is written last, is newer than results.json and all figures and tables."""
+    folders = [directory / name for name in ("figures", "tables")]
+    if not all(path.exists() for path in (directory / "report.html", *folders)):
+        return False
+    drawn = (directory / "report.html").stat().st_mtime_ns
+    others = [directory / "results.json", *(path for folder in folders for path in folder.iterdir())]
+    return all(path.stat().st_mtime_ns <= drawn for path in others)
 
 
 def draw(directory: Path) -> list[Path]:
-    """Write figures/, tables/, report.html and the TensorBoard run study/ beside `directory`/results.json.
+    """Write figures/, tables/, report.html and the TensorBoard run study/ next to `directory`/results.json.
 
-    Returns the files written. Raises ResultsError, in one line, for a results file that cannot be drawn."""
+    Returns the files written. Raises ResultsError, with a message of one line, for a results file that cannot be
+    drawn."""
     directory = Path(directory)
-    study = load(directory)
+    results = load(directory)
     written: list[Path] = []
 
     def write(name: str, content: bytes | str) -> None:
         path = directory / name
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_name(f"{path.name}.tmp")  # a report that is there is whole
+        partial = path.with_name(f"{path.name}.tmp")  # renamed when complete, so that no reader sees half a file
         try:
-            beside.write_bytes(content.encode() if isinstance(content, str) else content)
-            beside.replace(path)
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         written.append(path)
 
     drawn, left_out, images = [], {}, {}
     with matplotlib.rc_context(matplotlib.rcParamsDefault | style.RC):
         for name, figure in FIGURES.items():
             try:
-                rows = figure.rows(study)
+                rows = figure.rows(results)
             except NotInResults as why:
                 left_out[name] = str(why)
                 continue
             svg = {}
             for suffix, width in style.PAGES.items():
-                fig = figure.draw(rows, study, width)
+                fig = figure.draw(rows, results, width)
                 files = style.render(fig)
                 svg[suffix], images[name] = files.pop("svg"), files["png"]  # the wide one comes last
                 for kind, content in files.items():
                     write(f"figures/{name}{suffix}.{kind}", content)
             write(f"figures/{name}.csv", _csv(rows))
-            caption = figure.caption(study, rows)
+            caption = figure.caption(results, rows)
             drawn.append(
                 {"name": name, "title": figure.title, "caption": caption, "rows": rows, "column": svg[""]}
                 | {"wide": svg["_wide"]}
             )
 
-    results, comparisons = tables.results_table(study), tables.comparison_table(study)
-    own = [table for figure in FIGURES.values() if (table := figure.table(study))]
-    found, matching = [results, *([comparisons] if comparisons else []), *own], tables.matching_tables(study)
-    text = tables.to_markdown(*found)
+    short = [tables.results_table(results), tables.comparison_table(results)]
+    short += [figure.table(results) for figure in FIGURES.values()]
+    short = [table for table in short if table]
+    text = tables.to_markdown(*short)
     write("tables/results.md", text)
-    write("tables/results.tex", tables.to_latex(*found))
+    write("tables/results.tex", tables.to_latex(*short))
+    all_long = []
     for name, figure in FIGURES.items():
-        long = figure.long_tables(study)
+        long = figure.long_tables(results)
         for kind, rendered in (("md", tables.to_markdown), ("tex", tables.to_latex)):
             if long:
                 write(f"tables/{name}.{kind}", rendered(*long))
             else:
                 (directory / "tables" / f"{name}.{kind}").unlink(missing_ok=True)
-        found += long
+        all_long += long
+    matching = tables.matching_tables(results)
     write("tables/matching.md", tables.to_markdown(*matching))
-    for name in left_out:  # a figure that results no longer hold must not stay behind
+    for name in left_out:  # an old figure of data that the results no longer contain
         for old in directory.glob(f"figures/{name}*"):
             if old.name.split(".")[0] in {name + suffix for suffix in style.PAGES}:
                 old.unlink(missing_ok=True)
     written.append(_tensorboard(directory / "study", images, text))
-    page = report.page(study, drawn, left_out, [*found, *matching])
-    write("report.html", page)  # last: its being there says that all of it is
+    page = report.page(results, drawn, left_out, [*short, *all_long, *matching])
+    write("report.html", page)  # last: where it exists, everything else was written
     return written
 
 
@@ -95,7 +108,7 @@ def _csv(rows: list[dict]) -> str:
 
 
 def _tensorboard(folder: Path, images: dict[str, bytes], text: str) -> Path:
-    """The study's own run beside the training runs: every figure as a PNG and the tables as text."""
+    """Write a TensorBoard run for the whole study, next to the training runs: figures as PNG and tables as text."""
     before = [*folder.glob("events.out.tfevents*")]
     writer = EventFileWriter(str(folder))
     for name, png in images.items():

@@ -1,7 +1,7 @@
-"""What the figures share: what a figure is, its panels, and the sentences that differences between variants make.
+"""What all figures share: their interface, their panels, and the sentences about differences between variants.
 
-A figure is a file in plots/figures: `rows` turns a study into the rows of its CSV (or says why it cannot), and `draw`
-draws those rows and nothing else, so a figure's CSV is exactly what it shows."""
+A figure is a file in plots/figures. `rows` makes the rows of its CSV from the results (or says why it cannot), and
+`draw` draws those rows and nothing else, so that a figure's CSV is exactly what it shows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plots import style
-from plots.results import Study, Variant, mean
+from plots.results import Results, VariantResults, mean
 from plots.tables import Table
 
 Rows = list[dict]
 Findings = list[tuple[str, str]]  # (what it is about, what the numbers say)
 
-MANY = 6  # lines in one panel that a reader can still follow
+MANY = 6  # lines that a reader can still follow in one panel
 
 
 class NotInResults(Exception):
@@ -26,17 +26,17 @@ class NotInResults(Exception):
 @dataclass(frozen=True)
 class Drawing:
     name: str
-    order: int  # of the figures in the report
+    order: int  # its place among the figures of the report
     title: str
-    rows: Callable[[Study], Rows]
-    draw: Callable[[Rows, Study, float], Figure]  # (rows, study, page width in inches)
-    caption: Callable[[Study, Rows], str]
-    findings: Callable[[Study], Findings] = lambda study: []  # what this quantity tells, drawn or not
-    table: Callable[[Study], Table | None] = lambda study: None
-    long_tables: Callable[[Study], list[Table]] = lambda study: []  # in a file of their own, folded up in the report
+    rows: Callable[[Results], Rows]
+    draw: Callable[[Rows, Results, float], Figure]  # (rows, results, page width in inches)
+    caption: Callable[[Results, Rows], str]
+    findings: Callable[[Results], Findings] = lambda results: []  # sentences, also where nothing could be drawn
+    table: Callable[[Results], Table | None] = lambda results: None
+    long_tables: Callable[[Results], list[Table]] = lambda results: []  # in their own file, closed in the report
 
 
-def named(variant: Variant) -> dict:
+def named(variant: VariantResults) -> dict:
     names = {key: getattr(variant, key) for key in ("label", "arch", "family", "size")}
     return names | {"seeds": variant.seeds}
 
@@ -56,8 +56,8 @@ def grouped(rows: Rows, *keys: str) -> dict:
 
 
 def widened(low: float, high: float) -> tuple[float, float]:
-    """Limits for an axis of losses. They span 1 % at least, or the figure would blow differences far below seed noise
-    up to its full height."""
+    """Limits for an axis of losses. They span at least 1 %, so that differences far below seed noise do not fill the
+    figure's full height."""
     spare = max(0.0, 0.01 * high - (high - low)) / 2
     margin = 0.16 * (high - low + 2 * spare)
     return low - spare - margin, high + spare + margin
@@ -72,7 +72,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def panels(width: float, count: int, narrow: float, wide: float, across: tuple[int, int] = (2, 3), **shared):
-    """(figure, its axes): `count` panels, `narrow` or `wide` inches high, at most `across` of them in a row."""
+    """(figure, its axes): `count` panels that are `narrow` or `wide` inches high on a narrow or wide page, with at most
+    `across` of them in a row."""
     height, most = (narrow, across[0]) if is_narrow(width) else (wide, across[1])
     columns = min(count, 2 if count == 4 else most, most)
     lines = -(-count // columns)
@@ -84,7 +85,7 @@ def panels(width: float, count: int, narrow: float, wide: float, across: tuple[i
 
 
 def panel_inches(ax: Axes) -> float:
-    """About how wide the panel is drawn, for the number of ticks that it has room for."""
+    """The approximate width of the panel in inches, which decides how many ticks it has room for."""
     return ax.figure.get_figwidth() / ax.get_subplotspec().get_gridspec().ncols - 0.6
 
 
@@ -93,12 +94,12 @@ def dot_name(name: str) -> str:
 
 
 def row_inches(names: list[str], least: float) -> float:
-    """How high a row of `dot_axis` must be."""
+    """The height of a row of `dot_axis` in inches."""
     return max(least, 0.34) if any("\n" in dot_name(name) for name in names) else least
 
 
 def dot_axis(ax: Axes, names: list[str]) -> None:
-    """A y axis with a row for each name, the first on top."""
+    """Give the panel a y axis with a row for each name, the first on top."""
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_yticks(range(len(names)), map(dot_name, names))
     ax.tick_params(axis="y", length=0)
@@ -115,43 +116,46 @@ def label_outer(axes: list[Axes], x: str, y: str) -> None:
             ax.set_xlabel(x)
 
 
-def by_panel(rows: Rows, study: Study) -> list[tuple[str, Rows]]:
-    """(title, rows): a panel a size, and a panel a family where a size has more variants than a panel can show."""
+def by_panel(rows: Rows, results: Results) -> list[tuple[str, Rows]]:
+    """(title, rows) of a panel for each size, or for each family where a size has more variants than a panel can
+    show."""
     sizes = grouped(rows, "size")
     crowded = any(len(grouped(group, "label")) > MANY for group in sizes.values())
-    found = []
+    parts = []
     for size, group in sizes.items():
         for family, part in grouped(group, "family").items() if crowded else [("", group)]:
-            title = ", ".join(filter(None, (family, study.size_title(size) if size and not family else size)))
-            found.append((style.wrapped(title, 30), part))
-    return found
+            title = ", ".join(filter(None, (family, results.size_title(size) if size and not family else size)))
+            parts.append((style.wrapped(title, 30), part))
+    return parts
 
 
-def sizes_caption(study: Study) -> str:
-    """What panels of several sizes are; empty where there is one."""
-    if len(study.sizes) == 1:
+def sizes_caption(results: Results) -> str:
+    """A sentence on the panels where there are several sizes, else empty."""
+    if len(results.sizes) == 1:
         return ""
-    of = f" {len(study.shown_sizes)} of {len(study.sizes)} sizes." if len(study.sizes) > len(study.shown_sizes) else ""
-    return f" Panels by model size (in brackets: parameters).{of}"
+    text = " Panels by model size (in brackets: parameters)."
+    if len(results.sizes) > len(results.shown_sizes):
+        text += f" {len(results.shown_sizes)} of {len(results.sizes)} sizes are shown."
+    return text
 
 
-def legend_entries(rows: Rows, study: Study, linestyle=None) -> list:
+def legend_entries(rows: Rows, results: Results) -> list:
     """A (handle, name) for each variant, whatever its size."""
-    shown = {study.labels[row["label"]].short: study.labels[row["label"]].look for row in rows}
-    return [(look.handle(linestyle), style.wrapped(name)) for name, look in shown.items()]
+    shown = {results.labels[row["label"]].short: results.labels[row["label"]].look for row in rows}
+    return [(look.handle(), style.wrapped(name)) for name, look in shown.items()]
 
 
-def loss_axis_name(study: Study) -> str:
-    return f"validation bits per byte\n({study.seeds_text})"
+def loss_axis_name(results: Results) -> str:
+    return f"validation bits per byte\n({results.seeds_text})"
 
 
-def draw_differences(ax: Axes, x: str, lines: dict[str, Rows], study: Study, aside: float) -> None:
-    """Differences to the baseline against column `x`, a line for each group of rows; those with intervals stand side by
-    side, a factor `aside` apart."""
+def draw_differences(ax: Axes, x: str, lines: dict[str, Rows], results: Results, aside: float) -> None:
+    """Draw differences to the baseline against column `x`, a line for each group of rows. Lines with intervals are
+    moved apart by a factor `aside`, so that no interval hides another."""
     if all(row["difference_low"] is None for group in lines.values() for row in group):
         aside = 1.0
     for index, group in enumerate(lines.values()):
-        look = study.labels[group[0]["label"]].look
+        look = results.labels[group[0]["label"]].look
         xs = [row[x] * aside ** (index - (len(lines) - 1) / 2) for row in group]
         for at, row in zip(xs, group, strict=True):
             if row["difference_low"] is not None:
@@ -162,44 +166,46 @@ def draw_differences(ax: Axes, x: str, lines: dict[str, Rows], study: Study, asi
     ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=1)
 
 
-def interval_caption(study: Study, rows: Rows, low: str = "difference_low", bars: str = "Bars") -> str:
-    """What the bars of drawn differences are; without any, what that means."""
+def interval_caption(results: Results, rows: Rows, low: str = "difference_low", bars: str = "Bars") -> str:
+    """A sentence on the bars of the drawn differences, or on what their absence means."""
     counts = sorted({row["difference_seeds"] for row in rows if row[low] is not None})
-    if not counts and study.seeds[1] > 1 and not any(row["difference_seeds"] for row in rows):
-        return "No intervals: nothing is compared."
+    if not counts and results.seeds[1] > 1 and not any(row["difference_seeds"] for row in rows):
+        return "No intervals, as nothing is compared."
     if not counts:
-        seed = "one seed in common" if study.seeds[1] > 1 else "one seed"
+        seed = "one seed in common" if results.seeds[1] > 1 else "one seed"
         return f"No intervals: with {seed} nothing can be concluded from these differences."
     n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
-    levels = " / ".join(f"{level:g}" for level in study.levels)
-    return f"{bars}: {levels} % intervals (Student, paired by seed, {n}), each by itself: of many, some mislead."
+    levels = " / ".join(f"{level:g}" for level in results.levels)
+    text = f"{bars}: {levels} % intervals (Student, paired by seed, {n})"
+    return f"{text}, each for one comparison: among many, some mislead."
 
 
-def difference_findings(study: Study, metric: str, about: str, quality: str, unit: str) -> Findings:
-    """A sentence for each comparison with an interval, and one for those of a single seed."""
-    found, single = [], {}
-    for each in (each for each in study.comparisons if each.metric == metric):
+def difference_findings(results: Results, metric: str, about: str, quality: str, unit: str) -> Findings:
+    """A sentence for each comparison with an interval, and one for all comparisons of a single seed."""
+    sentences, single = [], {}
+    compared = [each for each in results.comparisons if each.metric == metric]
+    for each in compared:
         if each.mean is None:
-            found.append(f"{each.label}: no finite {quality} to compare with {each.baseline}.")
+            sentences.append(f"{each.label}: no finite {quality} to compare with {each.baseline}.")
         elif each.low is None:
             single.setdefault(each.baseline, []).append(f"{each.label} {each.mean:+.4f}")
         elif each.separable:
-            found.append(
+            sentences.append(
                 f"{each.label} has a {each.verdict} {quality} than {each.baseline}: {each.mean:+.4f} {unit} "
                 f"({each.interval})."
             )
         else:
-            found.append(
+            sentences.append(
                 f"{each.label}: not separable from {each.baseline}: {each.mean:+.4f} {unit} ({each.interval}); at this "
                 f"level a difference larger than {max(abs(each.low), abs(each.high)):.4f} is excluded."
             )
-    for baseline, said in single.items():
-        found.append(
-            f"Nothing can be concluded about which variant has the better {quality}: one seed. Seen were, against "
-            f"{baseline}, {', '.join(said)} {unit} (n = 1, no intervals)."
+    for baseline, texts in single.items():
+        sentences.append(
+            f"Nothing can be concluded about which variant has the better {quality}: one seed. Differences to "
+            f"{baseline}, without intervals (n = 1): {', '.join(texts)} {unit}."
         )
-    compared = {each.label for each in study.comparisons if each.metric == metric}
-    for variant in study.variants:
-        if variant.label not in {variant.baseline, *compared} and variant.values(f"loss.{metric}"):
-            found.append(f"{variant.label} is not compared: it has no seed in common with {variant.baseline}.")
-    return [(about, sentence) for sentence in found]
+    labels = {each.label for each in compared}
+    for variant in results.variants:
+        if variant.label not in {variant.baseline, *labels} and variant.values(f"loss.{metric}"):
+            sentences.append(f"{variant.label} is not compared: it has no seed in common with {variant.baseline}.")
+    return [(about, sentence) for sentence in sentences]

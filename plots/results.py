@@ -1,21 +1,22 @@
-"""Reads a study's `results.json` (the contract in DESIGN.md): checked once here, so that figures, tables and report can
-trust it. Runs of one label are seeds of one variant; everything downstream works on variants, never on single runs."""
+"""Reads a study's `results.json` (the contract in DESIGN.md). Runs of one label are the seeds of one variant: figures,
+tables and report work on variants, never on single runs."""
 
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 from plots.style import Look, plain_text
 
+FORMAT = 2  # as eval/results.py writes it; a file without the number is read as if it had it
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 NAMED = 12  # runs without results that are named one by one
 
 
 class ResultsError(ValueError):
-    """A results file that cannot be drawn; the message says what is wrong and what to do, in one line."""
+    """A results file that cannot be drawn; the message says in one line what is wrong and what to do."""
 
 
 def number(value) -> float | int | None:
@@ -35,13 +36,14 @@ def mean(values) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def tidy(label) -> str:
-    return " ".join(str(label).split())
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A COMPARISON: mean over seeds of (label - baseline), paired by seed; no ends where there is one seed."""
+    """A COMPARISON: mean over seeds of (label - baseline), paired by seed. Without an interval where there is one seed,
+    without a mean where nothing was compared."""
 
     label: str
     baseline: str
@@ -55,12 +57,10 @@ class Difference:
 
     @classmethod
     def of(cls, entry: dict) -> "Difference":
-        seeds, ends = entry.get("seeds"), [number(entry.get(key)) for key in ("mean_diff", "ci_low", "ci_high")]
-        count = len(seeds) if isinstance(seeds, list) else int(number(seeds) or 0)
-        names = tidy(entry.get("label")), tidy(entry.get("baseline")), str(entry.get("metric"))
-        if None in ends:
-            ends[1:] = None, None
-        return cls(*names, count, *ends, number(entry.get("level")) or 0.95, str(entry.get("verdict")))
+        middle, low, high = (number(entry.get(key)) for key in ("mean_diff", "ci_low", "ci_high"))
+        names = entry["label"], entry["baseline"], entry["metric"]
+        level, verdict = entry.get("level", 0.95), entry.get("verdict", "")
+        return cls(*names, len(entry["seeds"]), middle, low, high, level, verdict)
 
     @property
     def separable(self) -> bool:
@@ -79,13 +79,53 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Variant:
+class TechniqueResult:
+    """What was measured of one variant's cache under one technique, mean over seeds: an entry of `techniques` or of
+    `equal_bytes`."""
+
+    label: str
+    settings: dict  # as the study gives them: technique, budget, bits, ...
+    kind: str  # the technique and whether the cache is quantised, whatever the other settings
+    is_full: bool  # nothing is dropped, merged or quantised
+    trained_further: dict  # the training that the model had for this technique after the others; {} for none
+    metric: str
+    mean: float | None  # of the metric
+    not_finite: list[int]  # seeds
+    bytes_held: float
+    notes_bytes: float
+    tokens_per_s: float
+    difference: Difference  # to the full cache of `difference.baseline`
+    baseline_bytes: float | None = None  # this and what follows: in `equal_bytes` only
+    chosen_from: int = 1
+    best: bool = False
+
+    @classmethod
+    def of(cls, entry: dict) -> "TechniqueResult":
+        is_optional = {field.name: field.default is not MISSING for field in fields(cls) if field.name != "difference"}
+        known = {name: entry[name] for name, optional in is_optional.items() if not optional or name in entry}
+        return cls(**known, difference=Difference.of(entry))
+
+    @property
+    def is_unchanged(self) -> bool:
+        """True where neither the cache nor the model was changed for a technique."""
+        return self.is_full and not self.trained_further
+
+    @property
+    def technique(self) -> str:
+        """The kind without its quantisation: with and without it a technique has one colour."""
+        return self.kind.removesuffix(", quantised")
+
+
+@dataclass(frozen=True)
+class VariantResults:
     label: str
     arch: str
-    family: str  # what the study calls it, before its lists are written out: gqa for gqa-4 and gqa-2
+    family: str  # the study's label for it, without what its lists and the sizes add
     size: str  # empty where the study has models of one size
     baseline: str  # the label it is matched to and compared with
     look: Look
+    bytes_per_token: int  # these two of the KV cache
+    constant_bytes: int
     runs: list[dict]  # one record a seed
 
     @property
@@ -103,7 +143,7 @@ class Variant:
         return len({run["seed"] for run in self.runs})
 
     def first(self, path: str):
-        """What is the same in every seed: byte counts, parameters, options."""
+        """A value that is the same in every seed: byte counts, parameters, options."""
         return dig(self.runs[0], path)
 
     def values(self, path: str) -> list[float]:
@@ -114,10 +154,10 @@ class Variant:
 
     @cached_property
     def decode(self) -> dict[tuple[int, int], dict]:
-        """(batch, context) -> the fastest timing, as speed depends on the shape and not on the seed.
+        """(batch, context) -> the fastest timing over seeds, as speed depends on the shape and not on the seed.
 
-        `slowest_tokens_per_s` is that of the slowest seed, where there are several. Where a run timed several backends,
-        its fastest stands.
+        `slowest_tokens_per_s` is that of the slowest seed, None where there is one seed. Where a run timed several
+        backends, its fastest counts.
         """
         points: dict[tuple[int, int], dict[int, dict]] = {}
         for run in self.runs:
@@ -125,15 +165,15 @@ class Variant:
                 if all((number(entry.get(key)) or 0) > 0 for key in ("batch", "context", "token_ms", "tokens_per_s")):
                     seeds = points.setdefault((entry["batch"], entry["context"]), {})
                     seeds[run["seed"]] = max(seeds.get(run["seed"], entry), entry, key=lambda e: e["tokens_per_s"])
-        fields = ("token_ms", "token_ms_iqr", "tokens_per_s", "prefill_ms", "roof_fraction", "memory_bound", "backend")
-        found = {}
+        keys = ("token_ms", "token_ms_iqr", "tokens_per_s", "prefill_ms", "roof_fraction", "memory_bound", "backend")
+        timings = {}
         for at, seeds in sorted(points.items()):
             speeds = {seed: entry["tokens_per_s"] for seed, entry in seeds.items()}
             fastest = seeds[max(speeds, key=speeds.get)]
             slowest = min(speeds.values()) if len(speeds) > 1 else None
-            of_seeds = {"slowest_tokens_per_s": slowest, "seeds": len(speeds)}
-            found[at] = {field: fastest.get(field) for field in fields} | of_seeds
-        return found
+            over_seeds = {"slowest_tokens_per_s": slowest, "seeds": len(speeds)}
+            timings[at] = {key: fastest.get(key) for key in keys} | over_seeds
+        return timings
 
 
 def spread_evenly(items: list, most: int) -> list:
@@ -147,9 +187,13 @@ def without_size(label: str, size: str) -> str:
 
 
 @dataclass(frozen=True)
-class Study:
+class Results:
     raw: dict
-    variants: list[Variant]
+    variants: list[VariantResults]
+    comparisons: list[Difference]  # of the metric that the study is about
+    details: list[Difference]  # of other metrics
+    techniques: list[TechniqueResult]
+    equal_bytes: list[TechniqueResult]
 
     @property
     def name(self) -> str:
@@ -163,7 +207,7 @@ class Study:
 
     @property
     def cache_text(self) -> str:
-        """What caches' bytes are of, such as " (fp32)"."""
+        """The data type of the caches, such as " (fp32)"."""
         dtypes = {DTYPES.get(str(variant.first("kv.dtype"))) for variant in self.variants} - {None}
         return f" ({', '.join(sorted(dtypes))})" if dtypes else ""
 
@@ -173,24 +217,30 @@ class Study:
         return "1 seed" if high == 1 else f"mean of {low} seeds" if low == high else f"mean of {low} to {high} seeds"
 
     @cached_property
-    def labels(self) -> dict[str, Variant]:
+    def labels(self) -> dict[str, VariantResults]:
         return {variant.label: variant for variant in self.variants}
 
     @cached_property
-    def sizes(self) -> dict[str, list[Variant]]:
+    def sizes(self) -> dict[str, list[VariantResults]]:
         """The variants of each size, smallest first; one entry, "", where the study has one size."""
-        sizes: dict[str, list[Variant]] = {}
+        sizes: dict[str, list[VariantResults]] = {}
         for variant in self.variants:
             sizes.setdefault(variant.size, []).append(variant)
         return dict(sorted(sizes.items(), key=lambda item: number(item[1][0].first("params")) or 0))
 
     @property
-    def shown_sizes(self) -> dict[str, list[Variant]]:
-        """At most four sizes: what figures with a panel a size have room for."""
+    def shown_sizes(self) -> dict[str, list[VariantResults]]:
+        """At most four sizes: figures with a panel per size have no room for more."""
         return dict(spread_evenly(list(self.sizes.items()), 4))
 
     @property
-    def largest(self) -> list[Variant]:
+    def shown_variants(self) -> list[VariantResults]:
+        """The variants of the shown sizes."""
+        return [variant for variants in self.shown_sizes.values() for variant in variants]
+
+    @property
+    def largest(self) -> list[VariantResults]:
+        """The variants of the largest size."""
         return list(self.sizes.values())[-1]
 
     def size_title(self, size: str) -> str:
@@ -198,33 +248,31 @@ class Study:
         return f"{size} ({plain_text(params, 3)})" if params else size
 
     @cached_property
-    def comparisons(self) -> list[Difference]:
-        return [Difference.of(entry) for entry in self.raw.get("comparisons") or []]
-
-    @cached_property
     def differences(self) -> dict[tuple[str, str], Difference]:
         """(label, metric) -> its difference to the baseline; a metric is a path in the record's `loss`."""
-        details = [Difference.of(entry) for entry in self.raw.get("details") or []]
-        return {(each.label, each.metric): each for each in [*details, *self.comparisons]}
+        return {(each.label, each.metric): each for each in [*self.details, *self.comparisons]}
 
     @cached_property
     def levels(self) -> list[float]:
-        """Of the intervals, in per cent."""
-        others = [Difference.of(entry) for key in ("techniques", "equal_bytes") for entry in self.raw.get(key) or []]
+        """The levels of all intervals, in per cent."""
+        others = [each.difference for each in [*self.techniques, *self.equal_bytes]]
         return sorted({100 * each.level for each in [*self.differences.values(), *others] if each.low is not None})
 
     @cached_property
     def gaps(self) -> str:
-        """A sentence on the runs that the study asked for and that have no record; empty where all have."""
-        gaps = self.raw.get("missing") or []
-        named = [f"{tidy(gap.get('label'))} seed {gap.get('seed')} ({tidy(gap.get('why'))})" for gap in gaps[:NAMED]]
-        more = [f"and {len(gaps) - NAMED} more"] if len(gaps) > NAMED else []
-        return f"Without results: {'; '.join(named + more)}." if gaps else ""
+        """A sentence on the runs that the study asked for and that have no record; empty where all have one."""
+        gaps = self.raw.get("missing", [])
+        if not gaps:
+            return ""
+        names = [f"{gap['label']} seed {gap['seed']} ({one_line(gap['why'])})" for gap in gaps[:NAMED]]
+        if len(gaps) > NAMED:
+            names.append(f"and {len(gaps) - NAMED} more")
+        return f"Without results: {'; '.join(names)}."
 
-    def difference_row(self, variant: Variant, metric: str) -> dict:
-        none = dict.fromkeys(("difference", "difference_low", "difference_high", "difference_seeds"))
-        found = self.differences.get((variant.label, metric))
-        return found.row() if found else none
+    def difference_row(self, variant: VariantResults, metric: str) -> dict:
+        if each := self.differences.get((variant.label, metric)):
+            return each.row()
+        return dict.fromkeys(("difference", "difference_low", "difference_high", "difference_seeds"))
 
     @cached_property
     def reference(self) -> tuple[int, int] | None:
@@ -233,7 +281,8 @@ class Study:
         return max(timed, key=lambda at: (timed[at], at[0] * at[1], at[0]), default=None)
 
 
-def load(directory: Path) -> Study:
+def load(directory: Path) -> Results:
+    """The results in `directory`; ResultsError says in one line why they cannot be drawn."""
     path = Path(directory) / "results.json"
     again = f"run `kvfrontier eval {directory}` to write it again"
     try:
@@ -243,103 +292,50 @@ def load(directory: Path) -> Study:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ResultsError(f"{path}: cannot be read as JSON ({reason}); {again}") from None
-    runs = raw.get("runs") if isinstance(raw, dict) else None
-    if not isinstance(runs, list):
-        raise ResultsError(f'{path}: no list "runs" in it; {again}')
-    for key in ("comparisons", "details", "bytes_for_baseline", "missing", "techniques", "equal_bytes"):
-        if not _objects(raw.get(key)):
-            raise ResultsError(f'{path}: "{key}" is not a list of objects; {again}')
-    matching = raw.get("matching") or {}
-    if not isinstance(matching, dict) or not all(map(_objects, matching.values())):
-        raise ResultsError(f'{path}: "matching" does not map rules to lists of objects; {again}')
-    if not runs:
-        raise ResultsError(f"{path}: no finished runs in it; train first with `kvfrontier run` or `kvfrontier train`")
-    for index, run in enumerate(runs):
-        if problem := _problem(run):
-            raise ResultsError(f"{path}: runs[{index}] {problem}; {again}")
-    labels = {tidy(run["label"]) for run in runs}
-    for key in ("techniques", "equal_bytes"):
-        for index, entry in enumerate(raw.get(key) or []):
-            if problem := _technique_problem(entry, labels, key == "equal_bytes"):
-                raise ResultsError(f"{path}: {key}[{index}] {problem}; {again}")
-    study_wide = {"corpus_fingerprint": dig(raw, "corpus.fingerprint"), "match": raw.get("match"), "tokenizer": None}
-    for key, value in study_wide.items():
-        values = {json.dumps(each, sort_keys=True): None for each in (*(run.get(key) for run in runs), value) if each}
-        if len(values) > 1:
+    try:
+        if raw.get("format", FORMAT) != FORMAT:
+            raise ResultsError(f"{path}: has format {raw['format']}, and only format {FORMAT} can be drawn; {again}")
+        if not raw["runs"]:
+            raise ResultsError(f"{path}: no finished runs; train first with `kvfrontier run` or `kvfrontier train`")
+        _check_is_one_study(raw, path)
+        return Results(
+            raw,
+            _variants(raw),
+            [Difference.of(entry) for entry in raw.get("comparisons", [])],
+            [Difference.of(entry) for entry in raw.get("details", [])],
+            [TechniqueResult.of(entry) for entry in raw.get("techniques", []) if "skipped" not in entry],
+            [TechniqueResult.of(entry) for entry in raw.get("equal_bytes", [])],
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ResultsError(f"{path}: not in the form that can be drawn ({reason}); {again}") from error
+
+
+def _check_is_one_study(raw: dict, path: Path) -> None:
+    whole = {"corpus_fingerprint": dig(raw, "corpus.fingerprint"), "match": raw.get("match"), "tokenizer": None}
+    for key, value in whole.items():
+        values = [each for each in (*(run.get(key) for run in raw["runs"]), value) if each]
+        texts = dict.fromkeys(json.dumps(each, sort_keys=True) for each in values)
+        if len(texts) > 1:
             raise ResultsError(
-                f'{path}: runs that differ in "{key}" ({" and ".join(values)}) cannot be drawn together; evaluate each '
+                f'{path}: runs that differ in "{key}" ({" and ".join(texts)}) cannot be drawn together; evaluate each '
                 "on its own"
             )
-    return Study(raw, _variants(raw, runs, path))
 
 
-def _variants(raw: dict, runs: list[dict], path: Path) -> list[Variant]:
-    archs = list(dict.fromkeys([*map(str, raw.get("archs") or []), *(run["arch"] for run in runs)]))
-    planned = dig(raw, "study_settings.variants") or [{}]
-    first = tidy(planned[0].get("label") or planned[0].get("arch") or runs[0]["label"])
+def _variants(raw: dict) -> list[VariantResults]:
+    archs = list(dict.fromkeys([*raw.get("archs", []), *(run["arch"] for run in raw["runs"])]))
     by_label: dict[str, list[dict]] = {}
-    for run in runs:
-        by_label.setdefault(tidy(run["label"]), []).append(run)
-    variants: list[Variant] = []
-    siblings: dict[str, list[str]] = {}  # of an architecture: a variant looks the same at every size
-    for label, group in by_label.items():
-        run, arch = group[0], group[0]["arch"]
-        if any(other["arch"] != arch for other in group):
-            raise ResultsError(f"{path}: label {label!r} stands for two architectures; give each variant its own label")
-        size = tidy(run.get("size") or "")
-        short, known = without_size(label, size), siblings.setdefault(arch, [])
+    for run in raw["runs"]:
+        by_label.setdefault(run["label"], []).append(run)
+    variants: list[VariantResults] = []
+    siblings: dict[str, list[str]] = {}  # of each architecture: a variant looks the same at every size
+    for label, runs in by_label.items():
+        run, arch = runs[0], runs[0]["arch"]
+        short, known = without_size(label, run["size"]), siblings.setdefault(arch, [])
         if short not in known:
             known.append(short)
         look = Look.of(archs.index(arch), known.index(short))
-        family, baseline = tidy(run.get("family") or short), tidy(run.get("baseline") or first)
-        variants.append(Variant(label, arch, family, size, baseline, look, group))
+        names = label, arch, run["family"], run["size"], run["baseline"]
+        variants.append(VariantResults(*names, look, run["kv"]["bytes_per_token"], run["kv"]["constant_bytes"], runs))
     return variants
-
-
-def _problem(run) -> str | None:
-    if not isinstance(run, dict):
-        return "is not an object"
-    for key, kind in {"label": str, "arch": str, "seed": int}.items():
-        if not isinstance(run.get(key), kind) or run[key] == "":
-            return f'has no valid "{key}"'
-    for path in ("kv.bytes_per_token", "kv.constant_bytes"):
-        if number(dig(run, path)) is None:
-            return f'has no number "{path}"'
-    if not isinstance(dig(run, "loss.val_bpb"), int | float | None):
-        return 'has no number "loss.val_bpb"'
-    if not all(
-        str(key).isdigit() and number(value) is not None for key, value in (dig(run, "kv.stored_bytes") or {}).items()
-    ):
-        return 'has a "kv.stored_bytes" that does not map contexts to bytes'
-    if not isinstance(run.get("options") or {}, dict):
-        return 'has "options" that are not an object'
-    rates = dig(run, "tuning.rates")
-    if run.get("tuning") and not (isinstance(run["tuning"], dict) and rates and _objects(rates)):
-        return 'has a "tuning" without a list of objects "rates"'
-    for key in ("nats_at", "accuracy_at"):
-        if not all(str(at).isdigit() for at in dig(run, f"loss.{key}") or {}):
-            return f'has a "loss.{key}" whose keys are not counts'
-    if not (_objects(run.get("decode")) and _objects(run.get("curve"))):
-        return 'has a "decode" or "curve" that is not a list of objects'
-    return None
-
-
-def _technique_problem(entry: dict, labels: set[str], at_equal_bytes: bool) -> str | None:
-    for key in ("label", "baseline") if at_equal_bytes else ("label",):
-        if tidy(entry.get(key)) not in labels:
-            return f'has a "{key}" that is none of the runs\''
-    settings = entry.get("settings")
-    if not (isinstance(settings, dict) and isinstance(settings.get("technique"), str) and settings["technique"]):
-        return 'has no "settings" that name a "technique"'
-    if "skipped" in entry and not at_equal_bytes:
-        return None
-    if entry.get("metric") not in ("val_bpb", "accuracy"):
-        return 'has a "metric" that is neither val_bpb nor accuracy'
-    for key in ("bytes_held", *(["baseline_bytes", "mean", "mean_diff"] if at_equal_bytes else [])):
-        if number(entry.get(key)) is None:
-            return f'has no number "{key}"'
-    return None
-
-
-def _objects(items) -> bool:
-    return items is None or (isinstance(items, list) and all(isinstance(item, dict) for item in items))

@@ -1,7 +1,7 @@
-"""How a figure looks: one place for page sizes, palette, ticks, legends and reproducible files.
+"""The look of all figures: page sizes, palette, ticks, legends and reproducible files.
 
-Colours follow Okabe and Ito's idea (colour-blind readers tell them apart), and the first five also differ by at least
-10 in CIE lightness: printed grey they stay apart. Lengths are inches, text sizes points."""
+Colours follow Okabe and Ito's idea (colour-blind readers can distinguish them), and the first five also differ by at
+least 10 in CIE lightness, so that they stay distinct in grey. Lengths are in inches, text sizes in points."""
 
 import io
 import math
@@ -18,11 +18,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 PAGES = {"": 3.35, "_wide": 6.9}  # file suffix -> width: one column and two columns of a two-column paper
 PALETTE = ("#111111", "#0b4a9e", "#bf3a1b", "#33b38f", "#edb120", "#a45bb0", "#79c3ec", "#7d7d7d")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # seven to eight colours: a pair repeats after 56 architectures only
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 markers and 8 colours: a pair repeats only after 56 architectures
 FILLS = ("full", "left", "top", "right", "bottom")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 GREY = "#666666"
-CANVASES = {  # and what would differ from one time to the next
+CANVASES = {  # with the metadata that would differ from one drawing to the next
     "svg": (FigureCanvasSVG, "Date"),
     "pdf": (FigureCanvasPdf, "CreationDate"),
     "png": (FigureCanvasAgg, "Software"),
@@ -56,7 +56,7 @@ RC = {
     "lines.linewidth": 1.1,
     "lines.markersize": 4,
     "lines.markeredgewidth": 0.8,
-    "text.parse_math": False,  # a `$` in a user's label is a dollar
+    "text.parse_math": False,  # a `$` in a user's label is a dollar sign
     "axes.unicode_minus": True,
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
@@ -68,7 +68,7 @@ RC = {
 
 @dataclass(frozen=True)
 class Look:
-    """One colour and marker an architecture; labels of the same architecture differ in fill and line style."""
+    """Each architecture has a colour and a marker; its variants differ in fill and line style."""
 
     color: str
     marker: str
@@ -90,24 +90,24 @@ class Look:
             "markeredgecolor": self.color,
         }
 
-    def handle(self, linestyle=None) -> Line2D:
-        return Line2D([], [], linestyle=self.line if linestyle is None else linestyle, **self.marks())
+    def handle(self) -> Line2D:
+        return Line2D([], [], linestyle=self.line, **self.marks())
 
 
 def wrapped(label: str, width: int = 28) -> str:
-    """A label on at most two lines, of a longer one its beginning and its end; the tables hold it in full."""
+    """A label on at most two lines. A longer one keeps its beginning and its end; the tables hold it in full."""
     lines = textwrap.wrap(label, width) or [label[:width]]
     return "\n".join(lines if len(lines) < 3 else (lines[0], f"… {label[2 - width :].lstrip(' -_')}"))
 
 
 def bytes_text(count: float) -> str:
-    """Bytes for people: 512 B, 1.5 KiB, 24 MiB."""
+    """Readable bytes: 512 B, 1.5 KiB, 24 MiB."""
     power = min(int(math.log2(count) // 10), 5) if count >= 1 else 0
     return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"
 
 
 def tokens_text(count: float) -> str:
-    """Context lengths for people: 256, 4K, 1M (1024), and as they are where they are no multiple."""
+    """Readable context lengths: 256, 4K, 1M in powers of 1024; other numbers as they are."""
     for unit, name in ((2**20, "M"), (2**10, "K")):
         if count >= unit and count % unit == 0:
             return f"{count // unit:.0f}{name}"
@@ -115,7 +115,7 @@ def tokens_text(count: float) -> str:
 
 
 def plain_text(value: float, digits: int = 4) -> str:
-    """0.05, 3, 250, 12k, 1.5M (1000)."""
+    """A readable number: 0.05, 3, 250, 12k, 1.5M in powers of 1000."""
     for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= unit:
             return f"{value / (unit if unit != 1e4 else 1e3):.{digits}g}{name}"
@@ -129,7 +129,7 @@ def set_ticks(axis, places, text) -> None:
 
 
 def octave_ticks(axis, candidates, text, inches: float, gap: float) -> None:
-    """Ticks at every n-th of `candidates` on a log axis `inches` long, `gap` inches or more apart."""
+    """Set ticks at every n-th of `candidates` on a log axis that is `inches` long, at least `gap` inches apart."""
     low, high = (math.log2(limit) for limit in axis.get_view_interval())
     places = sorted(candidates)
     for step in range(1, len(places) + 1):
@@ -140,7 +140,7 @@ def octave_ticks(axis, candidates, text, inches: float, gap: float) -> None:
 
 
 def measured_ticks(axis, values, text, inches: float, gap: float) -> None:
-    """Ticks at the values measured, on a log axis; an axis of one value gets an octave either side."""
+    """Set ticks at the measured values on a log axis; an axis with one value gets an octave on either side."""
     values = sorted(set(values))
     if len(values) == 1:
         axis.set_view_interval(values[0] / 2, values[0] * 2, ignore=True)
@@ -152,7 +152,8 @@ def powers_of_two(low: float, high: float) -> list[int | float]:
 
 
 def decimal_ticks(axis, text=plain_text, at_most: int = 6) -> None:
-    """Ticks on a log axis at 1, 10, 100, or 1, 2, 5, 10, or evenly: whichever fills the axis without crowding it."""
+    """Set ticks on a log axis at 1, 10, 100, or at 1, 2, 5, 10, or evenly: whichever fills the axis without crowding
+    it."""
     low, high = axis.get_view_interval()
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 2, 5), (1, 3), (1,)):
@@ -169,7 +170,8 @@ def decimal_ticks(axis, text=plain_text, at_most: int = 6) -> None:
 
 
 def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
-    """A legend under the axes, where it covers no data, in as many columns as fit; the figure grows by its height."""
+    """Add a legend under the axes, where it covers no data, in as many columns as fit; the figure grows by its
+    height."""
     handles, labels = zip(*entries, strict=True)
     room = fig.get_figwidth() * fig.dpi * 0.98
     for rows in range(1, len(entries) + 1):
@@ -182,15 +184,15 @@ def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
 
 
 def render(fig: Figure) -> dict[str, bytes]:
-    """The figure as the bytes of a PDF, a PNG and an SVG: laid out once, so that all three agree, and without dates or
-    versions, so that the same figure gives the same bytes."""
+    """The figure as the bytes of a PDF, a PNG and an SVG. It is laid out once, so that all three agree, and contains no
+    dates or versions, so that the same figure gives the same bytes."""
     if layout := fig.get_layout_engine():
         layout.execute(fig)
         fig.set_layout_engine("none")
-    found, dpi = {}, fig.dpi
+    files, dpi = {}, fig.dpi
     for kind, (canvas, undated) in CANVASES.items():
         buffer = io.BytesIO()
         fig.dpi = PNG_DPI if kind == "png" else 72
         getattr(canvas(fig), f"print_{kind}")(buffer, metadata={undated: None})  # savefig would draw everything twice
-        fig.dpi, found[kind] = dpi, buffer.getvalue()
-    return found
+        fig.dpi, files[kind] = dpi, buffer.getvalue()
+    return files

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from kvfrontier import tune_process
+from train.machine import tune_process
 
 tune_process()
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start would each compile what they import

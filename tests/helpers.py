@@ -1,6 +1,6 @@
 """What tests of models share: the cases that laws run over, models whose attention is far from uniform, cached logits.
 
-`pytest tests/archs/test_laws.py --variant my_file.py:MyVariant` puts a variant under the laws that is not in the registry.
+`pytest tests/archs/test_laws.py --variant my_file.py:MyVariant` puts a variant outside the registry under the laws.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Batches of a tokenised corpus: batch k of seed s is a pure function of (s, k).
 
 Every variant of a seed therefore sees the same tokens in the same order, a run is resumed by counting, and seeds can be
-compared in pairs. Each epoch cuts the training tokens into sequences at an offset of its own and goes through them in
-an order of its own, both drawn from (seed, epoch).
+compared in pairs. Each epoch cuts the training tokens into sequences at a random offset and goes through them in a
+random order, both drawn from (seed, epoch).
 """
 
 import numpy as np
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORED = -100  # as a target: nothing is to be predicted there
+IGNORED = -100  # a target where nothing is to be predicted
 
 
 class TrainingBatches(Dataset):
-    """Item k is batch k of `seed`: inputs and, one further on, targets, both (batch_size, context) int64. Endless."""
+    """Item k is batch k of `seed`: inputs and the next tokens as targets, both int64 (batch_size, context). It has no
+    end."""
 
     def __init__(self, tokens: np.ndarray, context: int, batch_size: int, seed: int):
         if len(tokens) <= context:
@@ -40,8 +41,8 @@ class TrainingBatches(Dataset):
 class ValidationBatches(Dataset):
     """Held-out tokens, each predicted once: item k is (inputs, targets, bytes of text that the targets stand for).
 
-    `limit` is the number of tokens predicted, rounded to whole sequences; at least one sequence, at most all there are.
-    They are spread evenly over the held-out text, so that a small sample stands for all of it.
+    `limit` is the number of targets, rounded down to whole sequences: at least one, at most all that there are. They
+    are spread evenly over the held-out text, so that a small sample stands for all of it.
     """
 
     def __init__(self, tokens: np.ndarray, token_bytes: np.ndarray, context: int, batch_size: int, limit: int):

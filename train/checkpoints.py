@@ -1,8 +1,8 @@
-"""Checkpoints of a run: the last two, there whole or not at all, and none believed that is not what was written.
+"""Atomic, checksummed checkpoints of a run; the last two are kept.
 
-A checkpoint's name has its step and the start of its content's SHA-256: `step-000120-<hash>.ckpt`. It is written beside
-its place, flushed to the disk and renamed, so that a kill, a full disk or a flipped bit costs at most the newest one.
-Nothing is ever unpickled but tensors and plain values.
+A checkpoint's name has its step and the start of its content's SHA-256: `step-000120-<hash>.ckpt`. It is written to a
+temporary file, flushed to the disk and renamed, so that a kill, a full disk or a flipped bit costs at most the newest
+one. Only tensors and plain values are ever unpickled.
 """
 
 import hashlib
@@ -11,37 +11,33 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from train.files import read_record, write_atomic
+from train.files import write_atomic
 from train.progress import console
-
-if TYPE_CHECKING:
-    from train.plan import Run
+from train.run import Run
 
 KEPT = 2
 NAME = re.compile(r"step-\d+-[0-9a-f]{16}")
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """What to hand to `Trainer.save_checkpoint`; the hash is put into the name when it is known."""
+    """The path to give to `Trainer.save_checkpoint`; `DurableCheckpoints` adds the hash to the name."""
     return directory / "checkpoints" / f"step-{step:06}.ckpt"
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Those of a run's directory, newest first."""
-    found = [path for path in (directory / "checkpoints").glob("step-*.ckpt") if NAME.fullmatch(path.stem)]
-    return sorted(found, key=lambda path: int(path.stem.split("-")[1]), reverse=True)
+    """The checkpoints in a run's directory, newest first."""
+    paths = [path for path in (directory / "checkpoints").glob("step-*.ckpt") if NAME.fullmatch(path.stem)]
+    return sorted(paths, key=lambda path: int(path.stem.split("-")[1]), reverse=True)
 
 
 def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is as it was written, and what it holds; None where there is none.
-
-    `say` gets a line on each that is damaged.
-    """
+    """(path, content) of the newest checkpoint whose hash is right; None if there is none. `say` is called with a line
+    about each damaged one."""
     for path in checkpoints(directory):
         try:
             with path.open("rb") as f:
@@ -56,12 +52,12 @@ def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, d
     return None
 
 
-def trained_weights(run: "Run") -> dict[str, torch.Tensor]:
-    """Those of its LanguageModel at the end of its training. RuntimeError where they are missing."""
-    found = newest_whole(run.directory, console.print)
-    if not found or found[1]["seen"]["tokens_seen"] != read_record(run).get("train_tokens"):
+def trained_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The state dict of the run's LanguageModel at the end of its training. RuntimeError if it is missing."""
+    newest = newest_whole(run.directory, console.print)
+    if not newest or newest[1]["seen"]["tokens_seen"] != run.record().get("train_tokens"):
         raise RuntimeError(f"its last checkpoint is missing or damaged; delete {run.directory} to train it again")
-    return found[1]["state_dict"]
+    return newest[1]["state_dict"]
 
 
 def _digest(content: BinaryIO) -> str:
@@ -70,12 +66,12 @@ def _digest(content: BinaryIO) -> str:
 
 
 class DurableCheckpoints(TorchCheckpointIO):
-    """How a Trainer writes them; `path` is one of `checkpoint_path`. OSError where that can't be."""
+    """Writes a Trainer's checkpoints, to a path from `checkpoint_path`. OSError if that fails."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        content = io.BytesIO()  # torch's own writing to a full disk can end the process
+        content = io.BytesIO()  # if torch itself writes to a full disk, the process can end
         torch.save(checkpoint, content)
         path, digest = Path(path), _digest(content)
         write_atomic(path.with_name(f"{path.stem}-{digest}.ckpt"), content.getbuffer())
-        for old in [*checkpoints(path.parent.parent)[KEPT:], *path.parent.glob("*.tmp")]:  # left by a kill
+        for old in [*checkpoints(path.parent.parent)[KEPT:], *path.parent.glob("*.tmp")]:  # a kill leaves .tmp files
             old.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
 """Text to train on, read the same way on every machine.
 
-Two results may stand in one figure only if their models saw the same text, split in the same way. So a corpus is put
-together from names relative to its own root, never from absolute paths, and carries a fingerprint of names, texts and
-split that goes into every record. The default, `stdlib`, is the source of the running Python's standard library: real
-text that is on every machine (another Python version is another corpus, and its fingerprint says so). `environment` is
-the Python source and the texts of the packages installed beside this one: some hundreds of MB.
+Two results may stand in one figure only if their models saw the same text, split in the same way. So documents have
+names relative to the corpus's root, never absolute paths, and a fingerprint of names, texts and split goes into every
+record. The default, `stdlib`, is the source of the running Python's standard library: real text that is on every
+machine (another Python version is another corpus with another fingerprint). `environment` is the Python source and the
+texts of all installed packages: some hundreds of MB.
 
     load_corpus("stdlib")
     load_corpus(files=["texts/**/*.txt", "more.jsonl"], relative_to=[Path("studies"), Path.cwd()])
@@ -47,21 +47,21 @@ class Corpus:
 
 
 def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to: Sequence[Path] = ()) -> Corpus:
-    """The corpus `name` ("stdlib", "environment"), or the one made of `files`; InputError says what a user has to mend.
+    """The corpus `name` ("stdlib", "environment"), or the one made of `files`; InputError says what to change.
 
     `files` are paths or glob patterns (`**` for any depth), absolute or relative to the first folder of `relative_to`
     (default: the current one) in which they match. `.jsonl` holds a document a line in the field "text", `.parquet` a
     document a row in the column "text"; every other file is one document of UTF-8 text. A document is named by its path
     below the folder that all files share (`path#index` in .jsonl and .parquet); documents without text are left out.
 
-    Split: documents are held out for validation in the order of a hash of their names, until they have 5 % of the text;
-    one that alone has more than that is always trained on. With fewer than 20 documents, or where that leaves less than
-    5 %, the last tenth of every document is held out instead, cut at a line end if one is near: one file is enough.
+    Split: documents are held out for validation in the order of a hash of their names, until they have 5 % of the text.
+    A document that has more than 5 % by itself is always trained on. With fewer than 20 documents, or where less than
+    5 % can be held out so, the last tenth of every document is held out instead, cut at a line end if one is near.
     """
     files = [files] if isinstance(files, str) else list(files)
     if (name is None) == (not files):
-        given = "both" if files else "neither"
-        raise InputError(f"corpus: give either a name ({NAMES}) or files (a list of patterns), {given} was given")
+        number = "both" if files else "neither"
+        raise InputError(f"corpus: give either a name ({NAMES}) or files (a list of patterns), {number} was given")
     if name is not None and name not in NAMED:
         raise InputError(f"corpus: unknown name {name!r}; allowed are {NAMES}, or give files instead of a name")
     documents = NAMED[name]() if name else _from_files(files, list(relative_to) or [Path.cwd()])
@@ -71,12 +71,12 @@ def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to:
         raise InputError(f"corpus: empty, there is no text to train on ({where}); give files with text in them")
 
     digest, size = hashlib.sha256(), 0
-    for part, held in split.items():
-        for document in held:
+    for part, documents in split.items():
+        for document in documents:
             data = document.text.encode()
             digest.update(f"{part}\0{len(data)}\0".encode() + os.fsencode(document.name) + b"\0" + data)
             size += len(data)
-    texts = {part: [document.text for document in held] for part, held in split.items()}
+    texts = {part: [document.text for document in documents] for part, documents in split.items()}
     return Corpus(name or "files", texts["train"], texts["val"], size, digest.hexdigest()[:16])
 
 
@@ -194,7 +194,9 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise InputError(f"corpus: {path} needs pyarrow to be read; install the hf extra: uv sync --extra hf") from None
+        raise InputError(
+            f"corpus: reading {path} needs pyarrow; install the data extra: uv sync --extra data"
+        ) from None
     try:
         table = parquet.ParquetFile(path)
         if "text" not in table.schema_arrow.names:
@@ -212,13 +214,13 @@ def _parquet_texts(path: Path) -> Iterator[str]:
 
 
 def _split(documents: Sequence[Document]) -> dict[str, list[Document]]:
-    wanted = VAL_SHARE * sum(len(document.text) for document in documents)
+    enough = VAL_SHARE * sum(len(document.text) for document in documents)
     val, held_out = set(), 0
     for document in sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest()):
-        if held_out < wanted and len(document.text) <= wanted:
+        if held_out < enough and len(document.text) <= enough:
             val.add(document.name)
             held_out += len(document.text)
-    if len(documents) >= MIN_DOCUMENTS and held_out >= wanted:
+    if len(documents) >= MIN_DOCUMENTS and held_out >= enough:
         return {
             "train": [document for document in documents if document.name not in val],
             "val": [document for document in documents if document.name in val],

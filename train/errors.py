@@ -4,13 +4,13 @@ import signal
 
 
 class InputError(ValueError):
-    """What a user can mend; its text is one line: what was wrong, what is allowed, what to do."""
+    """An error that a user can correct. Its text is one line: what was wrong, what is allowed, what to do."""
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM came, and what is worth keeping has been written. `signum` is the signal.
+    """Ctrl-C or SIGTERM (`signum`) came, and a checkpoint has been written.
 
-    No Exception, so that nothing on the way takes it for a fault and goes on.
+    It is not an Exception, so that no handler of faults catches it.
     """
 
     def __init__(self, signum: int):
@@ -19,7 +19,7 @@ class Interrupted(BaseException):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """A GPU's, and what torch and Python say where the system gives a CPU none."""
-    said = "out of memory", "ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory", "not enough memory"
+    """True if the error says that a GPU or the system had no memory left."""
+    texts = "out of memory", "ALLOC_FAILED", "can't allocate memory", "Cannot allocate memory", "not enough memory"
     kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return kind or any(text in str(error) for text in said)
+    return kind or any(text in str(error) for text in texts)

@@ -1,27 +1,19 @@
-"""Files that are there whole or not at all, and the records in them."""
+"""Atomic files, JSON in them, and locks that processes on one machine respect."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-PACKAGES = "kvfrontier", "torch", "lightning", "tiktoken", "tokenizers", "numpy"
-
-if TYPE_CHECKING:
-    import torch
-
-    from train.plan import Run
-
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Beside its place, flushed to the disk and renamed. OSError, and nothing of it left, where that can't be.
+    """Writes a temporary file in the same folder, flushes it to the disk and renames it to `path`.
 
-    Processes that write the same file at once do not disturb each other; the last one stands.
+    A reader therefore sees the old content or the new, never a part. OSError if that fails; no temporary file is left.
+    When processes write the same file at the same time, the last rename wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -38,7 +30,7 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """So that a rename in it outlasts a loss of power; not all systems can."""
+    """Flushes a folder, so that a rename in it survives a loss of power, on systems that can do that."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -52,7 +44,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file; {} where there is no such file or no whole one."""
+    """The JSON object in a file; {} if the file does not exist, is cut short or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -61,7 +53,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines; [] without a file. Lines torn or filled by a kill are left out."""
+    """The objects with a whole number of `tokens` in a file of JSON lines; [] without a file.
+
+    Lines that a kill has cut short or filled with zeros are left out.
+    """
     rows = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -70,26 +65,11 @@ def read_rows(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("tokens"), int)]
 
 
-def read_record(run: "Run") -> dict:
-    """A run's record, {} unless it was made by this very run (by its key)."""
-    record = read_json(run.directory / "record.json")
-    return record if record.get("key") == run.key else {}
-
-
-def is_finished(run: "Run") -> bool:
-    """Whether it is trained, or has shown that its learning rate is too high where that was to be found out."""
-    record = read_record(run)
-    return "train" in record or (run.tunes and record.get("diverged", False))
-
-
-def is_evaluated(run: "Run") -> bool:
-    return read_record(run).get("eval_key") == run.eval_key
-
-
 def lock(directory: Path, wait: float = 0.5) -> FileLock:
-    """Who trains a run, or evaluates, holds it until the process ends; Timeout where another does for `wait` seconds.
+    """The lock that a process holds while it works on `directory`; use it as a context.
 
-    -1 is for ever. `is_locked` may hold it for an instant.
+    Entering it raises filelock's Timeout if another process holds it for `wait` seconds (-1: waits forever). The system
+    frees it when its process ends. The default is long enough for `is_locked`, which takes the lock for an instant.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(lock_path(directory), timeout=wait)
@@ -100,7 +80,7 @@ def lock_path(directory: Path) -> Path:
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a process is at work on a run."""
+    """True if a process is at work on `directory`."""
     if not lock_path(directory).exists():
         return False
     try:
@@ -108,32 +88,3 @@ def is_locked(directory: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def device_name(device: "torch.device") -> str:
-    """The model name of a GPU or of this machine's CPU."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as f:
-        return next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
-    return device.type
-
-
-def describe_machine() -> dict:
-    """{machine, versions}: what a measurement was made on and with."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {
-        "device": device_name(torch.device("cuda" if cuda else "cpu")),
-        "cpu": device_name(torch.device("cpu")),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"machine": machine, "versions": versions}

@@ -1,9 +1,10 @@
-"""Multi-query associative recall, a task that isolates what attention's memory is for (Zoology, arXiv 2312.04927,
+"""Multi-query associative recall, a task that isolates attention's use of its memory (Zoology, arXiv 2312.04927,
 section 4 and its appendix on synthetic data).
 
 A sequence begins with key-value pairs, all keys different: k1 v1 k2 v2 ... Then each key comes once more, in a random
-order at places that crowd towards the beginning, and the model must say its value there; nothing is predicted anywhere
-else. Between the queries stands a blank: with a small vocabulary, random tokens, as the paper has there, would be keys.
+order at places that crowd towards the beginning, and the model must predict its value there; nothing is predicted
+anywhere else. A blank stands between the queries: the paper has random tokens there, but with a small vocabulary these
+would be keys.
 """
 
 import hashlib
@@ -18,13 +19,16 @@ from torch.utils.data import Dataset
 from train.batches import IGNORED
 from train.errors import InputError
 
-FORMAT = 2  # raised when the same settings give other sequences
+FORMAT = 2  # to be raised when the same settings give other sequences
 BLANK = 0
 CROWDING = 0.01  # exponent of the power law of a query's distance from the pairs
 
 
 class RecallTask:
-    """Sequences generated when they are asked for; keys are the lower half of the vocabulary, values the upper half."""
+    """Generates sequences; keys are the lower half of the vocabulary, values the upper half. It is TrainingData
+    (train/data.py)."""
+
+    tokenizer = None
 
     def __init__(self, pairs: Sequence[int], vocab_size: int):
         most = (vocab_size - 2) // 2
@@ -34,15 +38,15 @@ class RecallTask:
                 f"half of tokenizer.vocab_size={vocab_size} are keys"
             )
         self.pairs, self.n_vocab = sorted(pairs), vocab_size
-        self.token_bytes = ((vocab_size - 1).bit_length() + 7) // 8
+        self.token_bytes = np.full(vocab_size, ((vocab_size - 1).bit_length() + 7) // 8)
         self.token_kinds = np.zeros(vocab_size, dtype=np.uint8)  # no token is special
 
     @property
     def facts(self) -> dict:
-        """results.json's "corpus": there is no text, and there are as many tokens as are trained on."""
+        """The "corpus" of results.json: there is no text, and there are as many tokens as are trained on."""
         settings = {"task": "mqar", "format": FORMAT, "pairs": self.pairs, "vocab_size": self.n_vocab}
         fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        counts = {"bytes": 0, "train_tokens": 0, "val_tokens": 0, "bytes_per_token": self.token_bytes}
+        counts = {"bytes": 0, "train_tokens": 0, "val_tokens": 0, "bytes_per_token": int(self.token_bytes[0])}
         return {"name": "mqar", "fingerprint": fingerprint, "generated": True, "pairs": self.pairs, **counts}
 
     def check(self, context: int) -> None:
@@ -60,12 +64,17 @@ class RecallTask:
         sequences = -(-max(1, limit // context) // len(self.pairs)) * len(self.pairs)
         return RecallBatches(self, context, batch_size, 0, sequences)
 
+    def spread(self, sequences: int, available: int) -> range:
+        """Numbers of the first held-out sequences: about `sequences`, with each number of pairs equally often."""
+        turns = len(self.pairs)
+        return range(min(available, -(-sequences // turns) * turns))
+
 
 class RecallBatches(Dataset):
-    """Item k is (inputs, targets), both (batch_size, context) int64, targets IGNORED but at the queries.
+    """Item k is (inputs, targets), both int64 (batch_size, context); targets are IGNORED except at the queries.
 
-    With `sequences` they are held-out ones, there are so many, and the bytes that the targets stand for are a third
-    entry. Sequence n has the n-th number of pairs, round and round, and depends on (seed, n) alone.
+    With `sequences` these are held-out sequences, their number is `sequences`, and the bytes that the targets stand for
+    are a third entry. Sequence n has the n-th number of pairs, counted in a circle, and depends on (seed, n) alone.
     """
 
     def __init__(self, task: RecallTask, context: int, batch_size: int, seed: int, sequences: int | None = None):
@@ -84,7 +93,7 @@ class RecallBatches(Dataset):
         inputs, targets = map(torch.stack, zip(*(self._sequence(n) for n in range(first, last)), strict=True))
         if self.sequences is None:
             return inputs, targets
-        return inputs, targets, int((targets != IGNORED).sum()) * self.task.token_bytes
+        return inputs, targets, int(self.task.token_bytes[targets[targets != IGNORED]].sum())
 
     def _sequence(self, n: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((self.sequences is not None, self.seed, n))

@@ -1,7 +1,7 @@
-"""What a study asks for: its variants, complete and matched, and their runs.
+"""What a study asks for, and how much of it is done.
 
-Lists in a variant become a family of variants, sizes multiply them, and each has a learning rate, given or tuned.
-Whatever decides a run's weights is hashed into its key: a run is done when a record with its key is there, and a
+A `Plan` knows the study, the data and the directory; a `Snapshot` is one look at the records in that directory. A run
+is done when a record with its key is there. Everything that determines a run's weights is hashed into its key, so a
 changed study value retrains exactly the runs whose key it changes.
 """
 
@@ -9,442 +9,305 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from archs import VARIANTS
-from archs.grouped import Grouped
-from archs.techniques import from_settings
-from archs.techniques.dmc import DMC
+from archs.techniques import Technique, from_settings
 from train.errors import InputError
-from train.files import is_finished, read_json, read_record
-from train.matching import FREE, RULES, matched, on_meta
-from train.mqar import RecallTask
-from train.study import Study, TrainConfig, check_label, combinations, variant_label
-from train.tokens import TokenSet
-from train.tuning import at_edge, best_rate, next_rate, tuning_seed
+from train.files import read_json, write_json
+from train.machine import find_device, resolve_dtype, resolve_precision
+from train.run import Run
+from train.store import PLAN
+from train.study import Study, TrainConfig
+from train.tuning import at_edge, best_rate, next_rate, tried_rates, tuning_seed
+from train.variants import Variant, on_meta, resolve_variants
 
-STRATEGIES = "auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "fsdp_cpu_offload"
-MEASURES = Path(__file__).resolve().parent.parent / "eval"
+if TYPE_CHECKING:
+    from train.data import TrainingData
 
-
-@dataclass(frozen=True)
-class Variant:
-    """`build(arch, **options)` makes the model: the options are complete."""
-
-    label: str
-    family: str  # the study's label for it, without what its lists and the sizes add
-    size: str  # empty where the study has no sizes
-    baseline: str  # the label of the first variant of its size, which it is matched to and compared with
-    arch: str
-    options: dict[str, Any]
-    params: int
-    tokens: int  # training budget
-
-    @property
-    def work(self) -> int:
-        """Of a run, in the unit of a study's progress."""
-        return self.params * self.tokens
-
-
-@dataclass(frozen=True)
-class Run:
-    """One variant with one seed and one learning rate."""
-
-    variant: Variant
-    seed: int
-    lr: float
-    precision: str
-    match: str
-    corpus_fingerprint: str
-    tokenizer: dict
-    tuning: dict | None  # {seed, at_edge, rates: [{lr, val_bpb}]}: how the rate was found; None where it was given
-    key: str  # of what decides the trained weights
-    eval_key: str  # of that and of what is measured
-    directory: Path
-    name: str
-    tunes: bool = False  # a learning rate
-    of: "Run | None" = None  # what it goes on from, so that its cache merges
-    dmc: DMC | None = None  # as this says
-
-    @property
-    def compared(self) -> bool:
-        """Whether it is one of those that the study is about, and is evaluated."""
-        return not (self.tunes or self.dmc)
-
-    def settings(self) -> dict:
-        """What a record says of the run before anything is measured."""
-        names = "seed", "match", "precision", "corpus_fingerprint", "tokenizer", "tuning", "key"
-        facts = {name: value for name, value in vars(self.variant).items() if name != "tokens"}
-        return facts | {name: getattr(self, name) for name in names}
+# Settings that do not determine a run's result: how its rate is found, its checkpoints, and the devices (which share
+# one batch).
+NOT_IN_KEY = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_seconds", "checkpoint_steps"
+# Keys of config.json that follow from others or only name the run.
+DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match"}
 
 
 class Plan:
-    """The runs of a study in `directory`. InputError for a shape or a budget that cannot be.
+    """The runs of a study in `directory`. InputError for a shape that cannot be or a corpus that is too small.
 
-    Which runs there are depends, where rates are tuned, on the records that tuning runs have left so far.
+    study_file: what the study's paths are relative to; its name is the study's. measures: the names of what a run is
+    evaluated by; a new one is measured for every run.
     """
 
-    def __init__(self, study: Study, data: TokenSet | RecallTask, directory: Path):
-        self.study, self.data, self.directory = study, data, directory
-        self.variants = resolve_variants(study, data.n_vocab)
-        tuned = {"train.tuning_tokens": study.train.tuning_tokens or study.train.batch_tokens}
-        wanted = [s for s in study.eval.technique_settings() if s["technique"] == "dmc"]
-        self.retrofitted = [from_settings(settings, 1)[0] for settings in wanted]
-        shortest = {"train.tokens": min(variant.tokens for variant in self.variants)}
-        if self.retrofitted:
-            shortest["eval.techniques: dmc: train_tokens"] = min(dmc.train_tokens for dmc in self.retrofitted)
-        _check_budget(study, data, tuned | shortest)
-        self.rates = study.train.lr if isinstance(study.train.lr, list) else None
-        self._tuning: dict[tuple[str, float], Run] = {}  # made once: with each run that ends all are asked for again
-
-    def runs(self) -> list[Run]:
-        """The runs to compare, seeds within variants, of all variants whose learning rate is known."""
-        runs = [self.run(variant, seed) for variant in self.variants for seed in self.study.seeds]
-        return [run for run in runs if run is not None]
-
-    def tuning_runs(self) -> list[Run]:
-        """The tuning runs that are done or next, rates within variants."""
-        return [self._tuning_run(variant, rate) for variant in self.variants for rate in self._rates(variant)]
-
-    def retrofits(self, run: Run) -> list[Run]:
-        """What goes on from a run to be evaluated with it, for each DMC technique of the study."""
-        if not issubclass(VARIANTS[run.variant.arch], Grouped):
-            return []
-        return [self._retrofit(run, dmc) for dmc in self.retrofitted]
-
-    def known_runs(self) -> list[Run]:
-        """All that can be named so far."""
-        runs = self.runs()
-        return [*self.tuning_runs(), *runs, *(retrofit for run in runs for retrofit in self.retrofits(run))]
-
-    def ready(self) -> list[Run]:
-        """What can be trained now and is not: rates first, then a whole seed after the other, so that a study that is
-        stopped has complete pairs. More may follow as records appear."""
-        seeds = [self.run(variant, seed) for seed in self.study.seeds for variant in self.variants]
-        runs = [run for run in seeds if run is not None]
-        retrofits = [retrofit for run in runs if is_finished(run) for retrofit in self.retrofits(run)]
-        return [run for run in [*self.tuning_runs(), *runs, *retrofits] if not is_finished(run)]
-
-    def left(self) -> list[Variant]:
-        """The variant of each run that is still to train, as far as can be said before the rates are known."""
-        rates = [self._short(v) for v in self.variants for rate in self.rates or () if rate not in self._losses(v)]
-        runs = [(v, self.run(v, seed)) for v in self.variants for seed in self.study.seeds]
-        further = [retrofit for _, run in runs if run is not None for retrofit in self.retrofits(run)]
-        return [
-            *rates,
-            *(v for v, run in runs if run is None or not is_finished(run)),
-            *(retrofit.variant for retrofit in further if not is_finished(retrofit)),
-        ]
-
-    def failures(self) -> list[str]:
-        """A line for each run that failed, and for each variant without a learning rate."""
-        failed = [line for run in self.known_runs() if (line := failure(run))]
-        return failed + [
-            f"{variant.label}: no learning rate gave a finite loss; give lower ones in train.lr"
-            for variant in self.variants
-            if self.rates and self._next_rate(variant) is None and self._tuned(variant) is None
-        ]
-
-    def run(self, variant: Variant, seed: int) -> Run | None:
-        """None while the learning rate is not known."""
-        where = self.directory / "runs" / variant.label / f"seed-{seed}"
-        name = f"{variant.label} seed {seed}"
-        if self.rates is None:
-            return self._run(variant, seed, self.study.train.lr, None, where, name)
-        lr = self._tuned(variant)
-        if lr is None:
-            return None
-        losses = self._losses(variant)
-        rates = [{"lr": lr, "val_bpb": loss if math.isfinite(loss) else None} for lr, loss in sorted(losses.items())]
-        tuning = {"seed": tuning_seed(self.study.seeds), "at_edge": at_edge(losses), "rates": rates}
-        if self.study.train.tuning_tokens:
-            tuning["tokens"] = self.study.train.tuning_tokens
-        return self._run(variant, seed, lr, tuning, where, name)
-
-    # Tuning
-
-    def _short(self, variant: Variant) -> Variant:
-        """As it is trained to try a rate."""
-        return dataclasses.replace(variant, tokens=self.study.train.tuning_tokens or variant.tokens)
-
-    def _tuning_run(self, variant: Variant, rate: float) -> Run:
-        if (variant.label, rate) in self._tuning:
-            return self._tuning[variant.label, rate]
-        where = self.directory / "tuning" / variant.label / f"lr-{rate!r}"
-        name = f"{variant.label} lr {rate:g}"
-        seed, short = tuning_seed(self.study.seeds), self._short(variant)
-        self._tuning[variant.label, rate] = run = self._run(short, seed, rate, None, where, name, tunes=True)
-        return run
-
-    def _losses(self, variant: Variant) -> dict[float, float]:
-        """Validation loss at the end of training for each rate that was tried; infinite where it diverged."""
-        losses: dict[float, float] = {}
-        for rate in self._candidates(variant, losses):
-            record = read_record(self._tuning_run(variant, rate))
-            if "train" in record:
-                losses[rate] = record["curve"][-1]["val_bpb"]
-            elif record.get("diverged"):
-                losses[rate] = math.inf
-        return losses
-
-    def _candidates(self, variant: Variant, losses: dict[float, float]) -> Iterator[float]:
-        """The given rates, then those that widen them as far as `losses`, which the caller fills meanwhile, goes."""
-        yield from self.rates
-        while (rate := next_rate(self.rates, losses)) is not None:
-            yield rate
-            if rate not in losses:
-                return
-
-    def _rates(self, variant: Variant) -> list[float]:
-        if self.rates is None:
-            return []
-        losses = self._losses(variant)
-        further = next_rate(self.rates, losses)
-        return [*dict.fromkeys([*self.rates, *losses, *([] if further is None else [further])])]
-
-    def _next_rate(self, variant: Variant) -> float | None:
-        return None if self.rates is None else next_rate(self.rates, self._losses(variant))
-
-    def _tuned(self, variant: Variant) -> float | None:
-        return None if self._next_rate(variant) is not None else best_rate(self._losses(variant))
-
-    def _retrofit(self, run: Run, dmc: DMC) -> Run:
-        shape = f"dmc-{dmc.budget:g}-tokens-{dmc.train_tokens}-lr-{dmc.lr!r}"
-        return dataclasses.replace(
-            run,
-            variant=dataclasses.replace(run.variant, tokens=dmc.train_tokens),
-            lr=dmc.lr,
-            tuning=None,
-            key=content_key([run.key, dataclasses.asdict(dmc)]),
-            directory=self.directory / "retrofits" / run.variant.label / f"seed-{run.seed}" / shape,
-            name=f"{run.name} {shape}",
-            of=run,
-            dmc=dmc,
-        )
-
-    # Keys
-
-    def _run(
+    def __init__(
         self,
-        variant: Variant,
-        seed: int,
-        lr: float,
-        tuning: dict | None,
+        study: Study,
+        data: "TrainingData",
         directory: Path,
-        name: str,
-        tunes: bool = False,
-    ) -> Run:
-        study, fingerprint = self.study, self.data.facts["fingerprint"]
-        tokenizer = dataclasses.asdict(study.tokenizer)
-        train = result_settings(study.train) | {"precision": self._precision, "lr": lr, "tokens": variant.tokens}
-        decides = {
+        study_file: Path = Path("study.yaml"),
+        measures: Sequence[str] = (),
+    ):
+        self.study, self.data, self.directory, self.study_file = study, data, directory, study_file
+        self.variants = resolve_variants(study, data.n_vocab, study_file.parent)
+        data.check(study.model["context"])
+        self.rates = study.train.lr if isinstance(study.train.lr, list) else None
+        train = {key: value for key, value in study.train.model_dump().items() if key not in NOT_IN_KEY}
+        self._train_settings = train | {"precision": resolve_precision(study.train.precision)}
+        evaluation = study.eval.model_dump() | {"level": None}  # of intervals: no measure depends on it
+        self.evaluation = [evaluation, sorted(measures), resolve_dtype(study.eval.dtype), find_device().type]
+
+    @property
+    def name(self) -> str:
+        return self.study_file.stem
+
+    def look(self) -> "Snapshot":
+        """The plan's runs as the disk shows them now."""
+        return Snapshot(self)
+
+    def save(self) -> None:
+        """Writes plan.json, from which `kvfrontier status` and workers read the study. InputError if that fails."""
+        look, runs = self.look(), []
+        for run in look.known_runs:
+            because = self.stale_because(run)
+            runs.append(
+                {
+                    "name": run.name,
+                    "directory": run.directory.relative_to(self.directory).as_posix(),
+                    "key": run.key,
+                    "eval_key": look.eval_key(run) if run.kind == "compared" else None,
+                    "steps": step_counts(run.variant.tokens, self.study.train)[0],
+                }
+                | ({"stale": because} if because else {})
+            )
+        waiting = [{"name": run_name(variant, seed)} for variant in look.untuned for seed in self.study.seeds]
+        content = {
+            "study": self.name,
+            "study_file": str(self.study_file.resolve()),
+            "settings": self.study.settings(),
+            "runs": runs + waiting,
+        }
+        try:
+            write_json(self.directory / PLAN, content)
+        except OSError as e:
+            raise InputError(
+                f"cannot write to {self.directory}: {e.strerror}; choose another place with --out"
+            ) from None
+
+    # Runs
+
+    def compared_run(self, variant: Variant, seed: int, lr: float, tuning: dict | None) -> Run:
+        """`tuning`: how the rate was found, {seed, at_edge, rates: [{lr, val_bpb}]}; None if the study gives it."""
+        directory = self.directory / "runs" / variant.label / f"seed-{seed}"
+        settings = self._run_settings(variant, seed, lr, tuning)
+        return Run("compared", variant, seed, lr, settings, directory, run_name(variant, seed))
+
+    def tuning_run(self, variant: Variant, lr: float) -> Run:
+        variant = dataclasses.replace(variant, tokens=self.study.train.tuning_tokens or variant.tokens)
+        directory = self.directory / "tuning" / variant.label / f"lr-{lr!r}"
+        seed = tuning_seed(self.study.seeds)
+        settings = self._run_settings(variant, seed, lr, None)
+        return Run("tuning", variant, seed, lr, settings, directory, f"{variant.label} lr {lr:g}")
+
+    def _run_settings(self, variant: Variant, seed: int, lr: float, tuning: dict | None) -> dict:
+        fingerprint, tokenizer = self.data.facts["fingerprint"], self.study.tokenizer.model_dump()
+        determines = {
             "arch": variant.arch,
             "options": variant.options,
             "seed": seed,
             "corpus": fingerprint,
             "tokenizer": tokenizer,
-            "train": train,
+            "train": self._train_settings | {"lr": lr, "tokens": variant.tokens},
         }
-        facts = {"match": study.match, "corpus_fingerprint": fingerprint, "tokenizer": tokenizer, "tuning": tuning}
-        where = {"directory": directory, "name": name, "tunes": tunes}
-        run = Run(variant, seed, lr, self._precision, **facts, key=content_key(decides), eval_key="", **where)
-        evaluated = dataclasses.asdict(study.eval) | {"level": None}  # of intervals: nothing is measured with it
-        measures = sorted(path.stem for path in MEASURES.glob("*.py"))  # a new one is new to every run
-        eval_key = [run.settings(), evaluated, measures, self._dtype, find_device().type]
-        if not tunes and (failed := [r.key for r in self.retrofits(run) if "failed" in read_record(r)]):
-            eval_key.append(failed)  # evaluated without them, until they are trained
-        return dataclasses.replace(run, eval_key=content_key(eval_key))
+        if variant.source:  # the place of its file does not determine the weights
+            determines |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
+        return variant.facts() | {
+            "seed": seed,
+            "match": self.study.match,
+            "precision": self._train_settings["precision"],
+            "corpus_fingerprint": fingerprint,
+            "tokenizer": tokenizer,
+            "tuning": tuning,
+            "key": content_key(determines),
+        }
+
+    def retrofits(self, run: Run) -> list[Run]:
+        """The runs that train `run` further, one for each technique of the study that needs it and can act on its
+        model."""
+        retrofits = []
+        for name, technique in self._trained_techniques[run.variant.label]:
+            shape = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
+            key = content_key([run.key, technique.model_dump()])
+            variant = dataclasses.replace(run.variant, tokens=technique.train_tokens)
+            settings = run.settings | {"tuning": None, "key": key}
+            where = self.directory / "retrofits" / variant.label / f"seed-{run.seed}" / shape, f"{run.name} {shape}"
+            retrofits.append(Run("retrofit", variant, run.seed, technique.lr, settings, *where, run, technique))
+        return retrofits
 
     @cached_property
-    def _precision(self) -> str:
-        return resolve_precision(self.study.train.precision)
+    def _trained_techniques(self) -> dict[str, list[tuple[str, Technique]]]:
+        """By the label of each variant: (name, technique) of those that its models are trained further for."""
+        prompt, trained = max(1, self.study.model["context"] // 2), []
+        for settings in self.study.eval.technique_settings():
+            technique, _ = from_settings(settings, prompt)
+            if technique.trains:
+                trained.append((settings["technique"], technique))
+        return {variant.label: [each for each in trained if acts_on(each[1], variant)] for variant in self.variants}
+
+    # config.json
+
+    def config(self, run: Run) -> dict:
+        """The content of a run's config.json: what determines its result, and its names."""
+        train = self._train_settings | {"lr": run.lr, "tokens": run.variant.tokens}
+        config = run.settings | {"train": train, "corpus": self.data.facts}
+        if run.technique:
+            config["retrofit"] = run.technique.model_dump() | {"of": run.parent.key, "is_full": run.technique.is_full}
+        return config
+
+    def stale_because(self, run: Run) -> str:
+        """The settings that differ from those in the run's directory, as `train.lr was 0.001, is 0.002`; empty where
+        the directory is empty or up to date."""
+        old, new = read_json(run.directory / "config.json"), json.loads(json.dumps(self.config(run)))
+        if not old or old.get("key") == run.key:
+            return ""
+        before, after = (_flat({k: v for k, v in config.items() if k not in DERIVED}) for config in (old, new))
+        changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        lines = (f"{name} was {before.get(name)}, is {after.get(name)}" for name in changed)
+        return "; ".join(lines) or "the format changed"
+
+
+class Snapshot:
+    """The runs of a plan at one moment. Each record is read once, when it is first asked for.
+
+    runs: those to compare, seeds within variants, of all variants whose learning rate is known. tuning_runs: those that
+    are done or can be done now, rates within variants. untuned: variants whose rate is not known.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self._records: dict[Path, dict] = {}
+        self.runs: list[Run] = []
+        self.tuning_runs: list[Run] = []
+        self.untuned: list[Variant] = []
+        self._without_rate: list[Variant] = []  # those of `untuned` for which no rate is left to try
+        for variant in plan.variants:
+            lr, tuning = (plan.study.train.lr, None) if plan.rates is None else self._tune(variant)
+            if lr is None:
+                self.untuned.append(variant)
+            else:
+                self.runs += [plan.compared_run(variant, seed, lr, tuning) for seed in plan.study.seeds]
+
+    def _tune(self, variant: Variant) -> tuple[float | None, dict | None]:
+        """(learning rate, how it was found), as far as it is known, and adds the variant's tuning runs."""
+        plan = self.plan
+        losses = tried_rates(plan.rates, lambda lr: self._tuning_loss(plan.tuning_run(variant, lr)))
+        further = next_rate(plan.rates, losses)
+        rates = dict.fromkeys([*plan.rates, *losses, *([] if further is None else [further])])
+        self.tuning_runs += [plan.tuning_run(variant, lr) for lr in rates]
+        best = best_rate(losses)
+        if further is None and best is None:
+            self._without_rate.append(variant)
+        if further is not None or best is None:
+            return None, None
+        curve = [{"lr": lr, "val_bpb": loss if math.isfinite(loss) else None} for lr, loss in sorted(losses.items())]
+        tuning = {"seed": tuning_seed(plan.study.seeds), "at_edge": at_edge(losses), "rates": curve}
+        if plan.study.train.tuning_tokens:
+            tuning["tokens"] = plan.study.train.tuning_tokens
+        return best, tuning
+
+    def _tuning_loss(self, run: Run) -> float | None:
+        """Bits per byte at the end of training, infinite where it diverged; None where that is not known."""
+        record = self.record(run)
+        if "train" in record:
+            return record["curve"][-1]["val_bpb"]
+        return math.inf if record.get("diverged") else None
+
+    def record(self, run: Run) -> dict:
+        """The run's record, as `Run.record` reads it."""
+        if run.directory not in self._records:
+            self._records[run.directory] = run.record()
+        return self._records[run.directory]
+
+    def is_finished(self, run: Run) -> bool:
+        return run.is_finished(self.record(run))
 
     @cached_property
-    def _dtype(self) -> str:
-        return resolve_dtype(self.study.eval.dtype)
+    def retrofits(self) -> list[Run]:
+        return [retrofit for run in self.runs for retrofit in self.plan.retrofits(run)]
+
+    @property
+    def known_runs(self) -> list[Run]:
+        """All runs that have a name so far."""
+        return [*self.tuning_runs, *self.runs, *self.retrofits]
+
+    @cached_property
+    def ready(self) -> list[Run]:
+        """The runs that can be trained now and are not: first those that try rates, then a whole seed after the other,
+        so that a study that is stopped has complete pairs. More may follow as records appear."""
+        runs = sorted(self.runs, key=lambda run: self.plan.study.seeds.index(run.seed))
+        retrofits = [r for run in runs if self.is_finished(run) for r in self.plan.retrofits(run)]
+        return [run for run in [*self.tuning_runs, *runs, *retrofits] if not self.is_finished(run)]
+
+    @cached_property
+    def left(self) -> list[Variant]:
+        """The variant of each run that is still to train, as far as that is known before all rates are."""
+        unfinished = [run.variant for run in self.known_runs if not self.is_finished(run)]
+        return unfinished + [variant for variant in self.untuned for _ in self.plan.study.seeds]
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each run that failed, and for each variant without a learning rate."""
+        failed = [line for run in self.known_runs if (line := run.failure(self.record(run)))]
+        no_rate = "no learning rate gave a finite loss; give lower ones in train.lr"
+        return failed + [f"{variant.label}: {no_rate}" for variant in self._without_rate]
+
+    # Evaluation
+
+    def eval_key(self, run: Run) -> str:
+        """Hash of everything that determines the measured part of the run's record.
+
+        A run is evaluated without the retrofits that failed, and again when these are trained: they are part of it.
+        """
+        failed = [retrofit.key for retrofit in self.plan.retrofits(run) if "failed" in self.record(retrofit)]
+        return content_key([run.settings, *self.plan.evaluation, *([failed] if failed else [])])
+
+    def is_evaluated(self, run: Run) -> bool:
+        return self.record(run).get("eval_key") == self.eval_key(run)
+
+    def is_trained(self, run: Run) -> bool:
+        """True if the run and its retrofits are trained, except for retrofits that failed."""
+        retrofits = map(self.record, self.plan.retrofits(run))
+        return "train" in self.record(run) and all("train" in r or "failed" in r for r in retrofits)
+
+
+def run_name(variant: Variant, seed: int) -> str:
+    return f"{variant.label} seed {seed}"
+
+
+def acts_on(technique: Technique, variant: Variant) -> bool:
+    """True if the technique can act on the variant's models."""
+    try:
+        technique.validate_model(on_meta(variant.arch, variant.options))
+    except ValueError:
+        return False
+    return True
 
 
 def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
-    """(optimizer steps, steps between validations): the budget rounded down so that the last step is validated."""
+    """(optimizer steps, steps between validations): the budget is rounded down so that the last step is validated."""
     steps = tokens // config.batch_tokens
     val_every = max(min(2, steps), steps // config.val_points)  # 2: a checkpoint can come between
     return steps // val_every * val_every, val_every
-
-
-def failure(run: Run) -> str | None:
-    """A line on a run that failed; a rate that is too high is no failure of tuning."""
-    record = read_record(run)
-    return f"{run.name} failed: {record['failed']}" if "failed" in record and not is_finished(run) else None
 
 
 def content_key(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def result_settings(config: TrainConfig) -> dict[str, Any]:
-    """Without how a rate is found, when checkpoints are written, and the devices, which share one batch."""
-    apart = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_seconds", "checkpoint_steps"
-    return {key: value for key, value in vars(config).items() if key not in apart}
-
-
-def settings(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> dict:
-    """config.json: what decides the run's result, and names it."""
-    train = result_settings(config) | {"lr": run.lr, "tokens": run.variant.tokens}
-    retrofit = {"retrofit": dataclasses.asdict(run.dmc) | {"of": run.of.key}} if run.dmc else {}
-    return run.settings() | {"train": train, "corpus": data.facts} | retrofit
-
-
-def stale_because(run: Run, config: TrainConfig, data: TokenSet | RecallTask) -> str:
-    """What of the run's settings is not as in its directory, as `train.lr was 0.001, is 0.002`; empty if all is."""
-    was, now = read_json(run.directory / "config.json"), json.loads(json.dumps(settings(run, config, data)))
-    if not was or was.get("key") == run.key:
-        return ""
-    apart = {"key", "tuning", "baseline", "family", "size", "params", "match"}  # follow from the rest, or only name it
-    before, after = (_flat({k: v for k, v in content.items() if k not in apart}) for content in (was, now))
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return "; ".join(f"{name} was {before.get(name)}, is {after.get(name)}" for name in changed) or "the format changed"
-
-
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
+    """{dotted path: value} of a nested mapping."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-# Variants
-
-
-def resolve_variants(study: Study, vocab_size: int) -> list[Variant]:
-    """Every variant of every size, with complete options, matched to the first of its size by the study's rule."""
-    resolved = []
-    for label, variant in _resolve(study, vocab_size):
-        check_label(label)
-        if isinstance(variant, ValueError):
-            arch = str(variant).partition(":")[0]  # build names it
-            raise InputError(f"variants: {'' if arch == label else f'{label}: '}{variant}")
-        if label in [other.label for other in resolved]:
-            raise InputError(f"label {label!r} stands twice in the study, when lists and sizes are written out")
-        resolved.append(variant)
-    return resolved
-
-
-def _resolve(study: Study, vocab_size: int) -> Iterator[tuple[str, Variant | ValueError]]:
-    """(label, variant), or why it cannot be, for every variant of every size."""
-    for size, name in zip(study.sizes or [{}], size_names(study), strict=True):
-        model = {"vocab_size": vocab_size, **study.model, **{k: v for k, v in size.items() if k != "tokens"}}
-        tokens = size.get("tokens", study.train.tokens)
-        baseline: Variant | None = None
-        for family, arch, label, own in expand(study):
-            label = f"{label}-{name}" if name else label
-            try:
-                if baseline and FREE[study.match] in own:
-                    free = FREE[study.match]
-                    raise ValueError(f"match: {study.match} sets {free}; leave it out here, or use match: none")
-                built = matched(study.match, arch, model | own, baseline and baseline.params)
-            except ValueError as e:
-                yield label, e
-                continue
-            options = dataclasses.asdict(built.options)
-            of = baseline.label if baseline else label
-            variant = Variant(label, family, name, of, arch, options, built.count_params(), tokens)
-            baseline = baseline or variant
-            yield label, variant
-
-
-def size_names(study: Study) -> list[str]:
-    """Width x layers, and where that is not enough what else they differ in; empty for a study without sizes."""
-    if not study.sizes:
-        return [""]
-    sizes = [{"tokens": study.train.tokens, **study.model, **size} for size in study.sizes]
-    names = [f"{size['width']}x{size['layers']}" for size in sizes]
-    if len(set(names)) < len(names):
-        others = dict.fromkeys(key for size in study.sizes for key in size if key not in ("width", "layers"))
-        differing = [key for key in others if len({str(size.get(key)) for size in sizes}) > 1]
-        names = ["-".join([n, *(f"{key}{s.get(key)}" for key in differing)]) for s, n in zip(sizes, names, strict=True)]
-    return names
-
-
-def matching_tables(study: Study, vocab_size: int) -> dict[str, list[dict]]:
-    """What each matching rule would make of the study's variants, and what that costs in FLOPs a training token."""
-    tables = {}
-    for rule in RULES:
-        rows = []
-        for label, variant in _resolve(dataclasses.replace(study, match=rule), vocab_size):
-            if isinstance(variant, ValueError):
-                rows.append({"label": label, "error": str(variant)})
-                continue
-            model, context = on_meta(variant.arch, variant.options), variant.options["context"]
-            widths = {name: variant.options[name] for name in ("ffn_width", "heads")}
-            flops = {
-                "train_flops_per_token": 3 * model.flops_per_token(context),
-                "score_flops_per_token": 3 * model.score_flops(context),
-            }
-            rows.append({"label": label, "size": variant.size} | widths | {"params": variant.params} | flops)
-        tables[rule] = rows
-    return tables
-
-
-def expand(study: Study) -> Iterator[tuple[str, str, str, dict]]:
-    """(family, arch, label, own options) of each variant, with every combination of the values in its lists.
-
-    Numbers make a family, a curve over bytes; other values (`swa`, `gret`) make families of their own.
-    """
-    for variant in study.variants:
-        name = variant_label(variant)
-        own = {key: value for key, value in variant.items() if key not in ("label", "arch")}
-        for chosen in combinations(own, f"variants: {name}"):
-            label = "-".join([name, *(str(value).lower() for value in chosen.values())])
-            kinds = [str(value).lower() for value in chosen.values() if type(value) not in (int, float)]
-            yield "-".join([name, *kinds]), variant["arch"], label, own | chosen
-
-
-def _check_budget(study: Study, data: TokenSet | RecallTask, budgets: dict[str, int]) -> None:
-    context, batch = study.model["context"], study.train.batch_tokens
-    if batch % context:
-        raise InputError(f"train.batch_tokens={batch} must be a multiple of model.context={context}")
-    for name, tokens in budgets.items():
-        if tokens < batch:
-            raise InputError(f"{name}={tokens} is less than one batch of train.batch_tokens={batch}")
-    _check_devices(study.train, batch // context)
-    data.check(context)
-
-
-def _check_devices(train: TrainConfig, sequences: int) -> None:
-    if sequences % (train.devices * train.num_nodes):
-        raise InputError(
-            f"train.devices={train.devices} and train.num_nodes={train.num_nodes} must divide the batch's {sequences} "
-            "sequences (train.batch_tokens / model.context)"
-        )
-    if train.strategy not in STRATEGIES:
-        raise InputError(f"train.strategy={train.strategy!r}: must be one of {', '.join(STRATEGIES)}, Lightning's")
-    if train.strategy.startswith("fsdp") and find_device().type != "cuda":
-        raise InputError(f"train.strategy={train.strategy}: needs GPUs; ddp works without")
-
-
-# What this machine does
-
-
-def find_device() -> torch.device:
-    """What trains and measures: the first GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(precision: str) -> str:
-    """`auto` is bf16 where the machine multiplies it fast: GPUs from Ampere on, CPUs with AMX tiles; else fp32."""
-    if precision != "auto":
-        return precision
-    if find_device().type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
-
-
-def resolve_dtype(dtype: str) -> str:
-    """Of weights and cache while decoding: `auto` is bf16 on a GPU and fp32 on a CPU."""
-    return {"cuda": "bf16", "cpu": "fp32"}[find_device().type] if dtype == "auto" else dtype

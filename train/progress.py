@@ -13,10 +13,12 @@ console = Console(stderr=True, highlight=False)
 
 
 class StudyProgress:
-    """Use as a context around one stage. `total` is the work of the stage in any unit; what is left is timed by it."""
+    """Use it as a context around one stage. `total` is the work of the stage, in any unit; the time left is estimated
+    from the work done. `note` is shown before the run."""
 
     def __init__(self, stage: str, total: float):
         self.stage, self.total, self.done = stage, total, 0.0
+        self.note = ""
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -35,27 +37,26 @@ class StudyProgress:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
-    def left(self, work: float) -> None:
-        """How much there is still to do, where that was not known before."""
+    def set_left(self, work: float) -> None:
+        """Sets how much work there is still to do."""
         self.total = self.done + work
 
     def skip(self, work: float) -> None:
-        """Work that need not be done (any more)."""
+        """Takes off work that need not be done."""
         self.total -= work
 
     def show(self, run: str, detail: str, work: float) -> None:
-        """`work` is what has been done in this run and was not shown before."""
+        """Shows the run and a detail; `work` is the work done since the last call."""
         self.done += work
         now = time.monotonic()
         left = (self.total - self.done) * (now - self._started) / self.done if self.done else 0
         detail = f"{detail}  {duration(left)} left" if self.done else detail
+        where = " ".join(filter(None, (self.stage, self.note, run)))
         if console.is_terminal:
-            self._bar.update(
-                self._task, description=f"{self.stage} {run}", completed=self.done, total=self.total, detail=detail
-            )
+            self._bar.update(self._task, description=where, completed=self.done, total=self.total, detail=detail)
         elif now - self._shown >= SECONDS_BETWEEN_LINES:
             self._shown = now
-            self.say(f"{self.stage} {run}: {detail}")
+            self.say(f"{where}: {detail}")
 
     def say(self, line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import string
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 import tiktoken
 
 from train.errors import InputError
+from train.files import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = "gpt2", "cl100k_base", "o200k_base"
@@ -38,11 +38,11 @@ CACHE_FORMAT = 1
 def load_tokenizer(
     name: str, vocab_size: int | None, training_texts: Sequence[str], cache_dir: Path
 ) -> tiktoken.Encoding:
-    """The encoding `name`; InputError where a user asked for what can't be had.
+    """The encoding `name`; InputError if it is unknown, cannot be downloaded or cannot have this size.
 
     `bytes`: 256 byte values and the end of text. `bpe`: exactly `vocab_size` entries (byte values and end of text
-    included), trained on about 8 million characters spread evenly over `training_texts`, kept in `cache_dir` under a
-    hash of what it was trained on. `gpt2`, `cl100k_base`, `o200k_base`: tiktoken's, downloaded at their first use.
+    included), trained on about 8 million characters spread evenly over `training_texts`, stored in `cache_dir` under a
+    hash of these. `gpt2`, `cl100k_base`, `o200k_base`: tiktoken's, downloaded at their first use.
     """
     if name not in NAMES:
         raise InputError(f"tokenizer: unknown name {name!r}; allowed are {', '.join(NAMES)}")
@@ -71,29 +71,26 @@ def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
 
 
 def token_kinds(encoding: tiktoken.Encoding) -> np.ndarray:
-    """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation, blanks around it or not, 0 for all others."""
+    """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation with or without blanks around it, 0 for all others."""
     kinds = np.zeros(encoding.n_vocab, dtype=np.uint8)
     for token in encoding.token_byte_values():
-        said = token.strip()
-        kinds[encoding.encode_single_token(token)] = 2 * (
-            said != b"" and all(chr(c) in string.punctuation for c in said)
-        )
+        text = token.strip()
+        if text and all(chr(c) in string.punctuation for c in text):
+            kinds[encoding.encode_single_token(token)] = 2
     kinds[list(encoding._special_tokens.values())] = 1
     return kinds
 
 
 def pieces(text: str) -> list[str]:
-    """`text` in pieces of at most 65,536 characters, cut before a line end where there is one.
-
-    tiktoken's regex engine overflows its stack on about a million blanks in a row, so nothing longer is handed to it.
-    """
-    cut, start = [], 0
+    """`text` in pieces of at most 65,536 characters, cut before a line end where there is one: tiktoken's regex engine
+    overflows its stack on about a million blanks in a row."""
+    parts, start = [], 0
     while len(text) - start > PIECE_CHARS:
         end = text.rfind("\n", start + 1, start + PIECE_CHARS)
         end = start + PIECE_CHARS if end < 0 else end
-        cut.append(text[start:end])
+        parts.append(text[start:end])
         start = end
-    return [*cut, text[start:]]
+    return [*parts, text[start:]]
 
 
 def _bpe(vocab_size: int | None, texts: Sequence[str], cache_dir: Path) -> tiktoken.Encoding:
@@ -110,8 +107,8 @@ def _bpe(vocab_size: int | None, texts: Sequence[str], cache_dir: Path) -> tikto
     tokens = _read_ranks(path, vocab_size)
     if tokens is None:
         tokens = _train(sample, vocab_size)
-        _write_ranks(path, tokens)
-    # Named by the ranks, not by the text: whoever keeps tokens under this name can't mix up two vocabularies.
+        write_atomic(path, _ranks_text(tokens))
+    # The name has a hash of the ranks, so that tokens stored under it cannot belong to another vocabulary.
     return _encoding(f"bpe-{vocab_size}-{hashlib.sha256(_ranks_text(tokens)).hexdigest()[:16]}", PATTERN, tokens)
 
 
@@ -121,14 +118,14 @@ def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding
 
 
 def _sample(texts: Sequence[str]) -> list[str]:
-    """Every k-th piece, so that one huge document or many small ones are sampled alike, with k the least that fits."""
-    cut = [piece for text in texts for piece in pieces(text)]
-    return cut[:: max(1, math.ceil(sum(map(len, cut)) / SAMPLE_CHARS))]
+    """Every k-th piece, with the least k that fits: a huge document and many small ones are sampled in the same way."""
+    parts = [piece for text in texts for piece in pieces(text)]
+    return parts[:: max(1, math.ceil(sum(map(len, parts)) / SAMPLE_CHARS))]
 
 
 def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:
-    """Tokens in the order of their ranks: the 256 byte values, then each merge's result."""
-    most = 257 + sum(len(piece.encode()) for piece in sample)  # each merge takes a byte's place at least
+    """Tokens in the order of their ranks: the 256 byte values, then the result of each merge."""
+    most = 257 + sum(len(piece.encode()) for piece in sample)  # each merge removes at least one byte's place
     trained = json.loads(train_hf(sample, min(vocab_size, most)).to_str())["model"]["vocab"]
     if len(trained) < vocab_size - 1:
         raise InputError(
@@ -142,8 +139,8 @@ def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:
 
 
 def train_hf(sample: Sequence[str], vocab_size: int):
-    """The `tokenizers.Tokenizer` behind `bpe`: all but the end of text. A pair seen only once is not worth an entry."""
-    # Said outright, or the library warns at every later fork (a data loader's workers) that it has used threads.
+    """The `tokenizers.Tokenizer` behind `bpe`, without the end of text. Pairs that occur once get no entry."""
+    # Without this setting the library warns at every later fork (a data loader's workers) that it has used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -165,7 +162,7 @@ def train_hf(sample: Sequence[str], vocab_size: int):
 
 
 def as_hf(encoding: tiktoken.Encoding):
-    """The `tokenizers.Tokenizer` that gives the same ids. Special tokens are some there too; ids not in use as well."""
+    """The `tokenizers.Tokenizer` that gives the same ids. Special tokens and unused ids are special tokens there."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     ranks = encoding._mergeable_ranks
@@ -188,7 +185,7 @@ def as_hf(encoding: tiktoken.Encoding):
 
 
 def _merged_from(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens whose merge it is: what merging its bytes, lowest rank first, comes to just before it."""
+    """The two tokens that merge into `token`: its bytes are merged, lowest rank first, until two parts are left."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [a + b for a, b in itertools.pairwise(parts)]
@@ -209,21 +206,8 @@ def _ranks_text(tokens: Sequence[bytes]) -> bytes:
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
 
 
-def _write_ranks(path: Path, tokens: Sequence[bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(_ranks_text(tokens))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _read_ranks(path: Path, vocab_size: int) -> list[bytes] | None:
-    """None where there is no such file or it isn't what was written: it is then trained anew."""
+    """The tokens in a file; None if it is missing or damaged: then the vocabulary is trained again."""
     try:
         data = path.read_bytes()
         tokens = [base64.b64decode(line.split(b" ")[0], validate=True) for line in data.splitlines()]

@@ -1,8 +1,8 @@
 """A corpus as token files, written once and memory-mapped by every run.
 
 A study trains many models on the same tokens, often in several processes. So the tokens lie flat in two files (each
-document followed by the end of text), under a name that is a hash of the corpus and the tokenizer: a changed corpus is
-another folder, and nothing has to be invalidated.
+document followed by the end of text), in a folder whose name is a hash of the corpus and the tokenizer: a changed
+corpus is another folder, and nothing has to be invalidated.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from train.errors import InputError
 from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes, token_kinds
 
 if TYPE_CHECKING:
-    from train.batches import TrainingBatches, ValidationBatches
+    from train.batches import TrainingBatches, ValidationBatches  # they import torch, which reading text does not need
 
 FILES_FORMAT = 1
 BATCH_PIECES = 256
@@ -33,7 +33,8 @@ BATCH_PIECES = 256
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Read-only token ids of both splits, the encoding that made them, and the facts that results.json wants."""
+    """Read-only token ids of both splits, the encoding that made them, and facts about the corpus. It is TrainingData
+    (train/data.py)."""
 
     train: np.memmap
     val: np.memmap
@@ -48,16 +49,13 @@ class TokenSet:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int64 (n_vocab,): bytes of text that each token stands for, the end of text 0."""
         return token_bytes(self.tokenizer)
 
     @cached_property
     def token_kinds(self) -> np.ndarray:
-        """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation, 0 for others."""
         return token_kinds(self.tokenizer)
 
     def check(self, context: int) -> None:
-        """InputError where a split has not even one sequence of `context` tokens."""
         for split, tokens in (("training", len(self.train)), ("validation", len(self.val))):
             if tokens <= context:
                 raise InputError(
@@ -66,7 +64,7 @@ class TokenSet:
                 )
 
     def training(self, context: int, batch_size: int, seed: int) -> "TrainingBatches":
-        from train.batches import TrainingBatches  # torch, which reading text needs not
+        from train.batches import TrainingBatches
 
         return TrainingBatches(self.train, context, batch_size, seed)
 
@@ -75,9 +73,15 @@ class TokenSet:
 
         return ValidationBatches(self.val, self.token_bytes, context, batch_size, limit)
 
+    def spread(self, sequences: int, available: int) -> list[int]:
+        """Numbers of `sequences` held-out sequences, evenly spread over the `available` ones."""
+        import torch
+
+        return torch.linspace(0, available - 1, min(sequences, available)).long().tolist()
+
     @property
     def facts(self) -> dict[str, str | int | float]:
-        """results.json's "corpus"; the ends of text are counted as tokens, having no bytes."""
+        """The "corpus" of results.json; each end of text counts as a token without bytes."""
         return {
             "name": self.corpus_name,
             "fingerprint": self.fingerprint,
@@ -90,14 +94,14 @@ class TokenSet:
 
 def default_cache_dir() -> Path:
     """$KVFRONTIER_CACHE, else $XDG_CACHE_HOME/kvfrontier, else ~/.cache/kvfrontier."""
-    if own := os.environ.get("KVFRONTIER_CACHE"):
-        return Path(own).expanduser()
+    if path := os.environ.get("KVFRONTIER_CACHE"):
+        return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfrontier"
 
 
 def prepare(corpus: Corpus, tokenizer_name: str, vocab_size: int | None, cache_dir: Path) -> TokenSet:
-    """The tokens of `corpus`, encoded at the first call and read from `cache_dir` after it. Safe to call from several
-    processes at once; files that were cut short are made again."""
+    """The tokens of `corpus`, encoded at the first call and read from `cache_dir` afterwards. Several processes may
+    call it at once; files that were cut short are written again."""
     if not corpus.train or not corpus.val:
         raise InputError(f"corpus {corpus.name}: no documents to {'train on' if corpus.val else 'validate with'}")
     cache_dir = Path(cache_dir)
@@ -117,6 +121,7 @@ def prepare(corpus: Corpus, tokenizer_name: str, vocab_size: int | None, cache_d
 
 
 def _open(folder: Path, dtype: np.dtype) -> tuple[np.memmap, np.memmap] | None:
+    """The token arrays (train, val) in a folder; None if they are missing or cut short."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         for part in ("train", "val"):
@@ -128,6 +133,7 @@ def _open(folder: Path, dtype: np.dtype) -> tuple[np.memmap, np.memmap] | None:
 
 
 def _build(corpus: Corpus, tokenizer: tiktoken.Encoding, folder: Path, dtype: np.dtype) -> None:
+    """Encodes the corpus into a temporary folder, then renames that to `folder`."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary:
         with suppress(FileNotFoundError):
             folder.rename(Path(temporary) / "corrupt")
@@ -140,7 +146,7 @@ def _build(corpus: Corpus, tokenizer: tiktoken.Encoding, folder: Path, dtype: np
         try:
             built.rename(folder)
         except OSError:
-            # Another process was first; the caller looks at what it left.
+            # Another process was first; the caller opens its files.
             if not folder.exists():
                 raise
 
@@ -154,13 +160,14 @@ def _write(path: Path, blocks: Iterator[bytes] | Sequence[bytes]) -> int:
 
 
 def _encoded(texts: Sequence[str], tokenizer: tiktoken.Encoding, dtype: np.dtype) -> Iterator[bytes]:
-    """Blocks of the flat array. Some 16 MB of text at a time: the lists of ids are many times as large as the text."""
-    cut = ((piece, ends) for text in texts for piece, ends in _with_end(pieces(text)))
-    while batch := list(itertools.islice(cut, BATCH_PIECES)):
+    """The flat array in blocks of about 16 MB of text: the lists of ids are many times as large as the text."""
+    marked = ((piece, ends) for text in texts for piece, ends in _with_end(pieces(text)))
+    while batch := list(itertools.islice(marked, BATCH_PIECES)):
         ids = tokenizer.encode_ordinary_batch([piece for piece, _ in batch], num_threads=os.cpu_count() or 1)
         for tokens, (_, ends) in zip(ids, batch, strict=True):
             yield np.array([*tokens, tokenizer.eot_token] if ends else tokens, dtype=dtype).tobytes()
 
 
-def _with_end(cut: list[str]) -> Iterator[tuple[str, bool]]:
-    return zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
+def _with_end(parts: list[str]) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it is the document's last) for each piece of a document."""
+    return zip(parts, [False] * (len(parts) - 1) + [True], strict=True)

@@ -1,19 +1,30 @@
-"""The learning rate of each variant: the best of a list, which is widened until the best lies between two worse ones.
+"""Choice of a variant's learning rate: the best of a list, which is widened until the best lies between two worse ones.
 
-It is tried with a seed that no comparison uses. Published differences between variants are as small as what a rate that
-is a fifth off costs.
+Rates are tried with a seed that no comparison uses. Published differences between variants are as small as what a rate
+that is off by a fifth costs.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-WIDENED_AT_MOST = 4  # beyond that the loss falls without end, or everything diverges
+WIDENED_AT_MOST = 4  # beyond that the loss falls without end, or every rate diverges
 
 
 def tuning_seed(seeds: Sequence[int]) -> int:
-    """A seed that is none of the comparison's, and stays the same when one is added to them."""
+    """A seed that is not among `seeds` and does not change when another one is added to them."""
     return next(seed for seed in itertools.count(1000) if seed not in seeds)
+
+
+def tried_rates(given: Sequence[float], loss_of: Callable[[float], float | None]) -> dict[float, float]:
+    """The loss of each rate that was tried: of the given ones, then of those that widen the list.
+
+    `loss_of` answers None for a rate that was not tried, infinity for one that diverged.
+    """
+    losses = {rate: loss for rate in given if (loss := loss_of(rate)) is not None}
+    while (rate := next_rate(given, losses)) is not None and (loss := loss_of(rate)) is not None:
+        losses[rate] = loss
+    return losses
 
 
 def next_rate(given: Sequence[float], losses: Mapping[float, float]) -> float | None:
@@ -35,15 +46,16 @@ def next_rate(given: Sequence[float], losses: Mapping[float, float]) -> float | 
 
 
 def _one_further(inner: float, edge: float) -> float:
+    """The rate beyond `edge` that continues the geometric step from `inner` to `edge`."""
     return float(f"{edge * edge / inner:.4g}")
 
 
 def best_rate(losses: Mapping[float, float]) -> float | None:
-    """None when no rate gave a finite loss."""
+    """The rate of the lowest loss; None if no rate gave a finite one."""
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     return min(finite, key=finite.get, default=None)
 
 
 def at_edge(losses: Mapping[float, float]) -> bool:
-    """Whether the best rate is the lowest or the highest that was tried, so that a better one may lie beyond."""
+    """True if the best rate is the lowest or the highest that was tried, so that a better one may lie beyond."""
     return best_rate(losses) in (min(losses), max(losses))

@@ -33,16 +33,16 @@ def sequences_at_once(tokens_BT: Tensor) -> int:
 def are_columns(v: Tensor, k: Tensor) -> bool:
     """True if the values are the first columns of the keys, in the same memory (MLA's latent). Under torch.compile and
     torch.func tensors have no address, and the answer is False."""
-    if v.shape[-1] >= k.shape[-1] or torch.compiler.is_compiling() or is_transformed() or v._base is None:
+    if v.shape[-1] >= k.shape[-1] or torch.compiler.is_compiling() or is_transformed():
         return False
     return v.data_ptr() == k.data_ptr() and v.stride() == k.stride()
 
 
-def is_not_empty(q: Tensor, *others: object) -> bool:
+def has_sequences(q: Tensor, *others: object) -> bool:
     return len(q) > 0
 
 
-@kernel(is_not_empty)
+@kernel(has_sequences)
 def attention(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
 ) -> Tensor:
@@ -63,7 +63,7 @@ def attention(
     return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask, causal=T == S)[..., :E]
 
 
-@kernel(is_not_empty)
+@kernel(has_sequences)
 def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
     return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask)[..., : v_BGSE.shape[-1]]
 

@@ -1,56 +1,45 @@
-"""What one sequence holds in the cache."""
+"""The bytes that one sequence holds in the KV cache, by context."""
 
 from matplotlib.figure import Figure
 
+from plots import drawing as d
 from plots import style
-from plots.drawing import (
-    Drawing,
-    NotInResults,
-    Rows,
-    grouped,
-    is_narrow,
-    label_outer,
-    legend_entries,
-    named,
-    panel_inches,
-    panels,
-    sizes_caption,
-)
-from plots.results import Study
+from plots.results import Results
 
 
-def cache_rows(study: Study) -> Rows:
-    variants = [variant for variants in study.shown_sizes.values() for variant in variants]
+def cache_rows(results: Results) -> d.Rows:
+    variants = results.shown_variants
     stored = {v.label: {int(k): n for k, n in (v.first("kv.stored_bytes") or {}).items()} for v in variants}
     contexts = sorted(set.union(*map(set, stored.values())))
     long = [context for context in contexts if context >= 1024 and context & (context - 1) == 0]
-    cost = {v.label: {key: v.first(f"kv.{key}") for key in ("constant_bytes", "bytes_per_token")} for v in variants}
     rows = [
-        named(variant) | {"context": context, "cache_bytes": stored[variant.label][context]} | cost[variant.label]
+        d.named(variant)
+        | {"context": context, "cache_bytes": stored[variant.label][context]}
+        | {"constant_bytes": variant.constant_bytes, "bytes_per_token": variant.bytes_per_token}
         for variant in variants
         for context in (long if len(long) > 1 else contexts)
         if stored[variant.label].get(context, 0) > 0
     ]
     if not rows:
-        raise NotInResults("no kv.stored_bytes")
+        raise d.NotInResults("no kv.stored_bytes")
     return rows
 
 
-def draw_cache(rows: Rows, study: Study, width: float) -> Figure:
-    sizes = grouped(rows, "size")
-    fig, axes = panels(width, len(sizes), 1.9, 2.6)
+def draw_cache(rows: d.Rows, results: Results, width: float) -> Figure:
+    sizes = d.grouped(rows, "size")
+    fig, axes = d.panels(width, len(sizes), 1.9, 2.6)
     for ax, (size, part) in zip(axes, sizes.items(), strict=True):
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
-        for index, (label, group) in enumerate(grouped(part, "label").items()):
-            look, xs = study.labels[label].look, [row["context"] for row in group]
-            # Markers stand at different places on each line, so that lines on top of each other are both seen.
+        for index, (label, group) in enumerate(d.grouped(part, "label").items()):
+            look, xs = results.labels[label].look, [row["context"] for row in group]
+            # Markers stand at different places on each line, so that of two coinciding lines both are visible.
             every = (index % 3, 3) if len(xs) > 6 else 1
             ax.plot(xs, [row["cache_bytes"] for row in group], linestyle=look.line, markevery=every, **look.marks())
         ax.margins(0.03)
-        style.measured_ticks(ax.xaxis, [row["context"] for row in part], style.tokens_text, panel_inches(ax), 0.32)
+        style.measured_ticks(ax.xaxis, [row["context"] for row in part], style.tokens_text, d.panel_inches(ax), 0.32)
         if len(sizes) > 1:
-            ax.set_title(study.size_title(size))
+            ax.set_title(results.size_title(size))
     low = min(ax.get_ylim()[0] for ax in axes)
     high = max(ax.get_ylim()[1] for ax in axes)
     if high / low < 4:
@@ -58,14 +47,14 @@ def draw_cache(rows: Rows, study: Study, width: float) -> Figure:
     for ax in axes:
         ax.set_ylim(low, high)
         style.octave_ticks(
-            ax.yaxis, style.powers_of_two(low, high), style.bytes_text, 1.4 if is_narrow(width) else 2.2, 0.3
+            ax.yaxis, style.powers_of_two(low, high), style.bytes_text, 1.4 if d.is_narrow(width) else 2.2, 0.3
         )
-    label_outer(axes, "context (tokens)", "cache of one sequence")
-    entries = legend_entries(rows, study)
+    d.label_outer(axes, "context (tokens)", "cache of one sequence")
+    entries = d.legend_entries(rows, results)
     if len(sizes) == 1:
         entries = [
             (handle, with_cost(name, group[0]))
-            for (handle, name), group in zip(entries, grouped(rows, "label").values(), strict=True)
+            for (handle, name), group in zip(entries, d.grouped(rows, "label").values(), strict=True)
         ]
     style.add_legend(fig, entries)
     return fig
@@ -77,13 +66,14 @@ def with_cost(name: str, row: dict) -> str:
     return f"{name}{': ' if len(name) < 14 else ':' + chr(10)}{cost}"
 
 
-def cache_caption(study: Study, rows: Rows) -> str:
-    legend = "Legend: the constant part (windows, recurrent states) and what each further token adds."
-    legend = legend if len(study.sizes) == 1 else sizes_caption(study).strip()
+def cache_caption(results: Results, rows: d.Rows) -> str:
+    legend = " Legend: the constant part (windows, recurrent states) and the bytes that each further token adds."
+    if len(results.sizes) > 1:
+        legend = d.sizes_caption(results)
     return (
-        f"KV cache that one sequence holds{study.cache_text}, against context; both axes "
-        f"logarithmic. {legend} Exact byte counts: no timing and no seeds involved."
+        f"KV cache of one sequence{results.cache_text} against context; both axes are logarithmic.{legend} Exact byte "
+        "counts: no timing and no seeds involved."
     )
 
 
-FIGURE = Drawing("cache_bytes", 60, "Cache of one sequence", cache_rows, draw_cache, cache_caption)
+FIGURE = d.Drawing("cache_bytes", 60, "Cache of one sequence", cache_rows, draw_cache, cache_caption)

@@ -1,52 +1,41 @@
-"""Loss by how much context a token has before it: where a variant loses what it loses."""
+"""Loss by position in the context."""
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from plots import drawing as d
 from plots import style
-from plots.drawing import (
-    Drawing,
-    NotInResults,
-    Rows,
-    by_panel,
-    draw_differences,
-    grouped,
-    interval_caption,
-    legend_entries,
-    named,
-    panel_inches,
-    panels,
-)
-from plots.results import Study
+from plots.results import Results
 
 
-def position_rows(study: Study) -> Rows:
+def position_rows(results: Results) -> d.Rows:
     rows = []
-    for variant in study.largest:
+    for variant in results.largest:
         for first in sorted(map(int, variant.first("loss.nats_at") or {})):
             nats = variant.mean(f"loss.nats_at.{first}")
             if first and nats is not None:
                 place = {"context_tokens": first, "val_nats": nats}
-                rows.append(named(variant) | place | study.difference_row(variant, f"nats_at.{first}"))
+                rows.append(d.named(variant) | place | results.difference_row(variant, f"nats_at.{first}"))
     if not rows:
-        raise NotInResults("no loss by position (`loss.nats_at`)")
+        raise d.NotInResults("no loss by position (`loss.nats_at`)")
     return rows
 
 
-def draw_positions(rows: Rows, study: Study, width: float) -> Figure:
-    """All variants' losses, then differences: in one panel, or in one a family on a common scale."""
+def draw_positions(rows: d.Rows, results: Results, width: float) -> Figure:
+    """Draw a panel of all variants' losses, then their differences to the baseline in one panel, or in one per family
+    on a common scale."""
     different = [row for row in rows if row["difference"] is not None]
-    parts = by_panel(different, study)
+    parts = d.by_panel(different, results)
     several = len(parts) > 1
-    fig, axes = panels(width, 1 + len(parts), 1.35 if several else 1.7, 1.75 if several else 2.4)
+    fig, axes = d.panels(width, 1 + len(parts), 1.35 if several else 1.7, 1.75 if several else 2.4)
     for ax in axes:
         ax.set_xscale("log", base=2)
-    for label, group in grouped(rows, "label").items():
-        look, xs = study.labels[label].look, [row["context_tokens"] for row in group]
+    for label, group in d.grouped(rows, "label").items():
+        look, xs = results.labels[label].look, [row["context_tokens"] for row in group]
         axes[0].plot(xs, [row["val_nats"] for row in group], linestyle=look.line, markersize=3.2, **look.marks())
     axes[0].set_title("loss", pad=4)
     for ax, (title, part) in zip(axes[1:], parts, strict=True):
-        draw_differences(ax, "context_tokens", grouped(part, "label"), study, 1.09)
+        d.draw_differences(ax, "context_tokens", d.grouped(part, "label"), results, 1.09)
         ax.set_title(title if several else "against the baseline", pad=4)
     ends = [
         row[key]
@@ -56,7 +45,7 @@ def draw_positions(rows: Rows, study: Study, width: float) -> Figure:
     ]
     for index, ax in enumerate(axes):
         style.measured_ticks(
-            ax.xaxis, [row["context_tokens"] for row in rows], style.tokens_text, panel_inches(ax), 0.26
+            ax.xaxis, [row["context_tokens"] for row in rows], style.tokens_text, d.panel_inches(ax), 0.26
         )
         if index and ends:
             spare = 0.06 * (max(*ends, 0) - min(*ends, 0))
@@ -68,18 +57,18 @@ def draw_positions(rows: Rows, study: Study, width: float) -> Figure:
     for index, ax in enumerate(axes[1:], 1):
         if index == 1 or ax.get_subplotspec().is_first_col():
             ax.set_ylabel("difference (nats)")
-    style.add_legend(fig, legend_entries(rows, study))
+    style.add_legend(fig, d.legend_entries(rows, results))
     return fig
 
 
-def position_caption(study: Study, rows: Rows) -> str:
-    baseline = " / ".join(dict.fromkeys(variant.baseline for variant in study.largest))
-    size = f" Models of the largest size, {study.largest[0].size}." if len(study.sizes) > 1 else ""
+def position_caption(results: Results, rows: d.Rows) -> str:
+    baseline = " / ".join(dict.fromkeys(variant.baseline for variant in results.largest))
+    size = f" Models of the largest size, {results.largest[0].size}." if len(results.sizes) > 1 else ""
     return (
         "Mean loss of tokens against the number of context tokens before them (logarithmic axis; a point stands at the "
-        f"first of its bin, which ends where the next begins; {study.seeds_text}), and its difference to {baseline}, "
-        f"paired by seed.{size} {interval_caption(study, rows)}"
+        f"start of its bin, which ends where the next begins; {results.seeds_text}), and its difference to {baseline}, "
+        f"paired by seed.{size} {d.interval_caption(results, rows)}"
     )
 
 
-FIGURE = Drawing("positions", 50, "Where in the context", position_rows, draw_positions, position_caption)
+FIGURE = d.Drawing("positions", 50, "Where in the context", position_rows, draw_positions, position_caption)

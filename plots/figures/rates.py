@@ -1,5 +1,5 @@
-"""Which learning rates were tried, and how close the choice was: a rate 10 to 25 % off moves the loss of a small model
-as much as a change of its attention does, so a comparison is worth what its rates are worth."""
+"""The learning rates that were tried, and how close the choice was. A rate that is 10 to 25 % off moves the loss of a
+small model as much as a change of its attention does, so a comparison is only as good as its learning rates."""
 
 import statistics
 from itertools import pairwise
@@ -8,48 +8,35 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from plots import drawing as d
 from plots import style
-from plots.drawing import (
-    Drawing,
-    Findings,
-    NotInResults,
-    Rows,
-    by_panel,
-    grouped,
-    label_outer,
-    legend_entries,
-    named,
-    panel_inches,
-    panels,
-    sizes_caption,
-)
-from plots.results import Study, number
+from plots.results import Results, number
 
 
-def rate_rows(study: Study) -> Rows:
+def rate_rows(results: Results) -> d.Rows:
     rows = []
-    for variant in (variant for variants in study.shown_sizes.values() for variant in variants):
+    for variant in results.shown_variants:
         tuning = variant.first("tuning") or {}
         for rate in tuning.get("rates", []):
             lr, loss = number(rate.get("lr")), number(rate.get("val_bpb"))
             if lr:
                 tried = {"tuning_seed": tuning.get("seed"), "lr": lr, "val_bpb": loss, "diverged": loss is None}
                 chosen = {"chosen": lr == variant.first("train.lr"), "best_at_edge": bool(tuning.get("at_edge"))}
-                rows.append({key: value for key, value in named(variant).items() if key != "seeds"} | tried | chosen)
+                rows.append({key: value for key, value in d.named(variant).items() if key != "seeds"} | tried | chosen)
     if not rows:
-        raise NotInResults("no learning rates tried (`tuning`)")
+        raise d.NotInResults("no learning rates tried (`tuning`)")
     return rows
 
 
-def draw_rates(rows: Rows, study: Study, width: float) -> Figure:
-    parts = by_panel(rows, study)
+def draw_rates(rows: d.Rows, results: Results, width: float) -> Figure:
+    parts = d.by_panel(rows, results)
     alone = len(parts) == 1
-    fig, axes = panels(width, len(parts), 1.9 if alone else 1.35, 2.5 if alone else 1.7)
+    fig, axes = d.panels(width, len(parts), 1.9 if alone else 1.35, 2.5 if alone else 1.7)
     for ax, (title, part) in zip(axes, parts, strict=True):
         ax.set_xscale("log")
         ax.set_title(title)
-        for index, (label, group) in enumerate(grouped(part, "label").items()):
-            look, tried = study.labels[label].look, [row for row in group if not row["diverged"]]
+        for index, (label, group) in enumerate(d.grouped(part, "label").items()):
+            look, tried = results.labels[label].look, [row for row in group if not row["diverged"]]
             curve = [[row["lr"] for row in tried], [row["val_bpb"] for row in tried]]
             ax.plot(*curve, color=look.color, linestyle=look.line, linewidth=0.9)
             for row in group:
@@ -65,13 +52,15 @@ def draw_rates(rows: Rows, study: Study, width: float) -> Figure:
         rates = [row["lr"] for row in part]
         if len(set(rates)) == 1:
             ax.set_xlim(rates[0] / 2, rates[0] * 2)
-        style.octave_ticks(ax.xaxis, set(rates), lambda rate: f"{rate:.3g}", panel_inches(ax), 0.42)
+        style.octave_ticks(ax.xaxis, set(rates), lambda rate: f"{rate:.3g}", d.panel_inches(ax), 0.42)
         ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    label_outer(axes, "learning rate", "val bits/byte" if len(axes) > 1 else "validation bits per byte\n(tuning seed)")
+    d.label_outer(
+        axes, "learning rate", "val bits/byte" if len(axes) > 1 else "validation bits per byte\n(tuning seed)"
+    )
     grey = {"color": style.GREY, "linestyle": "none"}
-    entries = legend_entries(rows, study)
+    entries = d.legend_entries(rows, results)
     for handle, _ in entries:
-        handle.set_fillstyle("full")  # as drawn: filled and hollow say what was chosen here
+        handle.set_fillstyle("full")  # filled as in the panels, where a hollow marker means that a rate was not chosen
     entries.append((Line2D([], [], marker="o", **grey), "filled: chosen"))
     if any(row["diverged"] for row in rows):
         entries.append((Line2D([], [], marker="x", **grey), "diverged"))
@@ -79,47 +68,51 @@ def draw_rates(rows: Rows, study: Study, width: float) -> Figure:
     return fig
 
 
-def tuned_at_edge(study: Study) -> list[str]:
-    return [variant.label for variant in study.variants if (variant.first("tuning") or {}).get("at_edge")]
+def tuned_at_edge(results: Results) -> list[str]:
+    return [variant.label for variant in results.variants if (variant.first("tuning") or {}).get("at_edge")]
 
 
-def rate_caption(study: Study, rows: Rows) -> str:
+def rate_caption(results: Results, rows: d.Rows) -> str:
     seeds = ", ".join(sorted({str(row["tuning_seed"]) for row in rows}))
-    edge = tuned_at_edge(study)
-    said = f"the best lies at the edge of what was tried for {', '.join(edge)}" if edge else "no best lies at the edge"
+    edge = tuned_at_edge(results)
+    where = "No best rate lies at the edge of the rates tried."
+    if edge:
+        where = f"The best rate lies at the edge of the rates tried for {', '.join(edge)}."
     return (
         "Validation bits per byte at the end of training against learning rate (logarithmic axis), each tried once on "
-        f"seed {seeds}, which is none of the seeds compared. Filled: the rate that the variant was then compared with; "
-        f"{said}.{sizes_caption(study)}"
+        f"seed {seeds}, which is none of the seeds compared. Filled: the rate that was chosen for the comparison. "
+        f"{where}{d.sizes_caption(results)}"
     )
 
 
-def rate_findings(study: Study) -> Findings:
+def rate_findings(results: Results) -> d.Findings:
     about = "Learning rate"
-    if edge := tuned_at_edge(study):
-        said = f"the best rate lies at the edge of what was tried for {', '.join(edge)}: a better one may lie beyond it"
-        return [(about, f"Warning: {said}.")]
-    if any(variant.first("tuning") for variant in study.variants) or len(study.variants) < 2:
-        return [(about, sentence) for sentence in [coarseness(study)] if sentence]
-    rates = sorted({rate for variant in study.variants for rate in variant.values("train.lr")})
+    if edge := tuned_at_edge(results):
+        text = (
+            f"the best rate lies at the edge of the rates tried for {', '.join(edge)}: a better one may lie beyond it"
+        )
+        return [(about, f"Warning: {text}.")]
+    if any(variant.first("tuning") for variant in results.variants) or len(results.variants) < 2:
+        return [(about, sentence) for sentence in [coarseness(results)] if sentence]
+    rates = sorted({rate for variant in results.variants for rate in variant.values("train.lr")})
     if len(rates) > 1:
-        shared = f"the rates ({', '.join(f'{rate:g}' for rate in rates)}) were given, not tuned"
+        text = f"the learning rates ({', '.join(f'{rate:g}' for rate in rates)}) were given by the study, not tuned"
     else:
-        shared = f"one learning rate{f' ({rates[0]:g})' if rates else ''} was used for all variants, tuned for none"
+        text = f"one learning rate{f' ({rates[0]:g})' if rates else ''} was used for all variants and tuned for none"
     return [
         (
             about,
-            f"Warning: {shared}. Published best rates differ between variants, and a rate 10 to 25 % off moves the "
-            "loss as much as a variant does: a difference here may be one of learning rates. A list as `train.lr` "
-            "tunes.",
+            f"Warning: {text}. Published best rates differ between variants, and a rate 10 to 25 % off moves the loss "
+            "as much as a variant does: a difference here may come from the learning rates. Give a list as `train.lr` "
+            "to tune.",
         )
     ]
 
 
-def coarseness(study: Study) -> str:
-    """How sure the choice of rates is: the steps that were tried, against the scatter of losses over seeds."""
+def coarseness(results: Results) -> str:
+    """A sentence on how certain the choice of rates is, given the scatter of losses over seeds; empty if unknown."""
     unsure, steps, tuned = [], set(), 0
-    for variant in study.variants:
+    for variant in results.variants:
         tried = sorted(
             (loss, rate["lr"])
             for rate in (variant.first("tuning") or {}).get("rates") or []
@@ -136,13 +129,13 @@ def coarseness(study: Study) -> str:
     if not tuned:
         return ""
     apart = " to ".join(f"{step:g}" for step in sorted({min(steps), max(steps)}))
-    said = f"Rates were tried a factor of {apart} apart, on one seed and on the held-out text that is compared on"
+    text = f"Rates were tried a factor of {apart} apart, on one seed and on the held-out text of the comparison"
     if not unsure:
-        return f"{said}; each best one leads by more than the standard deviation of the loss over seeds."
+        return f"{text}; each best rate leads by more than the standard deviation of the loss over seeds."
     return (
-        f"{said}. For {len(unsure)} of {tuned} variants ({', '.join(unsure)}) the next best rate is within one "
-        "standard deviation over seeds: part of a difference may be one of rates."
+        f"{text}. For {len(unsure)} of {tuned} variants ({', '.join(unsure)}) the next best rate is within one "
+        "standard deviation over seeds: part of a difference may come from the rates."
     )
 
 
-FIGURE = Drawing("rates", 100, "Learning rates tried", rate_rows, draw_rates, rate_caption, rate_findings)
+FIGURE = d.Drawing("rates", 100, "Learning rates tried", rate_rows, draw_rates, rate_caption, rate_findings)

@@ -1,8 +1,8 @@
-"""The same laws on a GPU, and the paths that only a GPU has: bf16 autocast, device-side caches."""
+"""What only a GPU has: bf16 models and bf16 autocast, caches on the device."""
 
 import pytest
 import torch
-from test_laws import cached_logits, each_variant, make
+from helpers import cached_logits, each_variant, make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; there is none here")
 
@@ -15,11 +15,11 @@ def test_cached_logits_equal_the_full_forward_on_a_gpu(arch, options, dtype):
     with torch.inference_mode():
         full = model(tokens)
         cache = model.new_cache(3, 75)
-        got = cached_logits(model, tokens, [21, 1, 9], cache)
+        logits = cached_logits(model, tokens, [21, 1, 9], cache)
     assert cache.nbytes == 3 * model.kv_stored_bytes(75, dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    for t, logits in got.items():
-        torch.testing.assert_close(logits, full[:, t], rtol=0, atol=tolerance * full.abs().max().item())
+    for t in logits:
+        torch.testing.assert_close(logits[t], full[:, t], rtol=0, atol=tolerance * full.abs().max().item())
 
 
 @each_variant

@@ -15,13 +15,13 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from archs import Decoder, build
+from archs import build
 from archs.cache import with_tensors
 from train.export import hf_config, hf_weights
 
 
 @each_variant
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 3),
@@ -49,7 +49,7 @@ def test_cached_logits_equal_the_full_forward(arch, options, seed, batch, layers
 
 @torch.inference_mode()
 def moved_by_rounding(model, tokens, full):
-    """How far logits move if weights are a rounding off: where almost nothing is normed (retention), a rounding is much."""
+    """How far logits move if weights are a rounding off, which is far where almost nothing is normed (retention)."""
     moved = copy.deepcopy(model)
     for parameter in moved.parameters():
         parameter.mul_(1 + torch.randint(-1, 2, parameter.shape) * torch.finfo(torch.float32).eps)
@@ -347,7 +347,7 @@ def test_transforms_of_functions_are_those_of_what_torch_computes(arch, options)
 def test_transformers_computes_the_same_from_exported_weights(arch, options):
     """Number by number, where the variant names a class of transformers: Llama, DeepSeek-V3."""
     model = make(arch, options, tie_embeddings=False)
-    if type(model).hf_class is Decoder.hf_class:
+    if not hasattr(type(model), "hf_class"):
         with pytest.raises(ValueError, match=f"transformers has no class that computes {type(model).__name__}"):
             hf_config(model)
         return

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from archs.attention import rotate, split_heads
 
 from archs import VARIANTS, build
-from archs.attention import rotate, split_heads
 from archs.cache import FullCache
 from archs.techniques import TECHNIQUES, Quantisation, Slots, compressed_cache, dmc, technique
 from archs.techniques.dmc import DMC, merging

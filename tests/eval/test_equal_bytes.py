@@ -10,13 +10,13 @@ import pytest
 from archs import build
 from eval import techniques
 from eval.equal_bytes import MEASURED, TOLERANCE, equal_bytes, technique_differences
-from eval.subject import Subject
+from eval.subject import EvalContext
 from train.corpus import Corpus
 from train.study import parse_study
 from train.tokens import prepare
 
 SETTINGS = [{"technique": "full"}, {"technique": "full", "bits": 4}] + [
-    {"technique": name, "budget": budget} for name in ("h2o", "snapkv") for budget in (0.25, 0.5, 12)
+    {"technique": name, "budget": budget} for name in ("h2o", "l2-norm") for budget in (0.25, 0.5, 12)
 ]
 T_975 = {1: 12.7062, 2: 4.30265, 3: 3.18245}  # of Student's t, by degrees of freedom
 
@@ -154,7 +154,8 @@ def test_what_is_not_finite_skipped_or_missing_breaks_nothing_and_wins_nothing()
     assert (null["seeds"], null["mean"], null["not_finite"]) == ([], None, [0, 1, 2])
     assert "mean_diff" not in null
     assert differences["c", str(SETTINGS[4])] == {
-        "label": "c", "size": "", "settings": SETTINGS[4], "kind": "h2o", "skipped": "not here",
+        "label": "c", "size": "", "settings": SETTINGS[4], "is_full": False, "kind": "h2o", "trained_further": {},
+        "skipped": "not here",
     }  # fmt: skip
     assert differences["b", str(SETTINGS[1])]["seeds"] == [0, 1]
     best = equal_bytes(runs)
@@ -175,7 +176,7 @@ def test_what_is_measured_is_told_from_the_settings(tmp_path):
     asked = [{"technique": "full"}, {"technique": "h2o", "budget": 0.5}, {"technique": "full", "bits": 8}]
     config = parse_study({"eval": {"techniques": asked}}, ["eval.loss_tokens=64"]).eval
     model = build("mha", vocab_size=257, width=32, layers=2, heads=4, context=16).eval()
-    entries = techniques.measure(Subject(model, text, config, None, 10.0, lambda _: None, {}))["techniques"]
+    entries = techniques.measure(EvalContext(model, text, config, None, 10.0, lambda _: None, {}))["techniques"]
     run = SimpleNamespace(label="a", seed=0, size="", loss={"val_bpb": 1.0}, techniques=entries)
     assert [entry["settings"] for entry in technique_differences([vars(run)])] == asked
 

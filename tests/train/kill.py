@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from kvfrontier import main, tune_process
+from train.machine import tune_process
 
 tune_process()
 
@@ -35,17 +35,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import eval.evaluate
 import eval.speed
 from archs import VARIANTS
+from kvfrontier import main
+from train.callbacks import CheckpointAndStop
 from train.checkpoints import checkpoints
-from train.runner import KeepGoing
 
-OWN = {"gqa": {"kv_heads": 1}, "mla": {"kv_rank": 8, "rope_dim": 4}, "yoco": {"kv_heads": 1, "window": 8}}
 BATCH = 128
 SETTINGS = {
     "corpus": {"files": ["texts/*.txt"]},
     "tokenizer": {"name": "bytes"},
-    "model": {"width": 32, "layers": 2, "heads": 2, "context": 16, "dropout": 0.1},
+    "model": {"width": 32, "layers": 2, "heads": 4, "context": 16, "dropout": 0.1},
     "match": "none",
-    "variants": [{"arch": arch, **OWN.get(arch, {})} for arch in VARIANTS],
+    "variants": [{"arch": arch, **variant.examples[0]} for arch, variant in VARIANTS.items()],
     "eval": {"loss_tokens": 256, "decode": {"batch": [1], "context": [8]}},
 }
 
@@ -59,11 +59,11 @@ def write_study(folder: Path, name: str, steps: int, **changes) -> Path:
 
 
 def in_child(arguments: list, dies_at: float, signum: int) -> int:
-    """The exit status of a kvfrontier command, minus the signal that killed it. It sends itself `signum` once `dies_at`
-    batches are done; where that is a half, before a checkpoint and its validation."""
+    """The exit status of a kvfrontier command, or minus the number of the signal that killed it. It sends itself
+    `signum` once `dies_at` batches are done; a half means after a batch and before its checkpoint and validation."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    whole = KeepGoing.on_train_batch_end
+    whole = CheckpointAndStop.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest):
         early = dies_at % 1 and trainer.global_step > dies_at
@@ -73,7 +73,7 @@ def in_child(arguments: list, dies_at: float, signum: int) -> int:
         if trainer.global_step >= dies_at and not early:
             os.kill(os.getpid(), signum)
 
-    KeepGoing.on_train_batch_end = on_train_batch_end
+    CheckpointAndStop.on_train_batch_end = on_train_batch_end
     silence()
     try:
         os._exit(main([str(argument) for argument in arguments]))
@@ -138,8 +138,9 @@ def kill_runs(folder: Path, kills: int, signals: list[signal.Signals]) -> bool:
     """Whether each variant's run ends the same, whichever of the signals came."""
     steps = 6 * max(5, kills // 3)  # validated six times
     well = True
-    for arch in VARIANTS:
-        study = write_study(folder, arch, steps, variants=[{"arch": arch, **OWN.get(arch, {})}])
+    for variant in SETTINGS["variants"]:
+        arch = variant["arch"]
+        study = write_study(folder, arch, steps, variants=[variant])
         straight = folder / "straight" / arch
         well &= main(["train", str(study), "--out", str(straight)]) == 0
         for signum in signals:

@@ -10,7 +10,7 @@ from texts import write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvfrontier
-from train.status import read_plan
+from train.store import read_plan
 from train.study import load_data, parse_study
 from train.tokenizer import as_hf, load_tokenizer
 
@@ -52,7 +52,7 @@ def test_transformers_computes_the_same(study, label, tmp_path):
     plan = read_plan(study)
     parsed = parse_study(plan["settings"])
     data = load_data(parsed, study.parent / "study.yaml")
-    run = next(run for run in Plan(parsed, data, study).runs() if run.variant.label == label)
+    run = next(run for run in Plan(parsed, data, study).look().runs if run.variant.label == label)
     ours = load_model(run)
     assert kvfrontier.main(["export", str(run.directory), str(tmp_path / "hf")]) == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()

@@ -15,25 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import data, metrics, study  # noqa: F401  (a fixture)
-from test_training import weights as final_weights
+from miniature import metrics, one_run, tiny_study, train, train_runs, weights
 
 from archs import VARIANTS, Decoder
 from eval.evaluate import FIRST_ROUND, evaluate_runs
 from eval.results import write_results
+from train.callbacks import CheckpointAndStop
 from train.checkpoints import KEPT, checkpoints, newest_whole
 from train.errors import InputError, Interrupted
-from train.files import is_locked, lock_path, read_json, read_record, write_json
+from train.files import is_locked, lock_path, read_json, write_json
 from train.module import LanguageModel
 from train.plan import Plan
 from train.progress import StudyProgress
-from train.runner import KeepGoing, failed_before, train_if_needed, train_run, train_runs
+from train.runner import failed_records, train_if_needed
 from train.study import parse_study
-
-
-def one_run(tokens, directory, **train):
-    plan = Plan(parse_study(study(**train).settings() | {"variants": [{"arch": "mha"}]}), tokens, directory)
-    return plan, plan.runs()[0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX systems")
@@ -48,11 +43,11 @@ def test_runs_that_are_killed_end_as_ones_that_are_not():
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_run_leaves_signals_as_they_were_and_nothing_of_itself(data, tmp_path, monkeypatch, broken):  # noqa: F811
+def test_a_run_leaves_signals_as_they_were_and_nothing_of_itself(data, tmp_path, monkeypatch, broken):
     plan, run = one_run(data, tmp_path / "run")
     signals = signal.SIGINT, signal.SIGTERM
     before, alive = [signal.getsignal(s) for s in signals], []
-    begin = KeepGoing.on_train_start
+    begin = CheckpointAndStop.on_train_start
 
     def look(self, trainer, module):
         begin(self, trainer, module)
@@ -60,9 +55,9 @@ def test_a_run_leaves_signals_as_they_were_and_nothing_of_itself(data, tmp_path,
         if broken:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(KeepGoing, "on_train_start", look)
-    with StudyProgress("training", 1) as progress, pytest.raises(ZeroDivisionError) if broken else nullcontext():
-        train_run(run, plan.study.train, data, progress, "")
+    monkeypatch.setattr(CheckpointAndStop, "on_train_start", look)
+    with pytest.raises(ZeroDivisionError) if broken else nullcontext():
+        train(plan, run)
     assert [signal.getsignal(s) for s in signals] == before
     gc.collect()
     assert [seen() for seen in alive] == [None]
@@ -72,10 +67,10 @@ def test_a_run_leaves_signals_as_they_were_and_nothing_of_itself(data, tmp_path,
 
 
 @pytest.fixture
-def stopped(data, tmp_path, monkeypatch):  # noqa: F811
+def stopped(data, tmp_path, monkeypatch):
     """A run with two checkpoints that was stopped on its way, and how to go on with it."""
     plan, run = one_run(data, tmp_path / "stopped", checkpoint_steps=1)
-    whole = KeepGoing.on_train_batch_end
+    whole = CheckpointAndStop.on_train_batch_end
 
     def stop(self, trainer, *rest):
         if trainer.global_step == 11:
@@ -84,9 +79,9 @@ def stopped(data, tmp_path, monkeypatch):  # noqa: F811
         whole(self, trainer, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeepGoing, "on_train_batch_end", stop)
-        with StudyProgress("training", 1) as progress, pytest.raises(Interrupted, match="SIGTERM"):
-            train_run(run, plan.study.train, data, progress, "")
+        patch.setattr(CheckpointAndStop, "on_train_batch_end", stop)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            train(plan, run)
     steps = [int(path.stem.split("-")[1]) for path in checkpoints(run.directory)]
     assert steps == [11, 10]
     return plan, run
@@ -106,7 +101,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "many"), [*((damage, 1) for damage in DAMAGES), ("empty", KEPT)])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage, many, stopped, data, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage, many, stopped, data, tmp_path, capsys):
     plan, run = stopped
     for path in checkpoints(run.directory)[:many]:
         DAMAGES[damage](path)
@@ -117,9 +112,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage, man
     straight, expected = one_run(data, tmp_path / "straight")
     train_runs(straight)
     assert metrics(run) == metrics(expected)
-    assert all(
-        torch.equal(a, b) for a, b in zip(final_weights(run).values(), final_weights(expected).values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(expected).values(), strict=True))
 
 
 class Evil:
@@ -173,7 +166,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(stopped, capsys):
 
 
 @pytest.mark.parametrize("looks", [True, False])
-def test_nothing_of_a_step_that_is_not_finite_is_applied(looks, data, tmp_path, monkeypatch):  # noqa: F811
+def test_nothing_of_a_step_that_is_not_finite_is_applied(looks, data, tmp_path, monkeypatch):
     """On a CPU the run stops before it; where looking would be to wait (a GPU), the optimizer does nothing after it."""
     plan, run = one_run(data, tmp_path)
     original, before, after = LanguageModel.training_step, [], []
@@ -198,14 +191,14 @@ def test_nothing_of_a_step_that_is_not_finite_is_applied(looks, data, tmp_path, 
     failures = train_runs(plan)
     assert len(failures) == 1
     assert "mha seed 0 failed: the loss is" in failures[0]
-    assert read_record(run)["diverged"]
+    assert run.record()["diverged"]
     assert len(after) == (0 if looks else 2)
     for later in after:
         assert all(torch.equal(a, b) for a, b in zip(before[0], later, strict=True))
 
 
 @pytest.mark.parametrize("when", ["at the last step", "just before a checkpoint"])
-def test_what_is_not_finite_is_never_a_checkpoint_or_a_record(when, data, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_not_finite_is_never_a_checkpoint_or_a_record(when, data, tmp_path, monkeypatch):
     """On a GPU too, where it is looked for now and then alone."""
     broken = 23 if when == "at the last step" else 9
     plan, run = one_run(data, tmp_path, **({"checkpoint_seconds": 1e-6} if broken == 9 else {}))
@@ -224,7 +217,7 @@ def test_what_is_not_finite_is_never_a_checkpoint_or_a_record(when, data, tmp_pa
     monkeypatch.setattr("train.runner.LOG_POINTS", 4)  # looks every sixth step
     (failure,) = train_runs(plan)
     assert "gradient's norm nan" in failure
-    assert read_record(run)["diverged"]
+    assert run.record()["diverged"]
     steps = [int(path.stem.split("-")[1]) for path in checkpoints(run.directory)]
     assert steps == ([9, 8] if broken == 9 else [])
 
@@ -245,7 +238,7 @@ def limit_memory(monkeypatch, sequences):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; there is none here")
-def test_a_gpus_memory_that_does_not_hold_a_batch(data, tmp_path, capsys):  # noqa: F811
+def test_a_gpus_memory_that_does_not_hold_a_batch(data, tmp_path, capsys):
     """It is given a half of what the whole batch took at its peak."""
     train = {"tokens": 2**19, "batch_tokens": 2**18, "val_tokens": 64, "val_points": 1}
     plans = [one_run(data, tmp_path / name, **train)[0] for name in ("whole", "small")]
@@ -259,21 +252,21 @@ def test_a_gpus_memory_that_does_not_hold_a_batch(data, tmp_path, capsys):  # no
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory; each batch now goes through the model in" in capsys.readouterr().err
-    whole, small = (metrics(plan.runs()[0]) for plan in plans)
+    whole, small = (metrics(plan.look().runs[0]) for plan in plans)
     assert [row["tokens"] for row in whole] == [row["tokens"] for row in small]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data, tmp_path, monkeypatch, capsys):
     """The same steps at the same places, and up to rounding the same losses (with dropout: other masks)."""
-    settings = study().settings() | {"variants": [{"arch": "mha"}]}
+    settings = tiny_study().settings() | {"variants": [{"arch": "mha"}]}
     settings["model"] = settings["model"] | {"dropout": dropout}
     whole, plan = (Plan(parse_study(settings), data, tmp_path / name) for name in ("whole", "small"))
     train_runs(whole)
     limit_memory(monkeypatch, 2)
     assert train_runs(plan) == []
     assert "out of memory; each batch now goes through the model in 4 pieces" in capsys.readouterr().err
-    (run,), (expected,) = plan.runs(), whole.runs()
+    (run,), (expected,) = plan.look().runs, whole.look().runs
     for a, b in zip(metrics(run), metrics(expected), strict=True):
         assert a.keys() == b.keys()
         assert a["tokens"] == b["tokens"]
@@ -281,20 +274,20 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data,
             assert a[tag] == pytest.approx(b[tag], rel=0.1 if dropout else 1e-5)
 
 
-def test_a_run_that_another_process_saw_fail_is_not_tried_again(data, tmp_path):  # noqa: F811
+def test_a_run_that_another_process_saw_fail_is_not_tried_again(data, tmp_path):
     plan, run = one_run(data, tmp_path)
     with StudyProgress("training", 1) as progress:
         failed = {"key": run.key, "failed": "x", "diverged": True, "failed_at": 1.0}
         write_json(run.directory / "record.json", failed)
-        train_if_needed(plan, run, progress, "", {})
-        assert read_record(run) == failed
-        train_if_needed(plan, run, progress, "", failed_before(plan))  # it had failed before the command
-        assert "train" in read_record(run)
+        train_if_needed(plan, run, progress, {})
+        assert run.record() == failed
+        train_if_needed(plan, run, progress, failed_records(plan))  # it had failed before the command
+        assert "train" in run.record()
 
 
-def test_where_not_even_one_sequence_fits_the_run_ends_with_advice_and_the_study_goes_on(data, tmp_path, monkeypatch):  # noqa: F811
-    plan = Plan(study(), data, tmp_path)
-    first, second = plan.runs()
+def test_where_not_even_one_sequence_fits_the_run_ends_with_advice_and_the_study_goes_on(data, tmp_path, monkeypatch):
+    plan = Plan(tiny_study(), data, tmp_path)
+    first, second = plan.look().runs
     whole = LanguageModel.training_step
 
     def training_step(self, batch, batch_idx):
@@ -306,24 +299,24 @@ def test_where_not_even_one_sequence_fits_the_run_ends_with_advice_and_the_study
     (failure,) = train_runs(plan)
     assert failure.startswith(f"{first.name} failed: out of memory even with one sequence at a time")
     assert "lower model.width" in failure
-    assert read_record(first)["oom"]
-    assert "train" in read_record(second)
+    assert first.record()["oom"]
+    assert "train" in second.record()
 
 
-def test_the_gap_that_a_failed_run_leaves_stands_in_the_results(data, tmp_path):  # noqa: F811
-    plan = Plan(study(), data, tmp_path)
-    first, second = plan.runs()
+def test_the_gap_that_a_failed_run_leaves_stands_in_the_results(data, tmp_path):
+    plan = Plan(tiny_study(), data, tmp_path)
+    first, second = plan.look().runs
     train_runs(plan)
     assert evaluate_runs(plan) == []
     write_json(second.directory / "record.json", {"key": second.key, "failed": "the loss is nan", "diverged": True})
-    assert write_results("x", plan) == 1
+    assert write_results(plan) == 1
     results = read_json(tmp_path / "results.json")
     assert [run["label"] for run in results["runs"]] == [first.variant.label]
     assert results["missing"] == [{"label": second.variant.label, "seed": 0, "why": "the loss is nan"}]
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_an_evaluation_goes_on_where_it_was_begun_and_elsewhere_begins_anew(data, tmp_path, monkeypatch, moved):  # noqa: F811
+def test_an_evaluation_goes_on_where_it_was_begun_and_elsewhere_begins_anew(data, tmp_path, monkeypatch, moved):
     plan, run = one_run(data, tmp_path)
     train_runs(plan)
     roofs = iter([10.0])
@@ -336,25 +329,25 @@ def test_an_evaluation_goes_on_where_it_was_begun_and_elsewhere_begins_anew(data
     if moved:
         monkeypatch.setattr("eval.evaluate.describe_machine", lambda: {"machine": {"device": "another"}})
     assert evaluate_runs(plan) == []
-    assert ("mark" in read_record(run)) == (not moved)
+    assert ("mark" in run.record()) == (not moved)
 
 
-def test_a_run_whose_settings_changed_says_what_was_and_what_is(data, tmp_path, capsys):  # noqa: F811
+def test_a_run_whose_settings_changed_says_what_was_and_what_is(data, tmp_path, capsys):
     plan, run = one_run(data, tmp_path)
     train_runs(plan)
     changed, _ = one_run(data, tmp_path, lr=5e-4)
     train_runs(changed)
     assert f"mha seed 0 starts over: train.lr was {run.lr}, is 0.0005" in capsys.readouterr().err
     assert json.loads((run.directory / "config.json").read_text())["train"]["lr"] == 5e-4
-    assert read_record(changed.runs()[0])["train"]["lr"] == 5e-4
+    assert changed.look().runs[0].record()["train"]["lr"] == 5e-4
 
 
 # Two at once
 
 
-def test_a_run_that_another_process_holds_is_left_to_it_and_waited_for(data, tmp_path, capsys):  # noqa: F811
-    plan = Plan(study(), data, tmp_path)
-    first, second = plan.runs()
+def test_a_run_that_another_process_holds_is_left_to_it_and_waited_for(data, tmp_path, capsys):
+    plan = Plan(tiny_study(), data, tmp_path)
+    first, second = plan.look().runs
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(lock_path(first.directory))],
         stdout=subprocess.PIPE,
@@ -366,10 +359,10 @@ def test_a_run_that_another_process_holds_is_left_to_it_and_waited_for(data, tmp
     seen = []
 
     def release():
-        while "train" not in read_record(second):
+        while "train" not in second.record():
             time.sleep(0.1)
         time.sleep(1)
-        seen.extend("train" in read_record(run) for run in (first, second))
+        seen.extend("train" in run.record() for run in (first, second))
         holder.communicate("")  # it ends, and with it its lock
 
     threading.Thread(target=release, daemon=True).start()
@@ -377,7 +370,7 @@ def test_a_run_that_another_process_holds_is_left_to_it_and_waited_for(data, tmp
     assert seen == [False, True]
     assert "waiting for another kvfrontier process in" in capsys.readouterr().err
     assert not is_locked(first.directory)
-    assert "train" in read_record(first)
+    assert "train" in first.record()
 
 
 HOLD = """

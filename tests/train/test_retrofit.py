@@ -11,11 +11,11 @@ from texts import write_texts
 
 import kvfrontier
 from archs import build
-from archs.techniques import dmc
+from archs.techniques import dmc, technique
 from train.checkpoints import newest_whole
 from train.plan import Plan
 from train.retrofit import Retrofit
-from train.status import states
+from train.store import states
 from train.study import load_data, parse_study
 
 DMCS = [
@@ -67,7 +67,7 @@ def test_an_mha_reaches_a_ratio_of_2(out):
     assert same["bytes_held"] == full["bytes_held"]
     assert 1.8 <= full["bytes_held"] / half["bytes_held"] <= 2.2
     assert same["val_nats"] < full["val_nats"]  # it was trained further
-    assert "which mla does not keep" in measured(out, "mla")[2]["skipped"]
+    assert "KV heads" in measured(out, "mla")[2]["skipped"]
 
 
 def test_retrofits_are_runs_like_others(out, capsys):
@@ -109,14 +109,14 @@ def test_a_retrofit_that_failed_is_left_out_until_it_is_trained(out):
 def test_what_waits_for_a_retrofit_is_named(out, capsys):
     asked = "eval.techniques=[{technique: dmc, budget: 0.25, train_tokens: 1024}]"
     assert kvfrontier.main(["eval", str(out), "--set", asked]) == 1
-    assert "mha seed 0 is not evaluated: what DMC trains further is not trained yet" in capsys.readouterr().err
+    assert "mha seed 0 is not evaluated: its retrofits (eval.techniques) are not trained yet" in capsys.readouterr().err
 
 
 def test_another_base_run_is_another_retrofit(out):
     def keys(*overrides):
         study = parse_study(STUDY, overrides)
         plan = Plan(study, load_data(study, out.parent / "study.yaml"), out)
-        return [run.key for run in plan.retrofits(plan.runs()[0])]
+        return [run.key for run in plan.look().retrofits]
 
     assert keys("eval.loss_tokens=4096") == keys()
     assert not set(keys("train.lr=0.004")) & set(keys())
@@ -126,7 +126,7 @@ def test_it_starts_as_the_model_that_was_trained(out, monkeypatch):
     """Before the decisions' element fades, and where nothing merges yet."""
     run = out / "runs" / "mha" / "seed-0"
     weights, config = newest_whole(run, print)[1]["state_dict"], json.loads((run / "config.json").read_text())
-    module = Retrofit("mha", config["options"], budget=0.5, tokens=1000)
+    module = Retrofit(technique("dmc", budget=0.5), "mha", config["options"], tokens=1000)
     module.load_state_dict(weights)
     plain = build("mha", **config["options"]).eval()
     plain.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})

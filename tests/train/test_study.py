@@ -7,23 +7,15 @@ from pathlib import Path
 import pytest
 
 from archs import VARIANTS
-from train.corpus import Corpus
 from train.errors import InputError
 from train.files import write_json
-from train.matching import matching_heads, on_meta
-from train.plan import Plan, matching_tables, resolve_variants
-from train.study import STUDIES, find_study, load_data, parse_study, read_yaml
-from train.tokens import prepare
+from train.plan import Plan
+from train.store import STUDIES, find_study
+from train.study import load_data, parse_study, read_yaml
 from train.tuning import WIDENED_AT_MOST
+from train.variants import matching_heads, matching_tables, on_meta, resolve_variants
 
 THREE = "[{arch: mha}, {arch: mqa}, {arch: gqa, kv_heads: 2}]"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    texts = [f"some text number {n} to train on\n" * 20 for n in range(40)]
-    corpus = Corpus("files", texts[:30], texts[30:], 1, "0" * 16)
-    return prepare(corpus, "bytes", None, tmp_path_factory.mktemp("cache"))
 
 
 def study(*overrides, **sections):
@@ -32,7 +24,7 @@ def study(*overrides, **sections):
 
 def test_quick_is_complete_and_what_a_study_leaves_out_is_from_it():
     quick = parse_study(read_yaml(STUDIES / "quick.yaml"))
-    assert {v["arch"] for v in quick.variants} == set(VARIANTS)
+    assert {v["arch"] for v in quick.variants} <= set(VARIANTS)
     assert parse_study({}) == quick
     own = parse_study({"model": {"layers": 6}, "train": {"tokens": 9_999}, "corpus": {"files": ["a.txt"]}})
     assert own.model == quick.model | {"layers": 6}
@@ -50,69 +42,62 @@ def test_every_shipped_study_resolves(path):
 
 
 WRONG = [
-    ({"trian": {}}, "unknown key 'trian'; did you mean 'train'?"),
-    ({"train": {"tokns": 5}}, "unknown key 'train.tokns'; did you mean 'tokens'?"),
+    ({"trian": {}}, "unknown key 'trian'; allowed: corpus,"),
+    ({"trian": {}}, "did you mean 'train'?"),
+    ({"train": {"tokns": 5}}, "unknown key 'train.tokns'"),
+    ({"train": {"tokns": 5}}, "did you mean 'tokens'?"),
     ({"eval": {"decode": {"batches": [1]}}}, "unknown key 'eval.decode.batches'"),
-    ({"model": {"widht": 64}}, "model: unknown key 'widht'; allowed: width"),
-    ({"train": {"tokens": "many"}}, "train.tokens"),
-    ({"train": {"tokens": 0}}, "tokens=0: must be above 0"),
-    ({"train": {"lr": -1.0}}, "lr=-1.0: must be above 0"),
-    ({"train": {"lr": [1e-3, 0]}}, "lr=0.0: must be above 0"),
-    ({"train": {"lr": [1e-3, 1e-3]}}, "train.lr 0.001 stands twice"),
+    ({"model": {"widht": 64}}, "unknown key 'model.widht'; allowed: width"),
+    ({"train": {"tokens": "many"}}, "train.tokens='many': must be a whole number of at least 1"),
+    ({"train": {"tokens": 0}}, "train.tokens=0: must be"),
+    ({"train": {"lr": -1.0}}, "train.lr=-1.0: must be a number above 0 or a list, each a number above 0"),
+    ({"train": {"lr": [1e-3, 0]}}, "train.lr=[0.001, 0]: must be a number above 0"),
+    ({"train": {"lr": [1e-3, 1e-3]}}, "train.lr: 0.001 stands twice"),
     ({"train": {"lr": []}}, "train.lr: at least one is needed"),
-    ({"train": {"lr": "fast"}}, "train.lr"),
-    ({"sizes": [{"depth": 3}]}, "sizes: unknown key 'depth'; allowed: tokens, width"),
-    ({"sizes": [{"context": 3}]}, "sizes: unknown key 'context'"),
+    ({"sizes": [{"depth": 3}]}, "unknown key 'sizes.depth'; allowed: tokens, width"),
+    ({"sizes": [{"context": 3}]}, "unknown key 'sizes.context'"),
     ({"sizes": [{"width": 64, "tokens": "many"}]}, "sizes: tokens='many': must be a whole number"),
-    ({"sizes": [{"width": 64, "tokens": [1, 2]}]}, "sizes: tokens=[1, 2]: must be a whole number"),
-    ({"variants": [{"arch": "mha", 5: 3}]}, "variants: mha: 5 is no option"),
-    ({"eval": {"level": 1.0}}, "eval.level=1.0: must be below 1"),
-    ({"tokenizer": {"name": "bpe", "vocab_size": 2**31}}, "tokenizer.vocab_size=2147483648: must be below 2**31"),
-    ({"sizes": {"width": 3}}, "sizes"),
-    ({"train": {"warmup_tokens": -1}}, "warmup_tokens=-1: must be at least 0"),
-    ({"train": {"precision": "fp8"}}, "train.precision"),
+    ({"sizes": {"width": 3}}, "sizes={'width': 3}: must be a list"),
+    ({"eval": {"level": 1.0}}, "eval.level=1.0: must be a number above 0 and below 1"),
+    ({"tokenizer": {"name": "bpe", "vocab_size": 2**31}}, "tokenizer.vocab_size=2147483648: must be"),
+    ({"train": {"warmup_tokens": -1}}, "train.warmup_tokens=-1: must be a whole number of at least 0"),
+    ({"train": {"precision": "fp8"}}, "train.precision='fp8': must be one of auto, bf16, fp32"),
+    ({"train": {"strategy": "fsdp"}}, "train.strategy='fsdp': must be one of auto, ddp,"),
+    ({"train": {"devices": 3}}, "train.devices=3 and train.num_nodes=1 must divide the batch's 8 sequences"),
     ({"train": 7}, "train: must be a mapping"),
-    ({"seeds": []}, "seed: at least one is needed"),
-    ({"seeds": [1, 1]}, "seed 1 stands twice"),
-    ({"seeds": [-1]}, "seeds=-1: must be at least 0"),
-    ({"match": "params"}, "match"),
+    ({"seeds": []}, "seeds: at least one is needed"),
+    ({"seeds": [1, 1]}, "seeds: 1 stands twice"),
+    ({"seeds": [-1]}, "seeds=-1: must be a list, each a whole number of at least 0"),
+    ({"seeds": [10**22]}, "and below 4294967296"),
+    ({"seeds": None}, "needs the key 'seeds'"),
+    ({"match": "params"}, "match='params': must be one of ffn, heads, none"),
     ({"variants": []}, "variants: at least one is needed"),
+    ({"variants": "mha"}, "variants='mha': must be a list"),
     ({"variants": [{"label": "x"}]}, "variants: entry 0 needs an arch"),
     ({"variants": [{"label": True, "arch": "mha"}]}, "variants: entry 0: label True is not text; put it in quotation"),
-    ({"variants": [{"arch": "mha"}, {"arch": "mha"}]}, "label 'mha' stands twice"),
-    ({"variants": [{"arch": "mha", "label": "../x"}]}, "'../x' names a folder"),
+    ({"variants": [{"arch": "mha"}, {"arch": "mha"}]}, "variants: 'mha' stands twice"),
+    ({"variants": [{"arch": "mha", "label": "a/../../x"}]}, "'a/../../x' names a folder"),
     ({"variants": [{"arch": "mha", "label": "<script>"}]}, "'<script>' names a folder"),
-    ({"eval": {"techniques": [{"technique": "h2p"}]}}, "eval.techniques: unknown technique 'h2p'"),
-    ({"eval": {"techniques": [{"budget": 0.5}]}}, "eval.techniques: unknown technique None"),
-    ({"eval": {"techniques": [{"technique": "h2o", "budget": 0}]}}, "eval.techniques: budget=0"),
-    ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 1.1]}]}}, "eval.techniques: budget=1.1"),
-    ({"eval": {"techniques": [{"technique": "snapkv", "budget": 0.25}]}}, "window=32 is longer than the budget of 16"),
-    ({"eval": {"techniques": [{"technique": "h2o", "budget": []}]}}, "eval.techniques: h2o: budget is an empty list"),
-    ({"eval": {"techniques": [{"technique": "fastgen", "threshold": 2}]}}, "threshold=2: must be a share above 0"),
-    ({"eval": {"techniques": [{"technique": "dmc", "budget": 0}]}}, "eval.techniques: budget=0"),
-    ({"eval": {"techniques": [{"technique": "dmc", "lr": 1}]}}, "eval.techniques: lr=1: must be a rate"),
-    ({"eval": {"techniques": [{"technique": {"a": 1}}]}}, "eval.techniques: unknown technique {'a': 1}"),
-    ({"eval": {"techniques": [{"technique": "h2o", "name": 1}]}}, "h2o: unknown option 'name'"),
-    ({"eval": {"techniques": [{"technique": "h2o", 3: 4}]}}, "eval.techniques: 3 is no option"),
-    ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 0.5]}]}}, "stands twice in the study"),
-    ({"eval": {"techniques": [{"technique": "full", "group": 8}]}}, "eval.techniques: group goes with bits"),
-    ({"eval": {"techniques": [{"technique": "dmc", "budget": 0.5, "bits": 4}]}}, "dmc can't be quantised"),
-    ({"model": {"context": None}, "eval": {"techniques": [{"technique": "full"}]}}, "model.context=None: must be"),
-    ({"eval": {"techniques": [{"technique": "full", "bits": 5}]}}, "eval.techniques: bits=5: must be 8, 4 or 2"),
     ({"variants": [{"arch": "mha", "label": r"\input{x}"}]}, "names a folder"),
-    ({"variants": [{"arch": "mha", "label": "a/../../x"}]}, "names a folder"),
     ({"variants": [{"arch": "mha", "label": ".."}]}, "names a folder"),
     ({"variants": [{"arch": "mha", "vocab_size": 9}]}, "set tokenizer.vocab_size"),
-    ({"variants": "mha"}, "variants"),
-    ({"eval": {"decode": {"batch": [0]}}}, "batch=0: must be above 0"),
-    ({"tokenizer": {"vocab_size": 99}}, "tokenizer.name: needs a value"),
-    ({"tokenizer": "bytes"}, "tokenizer: must be a mapping with the keys name, vocab_size, not 'bytes'"),
-    ({"corpus": None}, "corpus: must be a mapping"),
-    ({"seeds": None}, "seeds: needs a value"),
-    ({"seeds": [10**22]}, "must be below 2**32"),
-    ({"corpus": {"a": 1}}, "unknown key 'corpus.a'; allowed: name, files"),
     ({"variants": [{"arch": "mha", "context": 8}]}, "context is the same for all of them; set model.context"),
-    ({"variants": [{"arch": "mha", "label": True}]}, "variants: entry 0"),
+    ({"eval": {"techniques": [{"technique": "h2p"}]}}, "eval.techniques: unknown technique 'h2p'"),
+    ({"eval": {"techniques": [{"budget": 0.5}]}}, "eval.techniques: unknown technique None"),
+    ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 1.1]}]}}, "budget=1.1"),
+    ({"eval": {"techniques": [{"technique": "snapkv", "budget": 0.25}]}}, "window=32 is longer than the budget of 16"),
+    ({"eval": {"techniques": [{"technique": "h2o", "budget": []}]}}, "eval.techniques: h2o: budget is an empty list"),
+    ({"eval": {"techniques": [{"technique": "dmc", "lr": 1}]}}, "lr=1"),
+    ({"eval": {"techniques": [{"technique": {"a": 1}}]}}, "eval.techniques: unknown technique {'a': 1}"),
+    ({"eval": {"techniques": [{"technique": "h2o", "name": 1}]}}, "h2o: unknown option 'name'"),
+    ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 0.5]}]}}, "stands twice in the study"),
+    ({"eval": {"techniques": [{"technique": "dmc", "train_tokens": 9}]}}, "train_tokens=9 is less than one batch"),
+    ({"model": {"context": None}, "eval": {"techniques": [{"technique": "full"}]}}, "model: context=None: must be"),
+    ({"eval": {"decode": {"batch": [0]}}}, "eval.decode.batch=0: must be a list, each a whole number of at least 1"),
+    ({"tokenizer": {"vocab_size": 99}}, "needs the key 'tokenizer.name'"),
+    ({"tokenizer": "bytes"}, "tokenizer='bytes': must be a mapping with the keys name, vocab_size"),
+    ({"corpus": None}, "needs the key 'corpus'"),
+    ({"corpus": {"a": 1}}, "unknown key 'corpus.a'; allowed: name, files"),
 ]
 
 
@@ -131,7 +116,8 @@ SHAPES = [
     ({}, [{"arch": "mla", "kv_rank": 8}], "needs the option 'rope_dim'"),
     ({"layers": 3}, [{"arch": "yoco", "kv_heads": 4}], "layers=3: must be even"),
     ({}, [{"arch": "mlaa"}], "unknown architecture 'mlaa'"),
-    ({}, [{"arch": "mha", "kv_heads": 2}], "no option 'kv_heads'"),
+    ({}, [{"arch": "mha", "kv_heads": 2}], "option 'kv_heads'"),
+    ({}, [{"arch": "mine.py:Mine", "label": "mine"}], "mine.py"),
     ({}, [{"arch": "mha"}, {"arch": "mqa", "ffn_width": 64}], "match: ffn sets ffn_width"),
     ({"width": 8, "heads": 4}, [{"arch": "mha"}, {"arch": "mla", "kv_rank": 999, "rope_dim": 2}], "cannot bring"),
     ({"context": 100}, [{"arch": "mha"}], "must be a multiple of model.context=100"),
@@ -171,9 +157,9 @@ def test_a_merge_key_is_no_second_time(tmp_path):
 
 def test_overrides_reach_every_place():
     changed = study(
-        "train.tokens=1_000", "train.lr=1e-3", "variants.gqa.kv_heads=1", "variants.0.label=base", "seeds=[3, 4]"
+        "train.tokens=100_000", "train.lr=1e-3", "variants.gqa.kv_heads=1", "variants.0.label=base", "seeds=[3, 4]"
     )
-    assert (changed.train.tokens, changed.train.lr, changed.seeds) == (1000, 1e-3, [3, 4])
+    assert (changed.train.tokens, changed.train.lr, changed.seeds) == (100_000, 1e-3, [3, 4])
     with pytest.raises(InputError, match="variants: entry 0 needs an arch"):
         study("variants=[{label: x}]")
     whole = study("train.tokens=2e4", "seeds=[1e0, 2]", "train.checkpoint_steps=1e2", "eval.decode.seeds=[2e0]")
@@ -184,21 +170,20 @@ def test_overrides_reach_every_place():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("train.lr=fast", "must be a number or a list of numbers, such as 3e-3 or [1e-3, 3e-3], not fast"),
-        ("train.lr=.inf", "must be above 0 and finite"),
-        ("train.tokens=100k", "must be a whole number, such as 100, not 100k"),
-        ("train.tokens=1.5", "must be a whole number, such as 100, not 1.5"),
-        ("seeds=3", "must be a list, in [brackets], not 3"),
-        ("eval.decode.seeds=1", "must be a list of whole numbers, such as [0, 1], not 1"),
-        ("tokenizer.name=3", "must be text, not 3"),
-        ("train.precision=fp8", "one of ['auto', 'bf16', 'fp32']"),
+        ("train.lr=.inf", "train.lr=inf: must be a number above 0"),
+        ("train.tokens=100k", "train.tokens='100k': must be a whole number"),
+        ("train.tokens=1.5", "train.tokens=1.5: must be a whole number"),
+        ("seeds=3", "seeds=3: must be a list, each a whole number"),
+        ("eval.decode.seeds=1", "eval.decode.seeds=1: must be a list, each a whole number"),
+        ("tokenizer.name=3", "tokenizer.name=3: must be text"),
+        ("variants=[{arch: mha, 5: 3}]", "5 is no key"),
     ],
 )
 def test_wrong_values_are_told_in_words(override, says):
     with pytest.raises(InputError) as caught:
         study(override)
     assert says in str(caught.value)
-    assert override.partition("=")[0].rpartition(".")[2] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_overrides_of_a_given_list_name_variants_by_label_or_place():
@@ -298,10 +283,11 @@ def test_no_matching_leaves_the_widths():
 )
 def test_a_changed_value_changes_the_keys_of_what_it_touches(data, tmp_path, override, retrained, reevaluated):
     variants = [{"arch": "mha"}, {"arch": "mqa"}, {"arch": "gqa", "kv_heads": 2}]
-    before, after = (Plan(study(*o, variants=variants), data, tmp_path).runs() for o in ((), (override,)))
-    everything = {run.variant.label for run in before}
-    changed = {a.variant.label for a, b in zip(before, after, strict=True) if a.key != b.key}
-    remeasured = {a.variant.label for a, b in zip(before, after, strict=True) if a.eval_key != b.eval_key}
+    before, after = (Plan(study(*o, variants=variants), data, tmp_path).look() for o in ((), (override,)))
+    everything = {run.variant.label for run in before.runs}
+    pairs = list(zip(before.runs, after.runs, strict=True))
+    changed = {a.variant.label for a, b in pairs if a.key != b.key}
+    remeasured = {a.variant.label for a, b in pairs if before.eval_key(a) != after.eval_key(b)}
     assert changed == (everything if retrained == "all" else retrained)
     assert remeasured == (everything if reevaluated == "all" else reevaluated)
 
@@ -342,13 +328,13 @@ def test_sizes_of_one_shape_are_told_apart_by_what_else_differs():
     [
         ({"variants": [{"arch": "gqa", "kv_heads": []}]}, "gqa: kv_heads is an empty list"),
         ({"variants": [{"arch": "gqa", "kv_heads": [2, 2]}]}, "'gqa-2' stands twice"),
-        ({"variants": [{"arch": "gqa", "kv_heads": [2, 3]}]}, "gqa-3: gqa: kv_heads=3 must divide"),
+        ({"variants": [{"arch": "gqa", "kv_heads": [2, 3]}]}, "gqa-3: kv_heads=3 must divide"),
         (
             {"variants": [{"arch": "gqa", "kv_heads": 2, "label": "x" * 60}], "sizes": [{"width": 100}]},
             "names a folder",
         ),
         ({"sizes": [{"width": 64}, {"width": 64}]}, "'mha-64x4' stands twice"),
-        ({"sizes": [{"width": 64, "tokens": 3}]}, "train.tokens=3 is less than one batch"),
+        ({"sizes": [{"width": 64, "tokens": 3}]}, "sizes: tokens=3 is less than one batch"),
         ({"sizes": [{"width": "wide"}]}, "width='wide': must be a whole number"),
     ],
 )
@@ -375,7 +361,7 @@ def test_the_matching_tables_show_what_each_rule_holds_and_what_it_costs():
 def tried(plan, losses):
     """Trains nothing: writes the records that the tuning runs of an invented loss would leave."""
     order = []
-    while (run := plan.ready()[0] if plan.ready() else None) and run.tunes:
+    while (ready := plan.look().ready) and (run := ready[0]).kind == "tuning":
         order.append((run.variant.label, run.lr))
         loss = losses(run.variant.label, run.lr)
         record = {"failed": "x", "diverged": True} if loss is None else {"train": {}, "curve": [{"val_bpb": loss}]}
@@ -386,20 +372,20 @@ def tried(plan, losses):
 def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(data, tmp_path):
     best = {"mha": 4e-3, "mqa": 2.5e-4, "gqa": 1e-3}
     plan = Plan(study("train.lr=[5e-4, 1e-3, 2e-3]", "seeds=[0, 1000]", "variants=" + THREE), data, tmp_path)
-    assert plan.runs() == []
-    assert len(plan.left()) == 3 * 3 + 3 * 2
+    assert plan.look().runs == []
+    assert len(plan.look().left) == 3 * 3 + 3 * 2
     order = tried(plan, lambda label, lr: 2 + abs(math.log(lr / best[label])))
     assert [lr for label, lr in order if label == "mha"] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
     assert [lr for label, lr in order if label == "mqa"] == [5e-4, 1e-3, 2e-3, 2.5e-4, 1.25e-4]
     assert [lr for label, lr in order if label == "gqa"] == [5e-4, 1e-3, 2e-3]
-    runs = plan.runs()
+    runs = plan.look().runs
     assert {run.variant.label: run.lr for run in runs} == best
     assert {run.seed for run in runs} == {0, 1000}
-    assert {run.seed for run in plan.tuning_runs()} == {1001} == {run.tuning["seed"] for run in runs}
-    assert [rate["lr"] for rate in runs[0].tuning["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    assert not runs[0].tuning["at_edge"]
-    assert plan.ready() == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
-    given = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).runs()[0]
+    assert {run.seed for run in plan.look().tuning_runs} == {1001} == {run.settings["tuning"]["seed"] for run in runs}
+    assert [rate["lr"] for rate in runs[0].settings["tuning"]["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert not runs[0].settings["tuning"]["at_edge"]
+    assert plan.look().ready == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
+    given = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
     assert given.key == runs[0].key  # how a rate was found does not change the run
 
 
@@ -407,13 +393,13 @@ def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
     settings = "train.lr=[1e-3, 2e-3, 4e-3]", "variants=[{arch: mha}]"
     plan = Plan(study(*settings, "train.tuning_tokens=4_096"), data, tmp_path)
     tried(plan, lambda label, lr: 2 + abs(math.log(lr / 2e-3)))
-    (run,) = plan.runs()
-    assert (run.lr, run.tuning["tokens"]) == (2e-3, 4096)
-    assert {run.variant.tokens for run in plan.tuning_runs()} == {4096}
+    (run,) = plan.look().runs
+    assert (run.lr, run.settings["tuning"]["tokens"]) == (2e-3, 4096)
+    assert {run.variant.tokens for run in plan.look().tuning_runs} == {4096}
     assert run.variant.tokens > 4096
     whole = Plan(study(*settings), data, tmp_path / "whole")
     tried(whole, lambda label, lr: 2 + abs(math.log(lr / 2e-3)))
-    assert whole.runs()[0].key == run.key  # how long rates were tried does not change the run
+    assert whole.look().runs[0].key == run.key  # how long rates were tried does not change the run
     with pytest.raises(InputError, match=r"train.tuning_tokens=10 is less than one batch"):
         Plan(study(*settings, "train.tuning_tokens=10"), data, tmp_path)
 
@@ -421,8 +407,26 @@ def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
 @pytest.mark.parametrize("setting", ["checkpoint_seconds=5", "checkpoint_steps=7", "devices=2", "strategy=ddp"])
 def test_how_a_run_is_trained_does_not_change_which_run_it_is(setting, data, tmp_path):
     settings = "train.lr=1e-3", "variants=[{arch: mha}]"
-    one, other = (Plan(study(*settings, *more), data, tmp_path).runs()[0] for more in ((), (f"train.{setting}",)))
+    one, other = (Plan(study(*settings, *more), data, tmp_path).look().runs[0] for more in ((), (f"train.{setting}",)))
     assert one.key == other.key
+
+
+def test_a_variant_in_a_file_of_the_users_own_is_found_beside_the_study_and_its_source_decides_its_key(data, tmp_path):
+    source = "from archs.grouped import MQA\n\n\nclass Mine(MQA):\n    pass\n"
+    variants = [{"arch": "mha"}, {"arch": "mine.py:Mine"}]
+    keys = []
+    for folder, text in (("a", source), ("b", source), ("c", source + "# changed\n")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(text)
+        plan = Plan(study(variants=variants), data, tmp_path, tmp_path / folder / "study.yaml")
+        mha, mine = plan.look().runs
+        assert (mine.variant.label, mine.variant.arch) == ("Mine", f"{tmp_path / folder / 'mine.py'}:Mine")
+        assert "source" in mine.settings
+        assert "source" not in mha.settings
+        keys.append((mha.key, mine.key))
+    assert keys[0] == keys[1]
+    assert keys[0][0] == keys[2][0]
+    assert keys[0][1] != keys[2][1]
 
 
 def test_seeds_that_are_timed_are_seeds_of_the_study():
@@ -433,21 +437,21 @@ def test_seeds_that_are_timed_are_seeds_of_the_study():
 def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_path):
     plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=" + THREE), data, tmp_path)
     tried(plan, lambda label, lr: {"mha": None, "mqa": 2.0 - lr if lr < 3e-3 else None, "gqa": 2.0 - lr}[label])
-    chosen = {run.variant.label: run for run in plan.runs()}
-    assert [line.split(":")[0] for line in plan.failures()] == ["mha"]
+    chosen = {run.variant.label: run for run in plan.look().runs}
+    assert [line.split(":")[0] for line in plan.look().failures] == ["mha"]
     assert chosen["mqa"].lr == 2e-3
-    assert chosen["mqa"].tuning["rates"][-1] == {"lr": 4e-3, "val_bpb": None}
+    assert chosen["mqa"].settings["tuning"]["rates"][-1] == {"lr": 4e-3, "val_bpb": None}
     assert chosen["gqa"].lr == 2e-3 * 2**WIDENED_AT_MOST
-    assert chosen["gqa"].tuning["at_edge"]
+    assert chosen["gqa"].settings["tuning"]["at_edge"]
 
 
 def test_a_run_that_failed_for_another_reason_says_nothing_of_its_rate(data, tmp_path):
     plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=[{arch: mha}]"), data, tmp_path)
-    run = plan.ready()[0]
+    run = plan.look().ready[0]
     write_json(run.directory / "record.json", {"key": run.key, "failed": "x", "diverged": False})
-    assert [run.lr for run in plan.ready()] == [1e-3, 2e-3]
-    assert plan.runs() == []
-    assert plan.failures() == ["mha lr 0.001 failed: x"]
+    assert [run.lr for run in plan.look().ready] == [1e-3, 2e-3]
+    assert plan.look().runs == []
+    assert plan.look().failures == ["mha lr 0.001 failed: x"]
 
 
 def test_a_generated_task_needs_its_own_tokenizer():

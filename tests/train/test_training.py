@@ -1,7 +1,6 @@
 """The Lightning module and data module under a plain Trainer, and runs that are interrupted and go on."""
 
 import contextlib
-import json
 import math
 import signal
 import time
@@ -10,47 +9,26 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from miniature import metrics, one_run, tiny_study, train, train_runs, weights
 from lightning.pytorch.loggers import CSVLogger
 
 from archs import VARIANTS
 from train.batches import IGNORED
-from train.checkpoints import checkpoints, newest_whole
-from train.corpus import Corpus
-from train.data import TextData
+from train.callbacks import CheckpointAndStop
+from train.checkpoints import checkpoints
+from train.data import DataModule
 from train.errors import Interrupted
-from train.files import read_record, write_atomic
+from train.files import write_atomic
 from train.module import LanguageModel, SumNats, token_nats
-from train.plan import Plan
-from train.progress import StudyProgress
-from train.runner import KeepGoing, make_module, step_counts, train_run, train_runs
-from train.study import parse_study
-from train.tokens import prepare
+from train.plan import Plan, step_counts
+from train.runner import make_module
 
 OPTIONS = {"vocab_size": 257, "width": 32, "layers": 2, "heads": 2, "context": 16}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
-    corpus = Corpus("files", texts[:30], texts[30:], sum(map(len, texts)), "0" * 16)
-    return prepare(corpus, "bytes", None, tmp_path_factory.mktemp("cache"))
-
-
-def study(**train):
-    return parse_study(
-        {
-            "tokenizer": {"name": "bytes"},
-            "model": {"width": 32, "layers": 2, "heads": 2, "context": 16, "dropout": 0.1},
-            "variants": [{"arch": "mha"}, {"arch": "mqa"}],
-            "train": {"tokens": 128 * 24, "batch_tokens": 128, "val_tokens": 64, "val_points": 4, "precision": "fp32"}
-            | {"warmup_tokens": 128, **train},
-        }
-    )
-
-
 def test_works_with_a_plain_trainer_and_learns(data, tmp_path):
     model = LanguageModel("gqa", OPTIONS | {"kv_heads": 1}, tokens=60 * 256, lr=1e-2, warmup_tokens=1000)
-    batches = TextData(data, context=16, batch_size=16, val_tokens=512)
+    batches = DataModule(data, context=16, batch_size=16, val_tokens=512)
     trainer = L.Trainer(
         max_steps=60,
         accelerator="cpu",
@@ -135,7 +113,7 @@ def test_a_long_run_is_compiled_and_the_step_that_compiles_is_not_timed(data, mo
         "enable_progress_bar": False,
     }
     trainer = L.Trainer(max_steps=3, accelerator="cpu", limit_val_batches=0, **quiet)
-    trainer.fit(model, TextData(data, context=16, batch_size=4))
+    trainer.fit(model, DataModule(data, context=16, batch_size=4))
     assert (model.tokens_seen, model.tokens_untimed) == (3 * 64, 64)
     assert seconds[0] == 0 < seconds[1] < seconds[2]
     assert model.tokens_per_s == pytest.approx(128 / model.train_seconds)
@@ -153,18 +131,15 @@ def test_the_rate_warms_up_and_falls_to_a_tenth():
 
 def test_a_short_run_reaches_its_rate(data, tmp_path):
     """Whatever the warm-up of the study, which may be meant for longer ones."""
-    run = Plan(study(warmup_tokens=10**9), data, tmp_path).runs()[0]
-    module = make_module(run, study(warmup_tokens=10**9).train, tokens=2000, pieces=1)
+    module = make_module(*one_run(data, tmp_path, warmup_tokens=10**9), tokens=2000, pieces=1)
     assert max(map(module.rate, range(2001))) == 1.0
 
 
 def test_checkpoints_are_no_training_time(data, tmp_path, monkeypatch):
-    plan = Plan(study(checkpoint_steps=1, tokens=128 * 8), data, tmp_path)
-    run = plan.runs()[0]
+    plan, run = one_run(data, tmp_path, checkpoint_steps=1, tokens=128 * 8)
     monkeypatch.setattr("train.checkpoints.write_atomic", lambda *args: time.sleep(0.3) or write_atomic(*args))
-    with StudyProgress("training", 1) as progress:
-        train_run(run, plan.study.train, data, progress, "")
-    trained = read_record(run)["train"]
+    train(plan, run)
+    trained = run.record()["train"]
     assert trained["checkpoint_seconds"] > 4 * 0.3
     assert trained["seconds"] < trained["checkpoint_seconds"] / 2
 
@@ -186,7 +161,7 @@ def test_the_seed_fixes_the_weights_and_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize(("tokens", "points"), [(3072, 4), (3071, 4), (128, 10), (128 * 25, 10), (128 * 19, 10)])
 def test_the_last_step_is_validated_and_the_budget_kept(tokens, points):
-    steps, every = step_counts(tokens, study(val_points=points).train)
+    steps, every = step_counts(tokens, tiny_study(val_points=points).train)
     assert steps % every == 0
     assert tokens * 0.5 < steps * 128 <= tokens
 
@@ -199,68 +174,57 @@ def default_dtype(dtype):
     torch.set_default_dtype(before)
 
 
-def weights(run):
-    return newest_whole(run.directory, pytest.fail)[1]["state_dict"]
-
-
-def metrics(run):
-    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("train/tokens_per_s", "train/mfu")} for row in rows]
-
-
 @pytest.mark.parametrize("stop_at", [1, 5, 6, 13])  # 6: a step that is validated
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(data, tmp_path, monkeypatch, stop_at):
-    config = study().train
-    straight, broken = (Plan(study(), data, tmp_path / name).runs()[0] for name in ("straight", "broken"))
-    with StudyProgress("training", 1) as progress:
-        train_run(straight, config, data, progress, "")
-        whole = KeepGoing.on_train_batch_end
+    (plan, straight), (broken_plan, broken) = (one_run(data, tmp_path / name) for name in ("straight", "broken"))
+    train(plan, straight)
+    original = CheckpointAndStop.on_train_batch_end
 
-        def interrupt(self, trainer, *args):
-            if trainer.global_step == stop_at:
-                signal.raise_signal(signal.SIGTERM)
-            whole(self, trainer, *args)
+    def interrupt(self, trainer, *args):
+        if trainer.global_step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, trainer, *args)
 
-        monkeypatch.setattr(KeepGoing, "on_train_batch_end", interrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointAndStop, "on_train_batch_end", interrupt)
         with pytest.raises(Interrupted):
-            train_run(broken, config, data, progress, "")
-        assert "train" not in read_record(broken)
-        monkeypatch.setattr(KeepGoing, "on_train_batch_end", whole)
-        train_run(broken, config, data, progress, "")
+            train(broken_plan, broken)
+    assert "train" not in broken.record()
+    train(broken_plan, broken)
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(broken).values(), strict=True))
     assert metrics(straight) == metrics(broken)
-    assert read_record(straight)["curve"] == read_record(broken)["curve"]
-    assert [row["tokens"] for row in read_record(broken)["curve"]] == [128 * n for n in (6, 12, 18, 24)]
+    assert straight.record()["curve"] == broken.record()["curve"]
+    assert [row["tokens"] for row in broken.record()["curve"]] == [128 * n for n in (6, 12, 18, 24)]
 
 
 def test_trained_runs_are_left_alone_and_changed_ones_start_over(data, tmp_path):
-    plan = Plan(study(), data, tmp_path)
-    runs = plan.runs()
+    plan = Plan(tiny_study(), data, tmp_path)
+    runs = plan.look().runs
     assert train_runs(plan) == []
     before = [checkpoints(run.directory)[0].stat().st_mtime_ns for run in runs]
     assert train_runs(plan) == []
     assert before == [checkpoints(run.directory)[0].stat().st_mtime_ns for run in runs]
-    changed = study(lr=5e-4)
+    changed = tiny_study(lr=5e-4)
     again = Plan(changed, data, tmp_path)
-    assert all(not read_record(run) for run in again.runs())
+    assert all(not run.record() for run in again.look().runs)
     train_runs(again)
-    assert {read_record(run)["train"]["lr"] for run in again.runs()} == {5e-4}
+    assert {run.record()["train"]["lr"] for run in again.look().runs} == {5e-4}
 
 
 def test_a_run_that_was_killed_before_its_record_was_written_gets_one(data, tmp_path):
-    plan = Plan(study(), data, tmp_path)
-    run = plan.runs()[0]
+    plan = Plan(tiny_study(), data, tmp_path)
+    run = plan.look().runs[0]
     train_runs(plan)
-    record = read_record(run)
+    record = run.record()
     (run.directory / "record.json").unlink()
     assert train_runs(plan) == []
-    assert read_record(run)["curve"] == record["curve"]
-    assert read_record(run)["train_tokens"] == record["train_tokens"]
+    assert run.record()["curve"] == record["curve"]
+    assert run.record()["train_tokens"] == record["train_tokens"]
 
 
 def test_a_signal_at_the_last_step_stops_the_study_after_the_run(data, tmp_path, monkeypatch):
-    plan = Plan(study(), data, tmp_path)
-    runs = plan.runs()
+    plan = Plan(tiny_study(), data, tmp_path)
+    runs = plan.look().runs
     original = LanguageModel.on_validation_epoch_end
 
     def on_validation_epoch_end(self):
@@ -271,11 +235,11 @@ def test_a_signal_at_the_last_step_stops_the_study_after_the_run(data, tmp_path,
     monkeypatch.setattr(LanguageModel, "on_validation_epoch_end", on_validation_epoch_end)
     with pytest.raises(Interrupted):
         train_runs(plan)
-    assert ["train" in read_record(run) for run in runs] == [True, False]
+    assert ["train" in run.record() for run in runs] == [True, False]
 
 
 def test_batches_go_round_the_devices_in_turn(data):
-    batches = TextData(data, context=16, batch_size=2)
+    batches = DataModule(data, context=16, batch_size=2)
     one = [inputs for (inputs, _), _ in zip(batches.train_dataloader(), range(6), strict=False)]
     cpu = SimpleNamespace(root_device=torch.device("cpu"))
     trainer = SimpleNamespace(global_step=1, accumulate_grad_batches=1, world_size=2, strategy=cpu)
@@ -287,8 +251,8 @@ def test_batches_go_round_the_devices_in_turn(data):
 
 
 def test_a_run_that_diverges_fails_alone_and_says_so(data, tmp_path, monkeypatch):
-    plan = Plan(study(), data, tmp_path)
-    runs = plan.runs()
+    plan = Plan(tiny_study(), data, tmp_path)
+    runs = plan.look().runs
     original = LanguageModel.training_step
 
     def training_step(self, batch, batch_idx):
@@ -301,16 +265,16 @@ def test_a_run_that_diverges_fails_alone_and_says_so(data, tmp_path, monkeypatch
     failures = train_runs(plan)
     assert len(failures) == 1
     assert "mha seed 0 failed: the loss is nan and the gradient's norm" in failures[0]
-    assert "failed" in read_record(runs[0])
-    assert "train" in read_record(runs[1])
+    assert "failed" in runs[0].record()
+    assert "train" in runs[1].record()
     monkeypatch.undo()
     assert train_runs(plan) == []  # tried again
-    assert "train" in read_record(runs[0])
+    assert "train" in runs[0].record()
 
 
 def test_a_checkpoint_loads_without_unpickling_code(data, tmp_path):
-    plan = Plan(study(), data, tmp_path)
-    run = plan.runs()[0]
+    plan = Plan(tiny_study(), data, tmp_path)
+    run = plan.look().runs[0]
     train_runs(plan)
     checkpoint = torch.load(checkpoints(run.directory)[0], weights_only=True)
     assert checkpoint["seen"]["tokens_seen"] == 128 * 24
@@ -325,33 +289,12 @@ def test_every_variant_of_a_seed_sees_the_same_batches(data, tmp_path, monkeypat
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(LanguageModel, "training_step", training_step)
-    train_runs(Plan(study(), data, tmp_path))
+    train_runs(Plan(tiny_study(), data, tmp_path))
     assert len(seen["mha"]) == 24
     assert all(torch.equal(a, b) for a, b in zip(seen["mha"], seen["mqa"], strict=True))
 
 
-def test_shards_are_decayed_as_the_matrices_that_they_are_of():
-    """FSDP leaves flat pieces in place of the parameters."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        plain, sharded = (LanguageModel("mha", OPTIONS, tokens=100) for _ in range(2))
-        names = {p: name for name, p in plain.named_parameters()}
-        expected = [
-            [names[p] for p in group["params"]] for group in plain.configure_optimizers()["optimizer"].param_groups
-        ]
-        FullyShardedDataParallel(sharded, use_orig_params=True, device_id=torch.device("cpu"))
-        assert all(p.dim() == 1 for p in sharded.parameters())
-        names = {id(p): name for name, p in sharded.named_parameters()}
-        groups = sharded.configure_optimizers()["optimizer"].param_groups
-        assert [[names[id(p)] for p in group["params"]] for group in groups] == expected
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_bf16_trains_too(data, tmp_path):
-    plan = Plan(study(precision="bf16"), data, tmp_path)
+    plan = Plan(tiny_study(precision="bf16"), data, tmp_path)
     assert train_runs(plan) == []
-    assert read_record(plan.runs()[0])["precision"] == "bf16"
+    assert plan.look().runs[0].record()["precision"] == "bf16"

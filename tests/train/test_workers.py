@@ -16,7 +16,7 @@ from same import differ
 from texts import write_texts
 
 import kvfrontier
-from train.status import states
+from train.store import states
 
 ROOT = Path(kvfrontier.__file__).parent
 STUDY = {

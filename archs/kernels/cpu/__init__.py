@@ -1,1 +1,1 @@
-"""Kernels in C++ for a CPU: what torch's operators compute, up to rounding, in less time."""
+"""Kernels in C++ for a CPU: what PyTorch's operators compute, up to rounding, in less time."""

@@ -1,0 +1,106 @@
+"""The rules of DESIGN.md on who imports whom, and where variants and kernels are named, held against the source."""
+
+import ast
+import functools
+import graphlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from archs import VARIANTS
+
+ROOT = Path(__file__).parents[2]
+MAY_IMPORT = {"archs": set(), "train": {"archs"}, "eval": {"archs", "train"}, "plots": set()}
+MAY_IMPORT |= {"kvfrontier": {*MAY_IMPORT}, "bench": {*MAY_IMPORT, "kvfrontier"}}
+PLACES = [place for package in MAY_IMPORT for place in (ROOT / package, ROOT / f"{package}.py")]
+FILES = sorted(
+    file for place in PLACES for file in (place.rglob("*.py") if place.is_dir() else [place]) if file.exists()
+)
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
+
+
+@functools.cache
+def code(file: Path) -> ast.Module:
+    """Without docstrings."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return tree
+
+
+@functools.cache
+def imports(module: str) -> set[str]:
+    """All modules that a file imports, also inside functions and under TYPE_CHECKING."""
+    targets = set()
+    for node in ast.walk(code(MODULES[module])):
+        if isinstance(node, ast.Import):
+            targets |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            targets |= {full if full in MODULES else node.module for full in names.values()}
+    return targets
+
+
+def violations(forbidden) -> list[str]:
+    """The imports "module -> target" for which `forbidden(module, target)`."""
+    return [f"{m} -> {target}" for m in MODULES for target in sorted(imports(m)) if forbidden(m, target)]
+
+
+def package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_packages_import_one_way():
+    def forbidden(module, target):
+        own, other = package(module), package(target)
+        return other in MAY_IMPORT and other not in MAY_IMPORT[own] | {own}
+
+    assert violations(forbidden) == []
+
+
+def test_architectures_need_torch_and_pydantic_alone():
+    def forbidden(module, target):
+        allowed = {"archs", "torch", "pydantic", *sys.stdlib_module_names}
+        if module.startswith("archs.kernels."):
+            allowed.add("triton")
+        return package(module) == "archs" and package(target) not in allowed
+
+    assert violations(forbidden) == []
+
+
+def test_operators_alone_import_kernels():
+    """Except for bench/tiles.py, which tunes one."""
+
+    def forbidden(module, target):
+        if module == "bench.tiles":
+            return False
+        return target.startswith("archs.kernels") and not module.startswith(("archs.ops", "archs.kernels"))
+
+    assert violations(forbidden) == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {module: (imports(module) & MODULES.keys()) - {module} for module in MODULES}
+    assert [*graphlib.TopologicalSorter(graph).static_order()]  # CycleError names the circle
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_named_in_its_file_and_in_the_registry_alone(variant):
+    cls = VARIANTS[variant]
+    named = re.compile(rf"\b{cls.__name__}\b|[\"']{variant}[\"']")
+    places = [m for m in MODULES if package(m) != "bench" and named.search(ast.unparse(code(MODULES[m])))]
+    assert sorted(places) == ["archs", cls.__module__]
+
+
+def test_models_ask_for_no_device_and_no_compiler():
+    predicates = re.compile(r"\b(?:is_cuda|is_cpu|is_compiling|compiler\(|usable\(|takes\w*\()")
+    models = [m for m, file in MODULES.items() if file.parent == ROOT / "archs" and m != "archs.ops"]
+    assert {m: names for m in models if (names := predicates.findall(ast.unparse(code(MODULES[m]))))} == {}
+
+
+def test_no_file_is_longer_than_400_lines():
+    lengths = {module: len(file.read_text().splitlines()) for module, file in MODULES.items()}
+    assert {module: length for module, length in lengths.items() if length > 400} == {}

@@ -1,0 +1,615 @@
+"""The law of operators: each kernel equals its operator's formula in fp64, with gradients where it has them, on all
+that it supports, and it declines everything else, so that the formula runs.
+
+Triton's kernels run on its interpreter where there is no GPU. Shapes as in archs/ops.py.
+"""
+
+import contextlib
+import copy
+import gc
+import math
+import mmap
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import CASES as VARIANTS
+from helpers import make
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from archs import Cache, ops
+from archs.cache import with_tensors
+from archs.kernels import fused, replay, triton
+from archs.kernels.cpu import attention as cpu_attention
+from archs.kernels.cpu import layers as cpu
+from archs.kernels.cpu.build import build, compiler
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = {kernel: op for op in vars(ops).values() for kernel in getattr(op, "kernels", ())}
+TRITON = triton.decode_attention, triton.retention_step
+# Query heads, KV heads, key size, value size (None: the values are the first columns of the keys). Vectors of 1, 2 and
+# 4 numbers, query heads that fill vectors and some that divide into none.
+WIDE, MLA = [(4, 4, 64, 64), (8, 2, 32, 32), (12, 1, 128, 128), (16, 1, 64, 64)], [(8, 1, 144, None), (3, 1, 40, None)]
+ODD = [(7, 1, 16, 16), (6, 2, 20, 20), (6, 2, 10, 10), (4, 4, 7, 7), (48, 2, 20, 20)]
+DECODE_SHAPES = [*WIDE, *ODD, *MLA, (32, 1, 40, None)]
+TRITON_SHAPES = [(4, 4, 64, 64), (80, 1, 16, 16), (6, 2, 80, 20), (8, 1, 144, None), (3, 1, 30, None)]
+PROMPT_SHAPES = [(4, 4, 64, 67), (8, 2, 32, 32), (6, 2, 20, 23), (4, 4, 7, 10), (16, 1, 64, 64)]
+SITUATIONS = (
+    "fp64",
+    "bf16",
+    "autocast",
+    "meta",
+    "gradient",
+    "torch.func",
+    "forward_mode",
+    "torch.compile",
+    "no_compiler",
+)
+
+
+class Case(NamedTuple):
+    """`make(r)` returns arguments that a kernel supports, by the random numbers of `r`; each of `declined` returns some
+    whose shape or layout it does not. Of SITUATIONS it supports those in `runs_in`."""
+
+    make: Callable[[random.Random], tuple]
+    declined: tuple[Callable[[], tuple], ...] = ()
+    runs_in: str = ""
+    gradients: bool = False
+    rtol: float = 2e-5  # of the largest number
+    exact: torch.dtype = torch.float64
+
+
+# Arguments
+
+
+def gaps(r, *shape):
+    """Rows with or without gaps between them."""
+    return torch.randn(*shape[:-1], shape[-1] + r.choice((0, 3)))[..., : shape[-1]]
+
+
+def heads_of_projection(r, B, H, T, D):
+    """(B, H, T, D) as a projection to more heads lays them out."""
+    return torch.randn(B, T, H + r.choice((0, 2)), D).transpose(1, 2)[:, :H]
+
+
+def norm_inputs(r):
+    shape = r.randint(0, 4), *(r.randint(1, 4) for _ in range(r.randint(0, 2)))
+    x = gaps(r, *shape, r.randint(1, 300)).mul_(10)
+    return x, r.choice((None, torch.randn(x.shape[-1])))
+
+
+def swiglu_inputs(r):
+    return (torch.randn(r.randint(0, 3), r.randint(1, 50), 2 * r.randint(1, 700)) * 30,)
+
+
+def head_inputs(r):
+    B, H, K, F = r.randint(1, 32), r.randint(1, 5), 16 * r.randint(1, 4), 16 * r.randint(1, 4)
+    x = torch.randn(B, H, 3, K + 5)[:, :, :1, :K]
+    return x, r.choice((torch.randn(H, K + 2, F)[:, 2:], torch.randn(H, F + 6, K).mT[:, :, :F]))
+
+
+def unembed_inputs(r):
+    B, T, W, V = r.randint(1, 3), r.randint(1, 300), r.randint(1, 40), r.randint(2, 90)
+    targets_BT = torch.randint(V, (B, T)).where(torch.rand(B, T) < 0.9, -100)
+    return torch.randn(B, T, W) * 10.0 ** r.randint(-1, 1), torch.randn(V, W), targets_BT
+
+
+def rope_inputs(r):
+    return torch.tensor([r.choice((0, 1, 900, 130_000))]), ops.frequencies(2 * r.randint(1, 40), 1e4, CPU)
+
+
+def rotate_inputs(r):
+    """Tables for all sequences, or of one position for each."""
+    B, T, half = r.randint(0, 3), r.randint(1, 40), r.randint(1, 40)
+    positions = r.choice((torch.arange(11, 11 + T), torch.randint(900, (B, 1, 1))))
+    T = positions.shape[-1]
+    x = torch.randn(B, T, r.randint(1, 5), 3 * half).transpose(1, 2)[..., half:]
+    table = ops.rope(positions, ops.frequencies(2 * half, 1e4, CPU))
+    return x, *(t[..., -T:, :] for t in (torch.cat(table, -1).chunk(2, -1) if r.random() < 0.5 else table))
+
+
+def keys_and_values(B, G, S, D, E):
+    """S slots of a cache of S + 16, whose further slots hold NaN."""
+    k = torch.randn(B, G, S + 16, D)
+    v = torch.randn(B, G, S + 16, E) if E else k[..., : D - D // 9 // 4 * 4 - 4]
+    for x in (k, v):
+        x[:, :, S:] = math.nan
+    return k[:, :, :S], v[:, :, :S]
+
+
+def decode_inputs(r, shapes=DECODE_SHAPES, positions=(0, 1, 2), longest=2100):
+    """One token without a position (0), with one for all sequences (1) or one for each (2), also beyond the slots."""
+    (H, G, D, E), B, S = r.choice(shapes), r.randint(1, 3), r.choice((1, 17, 64, 300, longest))
+    q, (k, v) = heads_of_projection(r, B, H, 1, D), keys_and_values(B, G, S, D, E)
+    kind, scale = r.choice(positions), r.choice((1e-9, 0.2, 1.0))
+    if r.random() < 0.2:  # scores that grow along the sequence
+        k.mul_(torch.linspace(1, 8, S)[:, None]).abs_()
+        scale = 0.1
+    if kind == 0:
+        return q, k, v, scale
+    position = torch.randint(S + 9, (1 if kind == 1 else B,))
+    k[:, :, min(S, position.max() + 1) :] = 1e3  # old tokens
+    return q, k, v, scale, 0, position
+
+
+def triton_inputs(r):
+    """Also of half precision: the interpreter's products are wrong in bf16."""
+    dtype = r.choice((torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16))
+    inputs = converted(decode_inputs(r, TRITON_SHAPES, positions=(1,), longest=40), lambda x: x.to(dtype))
+    return [x.to(DEVICE) if isinstance(x, Tensor) else x for x in inputs]
+
+
+def prompt_inputs(r, shapes=PROMPT_SHAPES, batches=(0, 1, 2), fewest=8, longest=100):
+    """Windows shorter and longer than the keys; more keys than queries."""
+    (H, G, D, E), B, T = r.choice(shapes), r.choice(batches), r.randint(fewest, longest)
+    q, (k, v) = heads_of_projection(r, B, H, T, D), keys_and_values(B, G, T + r.choice((0, 0, 1, 64)), D, E)
+    return q, k, v, 0.2, r.choice((0, 0, 1, 7, 16, 40, 500))
+
+
+def any_inputs(r):
+    """One token or many, at least one sequence."""
+    if r.random() < 0.5:
+        return decode_inputs(r, longest=40)
+    shapes = (4, 4, 8, 6), (4, 1, 8, 8), (6, 2, 8, 11), (4, 1, 40, None)
+    return prompt_inputs(r, shapes, (1, 2), fewest=1, longest=40)
+
+
+def masked_inputs(r):
+    """Additive masks, some of them infinite, never for all keys of a query."""
+    q, k, v, scale, _ = prompt_inputs(r, PROMPT_SHAPES[1:], (1, 2), fewest=1, longest=20)
+    mask = torch.randn(*q.shape[:3], k.shape[2])
+    mask[..., 1:] = mask[..., 1:].masked_fill(torch.rand(mask[..., 1:].shape) < 0.3, -math.inf)
+    return q, k, v, scale, mask
+
+
+def paged_inputs(r):
+    """Blocks in any order; NaN in those of no sequence, old tokens behind the last of a sequence."""
+    H, G, D, E = r.choice([*WIDE[1::2], MLA[0]])
+    position = torch.tensor([r.choice((0, 32, 47, 1499)) for _ in range(3)])
+    N = position.max() // 16 + 1
+    k = torch.randn(3 * N + 4, G, 16, D)
+    v = torch.randn(3 * N + 4, G, 16, E) if E else k[..., :100]
+    table = torch.randperm(3 * N + 4)[: 3 * N].view(3, N)
+    unused = torch.ones(3 * N + 4, dtype=torch.bool)
+    unused[table] = False
+    k[unused] = v[unused] = math.nan
+    return torch.randn(3, H, 1, D), k, v, 0.2, position, table
+
+
+def retention_inputs(r, states=(torch.float32,), device=CPU):
+    """Products of a token with itself that cancel; D of several vectors and of parts of one."""
+    B, H, D = r.randint(1, 3), r.randint(1, 4), r.choice((2, 16, 20, 64, 130))
+    q, k, v = torch.randn(B, 1, 3 * H, D, device=device).transpose(1, 2).split(H, 1)
+    q[..., :2] = k[..., :1] = 1e3
+    k[..., 1] = -1e3
+    state = torch.randn(B, H, D, D, device=device).to(r.choice(states))
+    return q, k, v, torch.rand(B, 1, H, device=device).transpose(1, 2), state
+
+
+def step_inputs(r):
+    model = make(*r.choice(VARIANTS), seed=r.randrange(100))
+    cache = model.new_cache(2, 24)
+    if prompt := r.choice((0, 20)):
+        model.prefill(torch.randint(97, (2, prompt)), cache)
+    return model, torch.randint(97, (2,)), cache
+
+
+def with_bf16_cache():
+    model = make("mha", {})
+    return model, torch.tensor([1]), model.new_cache(1, 4, torch.bfloat16)
+
+
+def not_static():
+    model, tokens, cache = make("mha", {}), torch.tensor([1]), make("mha", {}).new_cache(1, 4)
+    cache.static = False
+    return model, tokens, cache
+
+
+def qkv(T=9, S=9, D=16, E=16):
+    return torch.randn(2, 4, T, D), torch.randn(2, 4, S, D), torch.randn(2, 4, S, E), 0.2
+
+
+def one_head(*D):
+    return torch.randn(2, 3, 1, *(D or (8,)))
+
+
+def retention_layouts(q=None, state=None):
+    state = torch.randn(2, 3, 8, 8) if state is None else state
+    return one_head() if q is None else q, one_head(), one_head(), torch.rand(2, 3, 1), state
+
+
+R = random.Random(0)
+COS_SIN = torch.randn(2, 9, 4).unbind()
+CASES = {
+    cpu.rms_norm: Case(
+        norm_inputs,
+        (
+            lambda: (torch.randn(9),),
+            lambda: (torch.randn(9, 4).T,),
+            lambda: (torch.randn(3, 4, 9).transpose(0, 1),),
+            lambda: (torch.randn(3, 9), torch.randn(9, dtype=torch.float64)),
+        ),
+    ),
+    cpu.swiglu: Case(swiglu_inputs, (lambda: (torch.randn(3, 10)[:, :8],), lambda: (torch.randn(8, 3).T,))),
+    cpu.head_linear: Case(
+        head_inputs,
+        (
+            lambda: (torch.randn(2, 3, 1, 30), torch.randn(3, 30, 16)),
+            lambda: (torch.randn(2, 3, 1, 32), torch.randn(3, 32, 30)),
+            lambda: (torch.randn(2, 3, 2, 32), torch.randn(3, 32, 16)),
+            lambda: (torch.randn(33, 3, 1, 32), torch.randn(3, 32, 16)),
+            lambda: (torch.randn(0, 3, 1, 32), torch.randn(3, 32, 16)),
+            lambda: (torch.randn(2, 3, 1, 32), torch.randn(3, 32, 16, 2)[..., 0]),
+        ),
+    ),
+    cpu.unembed_cross_entropy: Case(unembed_inputs, runs_in="bf16 autocast gradient no_compiler", gradients=True),
+    cpu.rope: Case(
+        rope_inputs,
+        (
+            lambda: (torch.tensor([3, 4]), torch.randn(4)),
+            lambda: (torch.tensor([[[3]]]), torch.randn(4)),
+            lambda: (torch.tensor([3], dtype=torch.int32), torch.randn(4)),
+        ),
+        exact=torch.float32,  # angles are products in fp32, or a prompt's keys would be turned further than a step's
+    ),
+    cpu.rotate: Case(
+        rotate_inputs,
+        (
+            lambda: (torch.randn(3, 9, 8), *COS_SIN),
+            lambda: (torch.randn(2, 3, 8, 9).mT, *COS_SIN),
+            lambda: (torch.randn(2, 3, 9, 8), *(x.T.contiguous().T for x in COS_SIN)),
+            lambda: (torch.randn(2, 3, 9, 8), COS_SIN[0], COS_SIN[1].T.contiguous().T),
+        ),
+    ),
+    cpu_attention.decode: Case(
+        decode_inputs,
+        (
+            lambda: qkv(T=3),
+            lambda: (*qkv(T=1), 4),
+            lambda: qkv(T=1, E=12),
+            lambda: (torch.randn(0, 4, 1, 16), torch.randn(0, 4, 9, 16), torch.randn(0, 4, 9, 16), 0.2),
+            lambda: (*(x[..., :8] for x in qkv(T=1)[:3]), 0.2),
+            lambda: (qkv(T=1)[0], *(x.transpose(1, 2) for x in qkv(S=4, T=4)[1:3]), 0.2),
+        ),
+    ),
+    cpu_attention.causal: Case(
+        prompt_inputs,
+        (
+            lambda: qkv(T=7),
+            lambda: (qkv()[0].mT.contiguous().mT, *qkv()[1:]),
+            lambda: (*qkv(T=1), 0, torch.tensor([3])),
+        ),
+        runs_in="autocast gradient torch.compile",
+        gradients=True,
+    ),
+    fused.attention: Case(
+        any_inputs,
+        (lambda: (torch.randn(0, 4, 9, 8), torch.randn(0, 4, 9, 8), torch.randn(0, 4, 9, 8), 0.2, 4),),
+        runs_in="fp64 bf16 autocast meta gradient torch.func forward_mode torch.compile no_compiler",
+        gradients=True,
+    ),
+    fused.masked_attention: Case(
+        masked_inputs,
+        (lambda: (*(torch.randn(0, 4, 9, 8) for _ in range(3)), 0.2, torch.randn(0, 4, 9, 9)),),
+        runs_in="fp64 bf16 autocast meta gradient torch.func forward_mode torch.compile no_compiler",
+        gradients=True,
+    ),
+    cpu_attention.paged_decode: Case(
+        paged_inputs,
+        (
+            lambda: (*paged_inputs(R)[:5], paged_inputs(R)[5].T.contiguous().T),
+            lambda: (*(x[..., :8] for x in qkv(T=1)[:3]), 0.2, torch.tensor([3, 4]), torch.tensor([[0], [1]])),
+            lambda: (*qkv(T=1, S=8), torch.tensor([3, 12]), torch.tensor([[0, 1], [1, 0]])),
+        ),
+    ),
+    cpu.retention_step: Case(
+        retention_inputs,
+        (
+            lambda: retention_inputs(R, (torch.bfloat16,)),
+            lambda: retention_layouts(q=one_head(9)[..., :8]),
+            lambda: retention_layouts(state=torch.randn(2, 3, 8, 8).mT),
+        ),
+    ),
+    triton.decode_attention: Case(
+        triton_inputs,
+        (
+            lambda: qkv(T=1),
+            lambda: (*qkv(T=1), 4, torch.tensor([3])),
+            lambda: (*qkv(T=1), 0, torch.tensor([3, 4])),
+            lambda: (qkv(T=1)[0], qkv()[1].mT.contiguous().mT, *qkv()[2:], 0, torch.tensor([3])),
+        ),
+        runs_in="bf16 autocast no_compiler",
+    ),
+    triton.retention_step: Case(
+        lambda r: retention_inputs(r, (torch.float32, torch.bfloat16), DEVICE),
+        (
+            lambda: retention_layouts(q=one_head(8, 2)[..., 0]),
+            lambda: retention_layouts(state=torch.randn(2, 3, 8, 8).mT),
+        ),
+        runs_in="no_compiler",
+    ),
+    cpu.huge_pages: Case(
+        lambda r: ((r.randint(1, 3), 10_001, r.randint(60, 70)), r.choice((torch.float32, torch.int64)), CPU),
+        (lambda: ((2, 3), torch.float32, CPU),),
+        runs_in="fp64 bf16 autocast gradient torch.func forward_mode torch.compile no_compiler",
+    ),
+    cpu.read_all: Case(
+        lambda r: (torch.randint(-3, 4, (r.randint(1, 3), 2**17)).float(),),
+        (lambda: (torch.ones(2**17 + 1),), lambda: (torch.ones(2, 2**17 + 1)[:, 1:],)),
+    ),
+    replay.decode_step: Case(step_inputs, (with_bf16_cache, not_static)),
+}
+
+
+# The law
+
+
+def each_kernel(kernels=KERNELS):
+    def name(kernel):
+        return f"{kernel.__module__.removeprefix('archs.kernels.')} {kernel.__name__}".removeprefix("torch._ops.")
+
+    marks = {kernel: [] if "no_compiler" in CASES[kernel].runs_in else [needs_compiler] for kernel in kernels}
+    return pytest.mark.parametrize("kernel", [pytest.param(k, id=name(k), marks=marks[k]) for k in kernels])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def triton_for_any_device():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "runs_on", lambda device: True)
+        yield
+
+
+class OnGPU(Tensor):
+    is_cuda = True
+
+
+def supports(kernel, arguments):
+    if kernel in TRITON:
+        pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA build; it is not here")
+        arguments = [x.as_subclass(OnGPU) if isinstance(x, Tensor) and not x.is_meta else x for x in arguments]
+    return kernel.supports(*arguments)
+
+
+def converted(arguments, function):
+    """A copy with function(x) in place of each tensor of floating numbers, those of models and caches included."""
+
+    def of_floats(x):
+        return function(x) if x.is_floating_point() else x.clone()
+
+    copies = {Tensor: of_floats, Cache: lambda x: with_tensors(x, of_floats)}
+    copies[nn.Module] = lambda x: copy.deepcopy(x)._apply(of_floats)
+    return [next((f(x) for kind, f in copies.items() if isinstance(x, kind)), x) for x in arguments]
+
+
+def tensors(x):
+    if isinstance(x, Cache):
+        x = [getattr(layer, "tensors", None) or layer.state for layer in x.layers]
+    if isinstance(x, tuple | list):
+        return [tensor for each in x for tensor in tensors(each)]
+    return [torch.as_tensor(x)] if isinstance(x, Tensor | float) else []
+
+
+def floats(arguments):
+    return [x for x in arguments if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def assert_close(results, expected, rtol):
+    """To `rtol` of the largest number."""
+    for x, y in zip(tensors(results), tensors(expected), strict=True):
+        y = y.double()
+        largest = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0
+        if x.dtype != torch.float32 and x.dtype.is_floating_point:
+            rtol = max(rtol, torch.finfo(x.dtype).eps)
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=rtol * largest + 1e-6 * rtol, equal_nan=True)
+
+
+def assert_equals_formula(kernel, arguments):
+    case, formula = CASES[kernel], KERNELS[kernel].formula
+    exact = converted(arguments, lambda x: x.detach().to(case.exact))
+    of, of_exact = floats(arguments), floats(exact)
+    apart = len({x.untyped_storage().data_ptr() for x in of if len(x)}) == len(of)  # no values that are columns of keys
+    for x in of + of_exact:
+        x.requires_grad_(case.gradients and apart)
+    with torch.set_grad_enabled(case.gradients):
+        result, expected = kernel(*arguments), formula(*exact)
+    assert_close((result, arguments), (expected, exact), case.rtol)  # also what is changed in place
+    if case.gradients and apart:
+        grad = random.choice((torch.randn(expected.shape), torch.ones(()).expand(expected.shape)))
+        results = torch.autograd.grad(result, of, grad), torch.autograd.grad(expected, of_exact, grad.double())
+        assert_close(*(torch.cat([x.flatten() for x in gradients]) for gradients in results), case.rtol)
+
+
+@contextlib.contextmanager
+def number_of_threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_every_kernel_of_every_operator_is_under_the_law():
+    assert set(CASES) == set(KERNELS)
+
+
+@each_kernel()
+@settings(max_examples=15, deadline=None, phases=(Phase.reuse, Phase.generate))  # a seed cannot be made simpler
+@given(seed=st.integers(0, 2**32 - 1))
+def test_kernels_equal_their_formulas(kernel, seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    arguments = CASES[kernel].make(random.Random(seed))
+    with torch.set_grad_enabled(CASES[kernel].gradients):
+        assert supports(kernel, arguments)
+    with number_of_threads(1 + seed % 3):
+        assert_equals_formula(kernel, arguments)
+
+
+@each_kernel([kernel for kernel in KERNELS if CASES[kernel].declined])
+@torch.no_grad()
+def test_shapes_and_layouts_that_a_kernel_declines_are_computed_all_the_same(kernel):
+    for make_arguments in CASES[kernel].declined:
+        arguments = make_arguments()
+        assert not supports(kernel, arguments)
+        expected = KERNELS[kernel].formula(*converted(arguments, torch.clone))
+        assert_close(KERNELS[kernel](*arguments), expected, 1e-5)
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@each_kernel()
+def test_kernels_decline_situations_that_they_do_not_know(kernel, situation, monkeypatch):
+    arguments, answers = CASES[kernel].make(random.Random(0)), []
+    changed = {"fp64": torch.float64, "bf16": torch.bfloat16, "autocast": torch.bfloat16, "meta": torch.device("meta")}
+    contexts = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "forward_mode": forward_ad.dual_level,
+        "torch.compile": lambda: monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True),
+        "no_compiler": lambda: without_compiler(monkeypatch),
+    }
+
+    def ask(x=None):
+        answers.append(supports(kernel, arguments))
+        return x
+
+    with torch.no_grad():
+        ask()
+        if situation in changed:
+            arguments = converted(arguments, lambda x: x.to(changed[situation]))
+            arguments = [changed["meta"] if x == CPU and situation == "meta" else x for x in arguments]
+        with contexts.get(situation, contextlib.nullcontext)() or contextlib.nullcontext():
+            if situation == "torch.func":
+                torch.func.vmap(ask)(torch.zeros(1))
+            elif situation == "gradient":
+                with torch.enable_grad():
+                    for x in floats(arguments) or [torch.ones(1)]:
+                        x.requires_grad_()
+                        ask()
+                        x.requires_grad_(False)
+            else:
+                ask()
+    assert answers[0]
+    assert set(answers[1:]) == {situation in CASES[kernel].runs_in}
+
+
+@contextlib.contextmanager
+def without_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere")
+    build.cache_clear()
+    yield
+    build.cache_clear()
+
+
+# What else kernels promise
+
+
+@each_kernel(
+    [cpu_attention.decode, cpu_attention.paged_decode, cpu_attention.causal, cpu.head_linear, cpu.retention_step]
+)
+@torch.no_grad()
+def test_flops_of_a_kernel_are_those_of_its_formula(kernel):
+    arguments = CASES[kernel].make(random.Random(3))
+    if kernel is cpu_attention.causal:
+        arguments = *arguments[:4], 0  # those outside of a window are not counted
+    counts = []
+    for function in (kernel, KERNELS[kernel].formula):
+        with FlopCounterMode(display=False) as counter:
+            function(*converted(arguments, Tensor.double if function is not kernel else Tensor.clone))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@needs_compiler
+def test_flops_of_attention_backward_are_five_products():
+    q, k, v, scale = qkv()
+    with FlopCounterMode(display=False) as counter:
+        forward = cpu_attention.causal(q.requires_grad_(), k, v, scale)
+        before = counter.get_total_flops()
+        forward.sum().backward()
+    assert counter.get_total_flops() == before * 7 / 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_seen_by_the_queries_that_see_it(broken):
+    q, k, v, scale = (x.abs() if isinstance(x, Tensor) else x for x in qkv(T=40, S=40))
+    expected = ops.attention.formula(q, k, v, scale)
+    k[:, :, 21] *= broken
+    result = cpu_attention.causal(q, k, v, scale)
+    assert result[:, :, 21:].isnan().all()
+    torch.testing.assert_close(result[:, :, :21], expected[:, :, :21])
+    assert cpu_attention.decode(q[:, :, -1:].contiguous(), k, v, scale).isnan().all()
+
+
+@needs_compiler
+def test_a_gradient_that_is_not_finite_is_seen_by_the_keys_that_it_reaches_alone():
+    inputs = [x.requires_grad_() for x in qkv(T=40, S=40)[:3]]
+    grad = torch.randn(2, 4, 40, 16)
+    grad[:, 0, 21] = math.nan
+    of_q, *of_kv = torch.autograd.grad(cpu_attention.causal(*inputs, 0.2), inputs, grad)
+    assert of_q[0].isnan().any(-1).nonzero().tolist() == [[0, 21]]
+    assert all(x[:, 0, :22].isnan().all() and not x[:, 1:].isnan().any() for x in of_kv)
+
+
+@pytest.mark.parametrize("top", [1.0, 100.0, 1000.0])
+def test_a_small_loss_of_large_logits_keeps_its_digits(top):
+    logits = torch.tensor([[top], [top - 10], *[[top - 50]] * 20])
+    arguments = torch.ones(1, 1, 1), logits, torch.zeros(1, 1, dtype=torch.long)
+    expected = ops.unembed_cross_entropy.formula(*converted(arguments, Tensor.double))
+    torch.testing.assert_close(cpu.unembed_cross_entropy(*arguments).double(), expected, rtol=5e-3, atol=0)
+
+
+@needs_compiler
+def test_cross_entropy_hides_no_wrong_logit_and_no_wrong_target():
+    logits = torch.randn(4, 30)
+    logits[1, 3], logits[2, 29] = math.nan, math.inf
+    assert cpu.cross_entropy(logits, torch.tensor([0, 1, 2, 3])).isnan().tolist() == [False, True, True, False]
+    with pytest.raises(IndexError, match="1 of the numbers are out of range"):
+        ops.unembed_cross_entropy(torch.randn(1, 2, 8), torch.randn(30, 8), torch.tensor([[30, 0]]))
+
+
+@needs_compiler
+def test_second_gradients_are_refused():
+    x = torch.randn(1, 2, 16, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(ops.attention(x, x, x, 0.2).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second gradients"):
+        first.sum().backward()
+    loss = ops.unembed_cross_entropy(x[0], torch.randn(9, 8, requires_grad=True), torch.zeros(2, 16, dtype=torch.long))
+    (first,) = torch.autograd.grad(loss.square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    q, k, turns = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16), ops.frequencies(16, 1e4, CPU)
+
+    def score(*positions):
+        q_, k_ = (ops.rotate(x, *ops.rope(torch.tensor([p]), turns)) for x, p in zip((q, k), positions, strict=True))
+        return q_ @ k_.mT
+
+    torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(score(7, 3), q @ k.mT)
+
+
+def test_a_large_cache_starts_on_a_huge_page_and_reports_no_more_bytes_than_it_has():
+    cache = ops.zeros((3, 70_001, 9), torch.bfloat16, CPU)
+    gc.collect()  # of what it was made from
+    assert cache.untyped_storage().nbytes() == cache.nbytes == 3 * 70_001 * 9 * 2
+    assert cache.data_ptr() % cpu.HUGE_PAGE == 0 or not hasattr(mmap, "MADV_HUGEPAGE")
+    cache[2, 70_000] = 1
+    assert cache.float().sum() == 9
+
+
+def test_a_compiled_operator_has_the_same_kernels_and_the_same_result():
+    compiled = ops.compiled(ops.swiglu, backend="aot_eager")
+    x = torch.randn(3, 8, requires_grad=True)
+    assert compiled.kernels == ops.swiglu.kernels
+    torch.testing.assert_close(compiled(x), ops.swiglu(x))

@@ -1,0 +1,143 @@
+"""What accompanies a run's training: checkpoints and signals, the study's progress display, metrics.jsonl."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+
+from train.checkpoints import checkpoint_path
+from train.errors import Interrupted
+from train.files import read_rows, write_atomic
+from train.module import LanguageModel
+from train.progress import StudyProgress
+
+SECONDS_OF_ONE_SIGNAL = 2  # `timeout` and others signal a process and its group: the same signal comes twice
+STEPS_BETWEEN_DECISIONS = 10  # devices that decide together wait for each other
+
+
+def save_checkpoint(trainer: L.Trainer, directory: Path) -> None:
+    """Writes the logs to the disk, then a checkpoint: a run that continues from it does not log the same again."""
+    module = trainer.lightning_module
+    if trainer.training:
+        module.tick(wait=True)
+    started = time.perf_counter()
+    for logger in trainer.loggers:
+        logger.save()
+    trainer.save_checkpoint(checkpoint_path(directory, trainer.global_step))
+    module.checkpoint_seconds += time.perf_counter() - started
+    if trainer.training:
+        module.tick(counts=False)
+
+
+class CheckpointAndStop(L.Callback):
+    """Writes a checkpoint every `seconds` or `steps`, and one when SIGINT or SIGTERM asks to stop, then raises
+    Interrupted. A second signal stops at once.
+
+    Steps that are validated get no checkpoint: validation follows them and would be missing when the run continues.
+    Several devices follow the first one's decision, which it makes every tenth step.
+    """
+
+    def __init__(self, directory: Path, val_every: int, seconds: float, steps: int | None):
+        self.directory, self.val_every, self.seconds, self.steps = directory, val_every, seconds, steps
+        self.signum: int | None = None
+        self.stepped = False
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self.saved, self.saved_step = time.monotonic(), trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _stop(self, signum: int, frame: Any) -> None:
+        again = self.signum and time.monotonic() - self.signalled > SECONDS_OF_ONE_SIGNAL
+        if again or not self.stepped:  # without a step there is nothing to save; the first may compile for a minute
+            raise Interrupted(signum)
+        if not self.signum:
+            self.signum, self.signalled = signum, time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
+        self.stepped = True
+        if (batch_idx + 1) % self.val_every == 0:
+            return
+        due = time.monotonic() - self.saved > self.seconds
+        due |= bool(self.steps) and trainer.global_step - self.saved_step >= self.steps
+        signum = self.signum
+        if trainer.world_size > 1:
+            if (batch_idx + 1) % self.val_every % STEPS_BETWEEN_DECISIONS != 1:
+                return
+            signum, due = trainer.strategy.broadcast((signum, due))
+        if signum or due:
+            save_checkpoint(trainer, self.directory)
+            self.saved, self.saved_step = time.monotonic(), trainer.global_step
+        if signum:
+            raise Interrupted(signum)
+
+    def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        """Restores the signal handlers here: Lightning restores its own before it calls `teardown`."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        self.handlers = {}
+
+    def on_exception(self, trainer: L.Trainer, module: LanguageModel, exception: BaseException) -> None:
+        self.on_train_end(trainer, module)
+
+
+class ShowProgress(L.Callback):
+    """Shows each step in the study's display. `work`: the work of one step."""
+
+    def __init__(self, progress: StudyProgress, name: str, steps: int, work: float):
+        self.progress, self.name, self.steps, self.work = progress, name, steps, work
+        self.loss = self.speed = ""
+
+    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self.progress.skip(trainer.global_step * self.work)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            self.loss = f"loss {outputs['loss'].item():.3f}"
+            self.speed = f"{module.tokens_per_s:,.0f} tokens/s"
+        detail = f"step {batch_idx + 1}/{self.steps}  {self.loss}  {self.speed}"
+        self.progress.show(self.name, detail, self.work)
+
+
+class JSONLines(Logger):
+    """metrics.jsonl: each line has `tokens` and the metrics logged there. Lines past `up_to_tokens` are deleted first:
+    they come after the checkpoint from which the run continues."""
+
+    def __init__(self, path: Path, up_to_tokens: int):
+        super().__init__()
+        self.path = path
+        rows = [row for row in read_rows(path) if row["tokens"] <= up_to_tokens]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    name, version = "jsonl", ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> None:
+        return None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps({"tokens": step, **metrics}) + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """config.json has them."""
+
+    def save(self) -> None:
+        with self.path.open("a", encoding="utf-8") as f:
+            os.fsync(f.fileno())
+
+    def curve(self) -> list[dict]:
+        """The validations so far, as the record has them."""
+        return [
+            {"tokens": row["tokens"], "val_nats": row["val/loss"], "val_bpb": row["val/bpb"]}
+            for row in read_rows(self.path)
+            if "val/bpb" in row
+        ]

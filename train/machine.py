@@ -1,0 +1,103 @@
+"""This machine: its device, the precision and dtype it runs in, its name and versions, and how its processes are set.
+
+torch is imported inside the functions, because `tune_process` has to run before torch is imported anywhere.
+"""
+
+import contextlib
+import functools
+import gc
+import importlib.metadata
+import os
+import platform
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = "kvfrontier", "torch", "lightning", "tiktoken", "tokenizers", "numpy"
+
+
+def tune_process() -> None:
+    """Sets how long idle OpenMP threads spin and how often Python collects garbage. Call it before torch is imported.
+
+    Idle threads spin for about 0.5 ms before they sleep. Longer spinning slows steps down by up to 50x where cores are
+    shared; without any, each of the hundreds of operators in a decode step would have to wake the threads.
+    Collecting garbage among the objects that imports make, all of which stay, takes a quarter of a command's start.
+    """
+    gc.set_threshold(100_000)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def find_device() -> "torch.device":
+    """The device that trains and measures: the first GPU where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_precision(precision: str) -> str:
+    """The precision of training, `bf16` or `fp32`. `auto` is bf16 where the machine multiplies it fast: on GPUs from
+    Ampere on and on CPUs with AMX tiles."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    if find_device().type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
+
+
+def resolve_dtype(dtype: str) -> str:
+    """The dtype of weights and cache while decoding: `auto` is bf16 on a GPU and fp32 on a CPU."""
+    return {"cuda": "bf16", "cpu": "fp32"}[find_device().type] if dtype == "auto" else dtype
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name(device: "torch.device") -> str:
+    """The model name of a GPU or of this machine's CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as f:
+        return next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
+    return device.type
+
+
+def describe_machine() -> dict:
+    """{machine, versions}: the hardware and the package versions that a measurement was made with."""
+    import torch
+
+    machine = {
+        "device": device_name(find_device()),
+        "cpu": device_name(torch.device("cpu")),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"machine": machine, "versions": versions}
+
+
+@functools.cache
+def matmul_flops_per_s(device_type: str, dtype: "torch.dtype") -> float:
+    """FLOPs per second of a large matrix product, the best of several: the measured arithmetic roof."""
+    import torch
+
+    n, times = {"cuda": 8192}.get(device_type, 1024), []
+    generator = torch.Generator(device_type)  # the global generator keeps its state
+    a, b = (torch.randn(n, n, device=device_type, generator=generator).to(dtype) for _ in range(2))
+    while len(times) < 10 and sum(times) < 1:  # a CPU without bf16 takes seconds for one product
+        start = time.perf_counter()
+        a @ b
+        if device_type != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)

@@ -1,0 +1,243 @@
+"""The variants of a study: complete options, matched to the first variant of their size.
+
+Lists in a variant become a family of variants, and sizes multiply them. A matching rule sets one width of each variant
+so that its total parameters equal the first one's.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from archs import VARIANTS, Decoder, build
+from archs.decoder import Options
+from train.errors import InputError
+from train.study import Study, check_label, combinations, variant_label
+
+FREE = {"ffn": "ffn_width", "heads": "heads", "none": None}  # the option that each matching rule sets
+MATCH_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`build(arch, **options)` makes the model: the options are complete."""
+
+    label: str
+    family: str  # the study's label for it, without what its lists and the sizes add
+    size: str  # empty where the study has no sizes
+    baseline: str  # label of the first variant of its size, which it is matched to and compared with
+    arch: str
+    options: dict[str, Any]
+    params: int
+    tokens: int  # training budget
+    source: str = ""  # hash of the file that defines it; empty for the architectures of archs/
+
+    @property
+    def work(self) -> int:
+        """The work of one of its runs, in the unit of a study's progress."""
+        return self.params * self.tokens
+
+    def facts(self) -> dict:
+        """The fields that a run's record has."""
+        left_out = {"tokens"} if self.source else {"tokens", "source"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One variant in one size as the study writes it: its options are neither complete nor matched."""
+
+    label: str
+    family: str
+    size: str
+    arch: str
+    model: dict[str, Any]  # the options that all variants of this size share
+    options: dict[str, Any]  # its own options
+    tokens: int
+
+    def resolve(self, rule: str, baseline: Variant | None) -> Variant:
+        """The variant, matched by `rule` to the first one of its size; None: it is the first. ValueError if a model
+        cannot have these options or cannot be matched."""
+        if baseline and FREE[rule] in self.options:
+            raise ValueError(f"match: {rule} sets {FREE[rule]}; leave it out here, or use match: none")
+        model = matched(rule, self.arch, self.model | self.options, baseline and baseline.params)
+        first = baseline.label if baseline else self.label
+        facts = model.options.model_dump(), model.count_params(), self.tokens, source_hash(self.arch)
+        return Variant(self.label, self.family, self.size, first, self.arch, *facts)
+
+
+def resolve_variants(study: Study, vocab_size: int, folder: Path = Path()) -> list[Variant]:
+    """Every variant of every size. `folder` has the study's file. InputError names a variant that cannot be."""
+    variants: dict[str, Variant] = {}
+    first: dict[str, Variant] = {}  # by size
+    for draft in drafts(study, vocab_size, folder):
+        try:
+            check_label(draft.label)
+            variant = draft.resolve(study.match, first.get(draft.size))
+        except ValueError as e:
+            raise InputError(f"variants: {draft.label}: {str(e).removeprefix(f'{draft.arch}: ')}") from None
+        if draft.label in variants:
+            raise InputError(f"label {draft.label!r} stands twice in the study, when lists and sizes are written out")
+        variants[draft.label] = variant
+        first.setdefault(draft.size, variant)
+    return list(variants.values())
+
+
+def matching_tables(study: Study, vocab_size: int, folder: Path = Path()) -> dict[str, list[dict]]:
+    """For each matching rule a row for each variant: the widths and parameters that the rule gives it and what it then
+    costs in FLOPs per training token, or the error if it cannot be matched so."""
+    tables: dict[str, list[dict]] = {}
+    for rule in FREE:
+        tables[rule], first = [], {}
+        for draft in drafts(study, vocab_size, folder):
+            try:
+                variant = draft.resolve(rule, first.get(draft.size))
+            except ValueError as e:
+                tables[rule].append({"label": draft.label, "error": str(e)})
+                continue
+            first.setdefault(draft.size, variant)
+            model, context = on_meta(variant.arch, variant.options), variant.options["context"]
+            tables[rule].append(
+                {
+                    "label": variant.label,
+                    "size": variant.size,
+                    "ffn_width": variant.options["ffn_width"],
+                    "heads": variant.options["heads"],
+                    "params": variant.params,
+                    "train_flops_per_token": 3 * model.flops_per_token(context),
+                    "score_flops_per_token": 3 * model.score_flops(context),
+                }
+            )
+    return tables
+
+
+def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
+    """Every variant in every size, with every combination of the values in its lists.
+
+    Numbers in lists make a family, a curve over bytes; other values (`swa`, `gret`) make families of their own.
+    """
+    for size, size_name in zip(study.sizes or [{}], size_names(study), strict=True):
+        model = {"vocab_size": vocab_size, **study.model, **{k: v for k, v in size.items() if k != "tokens"}}
+        tokens = size.get("tokens", study.train.tokens)
+        for variant in study.variants:
+            name, arch = variant_label(variant), find_arch(variant["arch"], folder)
+            options = {key: value for key, value in variant.items() if key not in ("label", "arch")}
+            for chosen in combinations(options, f"variants: {name}"):
+                words = [(str(value).lower(), type(value) in (int, float)) for value in chosen.values()]
+                label = "-".join([name, *(word for word, _ in words), *([size_name] if size_name else [])])
+                family = "-".join([name, *(word for word, is_number in words if not is_number)])
+                yield Draft(label, family, size_name, arch, model, options | chosen, tokens)
+
+
+def size_names(study: Study) -> list[str]:
+    """Width x layers, and where sizes share these, whatever else they differ in; [""] for a study without sizes."""
+    if not study.sizes:
+        return [""]
+    sizes = [{"tokens": study.train.tokens, **study.model, **size} for size in study.sizes]
+    names = [f"{size['width']}x{size['layers']}" for size in sizes]
+    if len(set(names)) < len(names):
+        others = dict.fromkeys(key for size in study.sizes for key in size if key not in ("width", "layers"))
+        differing = [key for key in others if len({str(size.get(key)) for size in sizes}) > 1]
+        names = ["-".join([n, *(f"{key}{s.get(key)}" for key in differing)]) for s, n in zip(sizes, names, strict=True)]
+    return names
+
+
+# Architectures in files of the user's own
+
+
+def find_arch(arch: str, folder: Path) -> str:
+    """`my_file.py:MyVariant` with the whole path of its file, which is looked for in `folder`, then in the current one;
+    any other name of an architecture as it is."""
+    file, _, name = arch.rpartition(":")
+    places = [path for path in (folder / file, Path(file)) if file.endswith(".py") and path.is_file()]
+    return f"{places[0].resolve()}:{name}" if places else arch
+
+
+def source_hash(arch: str) -> str:
+    """Hash of the source file of a variant that is named as `file.py:Class` or `package.module:Class`; else empty."""
+    if arch in VARIANTS:
+        return ""
+    where = arch.rpartition(":")[0]
+    file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
+# Matching
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips random initialisation: torch's random numbers for meta tensors take 4 seconds to import."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def on_meta(arch: str, options: dict) -> Decoder:
+    """The model on the meta device: it has shapes and no memory. ValueError names a wrong option."""
+    with torch.device("meta"), _Uninitialised():
+        return build(arch, **options)
+
+
+def matched(rule: str, arch: str, options: dict, params: int | None) -> Decoder:
+    """The model of `arch` on the meta device, with the option that the rule sets chosen so that it has `params`
+    parameters in total.
+
+    With None for `params` the options stay as they are. ValueError if no value of that option fits.
+    """
+    if params is not None and rule == "ffn":
+        options = options | {"ffn_width": matching_ffn_width(arch, options, params)}
+    elif params is not None and rule == "heads":
+        options = options | matching_heads(arch, options, params)
+    return on_meta(arch, options)
+
+
+def matching_ffn_width(arch: str, options: dict, params: int) -> int:
+    """The FFN width that brings the total parameters to `params`.
+
+    It is the roundest width at which the parameters without the embeddings (a large vocabulary would hide the
+    difference) are off by at most a fifth of the tolerance, else the nearest width. GLA (arXiv 2505.21487) and MQA
+    (arXiv 1911.02150) match in this way. ValueError if the nearest width is not within the tolerance.
+    """
+    model = on_meta(arch, options | {"ffn_width": 1})
+    embeddings = model.count_params() - model.count_params(embedding=False)
+    one, two = (on_meta(arch, options | {"ffn_width": width}).count_params() for width in (1, 2))
+    fixed, per_unit = 2 * one - two, two - one  # parameters are a linear function of the width
+    exact = (params - fixed) / per_unit
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        width = max(step, round(exact / step) * step)
+        off = abs(fixed + width * per_unit - params)
+        if off <= MATCH_TOLERANCE / 5 * (params - embeddings):
+            return width
+    nearest = off <= per_unit  # false if even width 1 has too many parameters
+    off /= params
+    if nearest and off <= MATCH_TOLERANCE:
+        return width
+    raise ValueError(
+        f"match: ffn cannot bring the parameters within {MATCH_TOLERANCE:.1%} of the first variant's {params:,}: "
+        f"the nearest, ffn_width={width}, is {off:.1%} off; use a larger model or match: none"
+    )
+
+
+def matching_heads(arch: str, options: dict, params: int) -> dict:
+    """{heads, head_dim, ffn_width}: the number of query heads that brings the total parameters nearest to `params`,
+    with head and FFN sizes unchanged.
+
+    Where every layer has KV heads, as in MHA, GQA and MQA, this keeps n_q + n_kv constant (TPA, arXiv 2501.06425).
+    """
+    base = Options(**{name: options[name] for name in Options.model_fields if name in options})
+    sizes = {"head_dim": base.head_dim, "ffn_width": base.ffn_width}
+
+    def off(heads: int) -> float:
+        try:
+            return abs(on_meta(arch, options | sizes | {"heads": heads}).count_params() - params)
+        except ValueError:  # this variant cannot have that number of heads
+            return float("inf")
+
+    return sizes | {"heads": min(range(1, 4 * base.heads + 1), key=off)}
