@@ -6,7 +6,6 @@ addresses, the position among them, so that one recording serves every length.
 """
 
 import contextlib
-import ctypes
 import functools
 import warnings
 from collections.abc import Callable
@@ -19,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from archs.kernels import kernel, triton
-from archs.kernels.cpu.build import usable
-from archs.kernels.cpu.layers import prepare
+from archs.kernels.cpu.build import PREPARE, bind, usable
 
 
 def can_record(model: Any, tokens_B: Tensor, cache: Any) -> bool:
@@ -61,80 +59,56 @@ class RecordedStep:
         with torch.inference_mode(False):  # or they could not be written outside of it
             self.tokens_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        on_gpu = device.type == "cuda"
-        self.host_position = None if on_gpu else ctypes.c_int64.from_address(self.position.data_ptr())
-        self.device_position = 0  # the value on the GPU; -1 is unknown
-        self.model: Any = None
-        self.recorded_for: tuple | None = None
+        self.members: list[dict[str, Any]] = []  # the dictionaries in which modules hold weights and other modules
+        self.recorded_for: list | None = None
         self.replay: Callable[[], object] | None = None
-        self.backend = "split-kv triton, cuda graph" if on_gpu else "split-kv c++, recorded"
+        self.backend = "split-kv triton, cuda graph" if device.type == "cuda" else "split-kv c++, recorded"
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # it holds addresses
 
     def __call__(self, model: Any, tokens_B: Tensor, cache: Any) -> Tensor:
+        def step() -> None:
+            self.logits_BV = model.append(self.tokens_B[:, None], cache, self.position)
+
         on_gpu = tokens_B.is_cuda
         with torch.cuda.device(tokens_B.device) if on_gpu else contextlib.nullcontext():
             self.tokens_B.copy_(tokens_B)
-            if self.host_position is not None:
-                self.host_position.value = cache.length  # fill_ would take 50 us with cold caches
-            elif self.device_position != cache.length:
-                self.position.fill_(cache.length)
-            self.device_position = -1  # should the step fail
-            if self.model is model and self.recorded_for is not None and self.recorded_for == self._places(model):
-                if self.replay is None:
-                    self._record_graph(model, cache)
+            self.position.fill_(cache.length)
+            if self.recorded_for == self._places(model):
+                self.replay = self.replay or self.capture(step)
                 self.replay()
             else:
-                self._begin(model)
+                self.recorded_for = self.replay = None  # should the step fail
+                self.members = [members for m in model.modules() for members in (m._modules, m._parameters) if members]
                 if on_gpu:
-                    self.logits_BV = self._step(model, cache)
+                    step()
                 else:
-                    self._record_calls(model, cache)
+                    model.chunk(1, self.position)  # computes what is cached from step to step
+                    self.replay = record(step)
                 self.recorded_for = self._places(model)
-            self.device_position = cache.length + 1
             return self.logits_BV.clone()
 
-    def _begin(self, model: Any) -> None:
-        self.model, self.recorded_for, self.replay = model, None, None
-        self.modules = [(m._modules, list(m._modules.values())) for m in model.modules() if m._modules]
-        self.weights = [(m._parameters, name) for m in model.modules() for name in m._parameters]
+    def _places(self, model: Any) -> list:
+        """What a recording is valid for: the modules, and where their weights lie."""
+        members = (x for each in self.members for x in each.values())
+        places = [x.data_ptr() if isinstance(x, Tensor) else x for x in members]
+        return [model, model.training, torch.get_num_threads(), *places]
 
-    def _places(self, model: Any) -> tuple | None:
-        """What a recording holds for; None when a module was replaced."""
-        if any(list(now.values()) != before for now, before in self.modules):
-            return None
-        addresses = [x.data_ptr() for weights, name in self.weights if (x := weights.get(name)) is not None]
-        return addresses, model.training, torch.get_num_threads()
-
-    def _step(self, model: Any, cache: Any) -> Tensor:
-        logits_BV = model.append(self.tokens_B[:, None], cache, self.position)
-        if self.host_position is None:
-            self.position += 1
-        return logits_BV
-
-    def _record_graph(self, model: Any, cache: Any) -> None:
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A replay of the step as a CUDA graph; after a warning the step itself where it cannot become one."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=recording_stream(self.position.device)):
-                self.logits_BV = self._step(model, cache)
-            self.replay = graph.replay
+                step()
         except RuntimeError as e:  # an operator that cannot be recorded
             torch.cuda.set_stream(stream)
             if isinstance(e, torch.OutOfMemoryError):
                 raise
             warnings.warn(f"decode goes without a CUDA graph, more slowly: {e}", stacklevel=2)
-            self.replay, self.backend = partial(self._plain_step, model, cache), "split-kv triton"
-
-    def _plain_step(self, model: Any, cache: Any) -> None:
-        self.logits_BV = self._step(model, cache)
-
-    def _record_calls(self, model: Any, cache: Any) -> None:
-        def step() -> None:
-            self.logits_BV = self._step(model, cache)
-
-        model.chunk(1, self.position)  # computes what is cached from step to step
-        self.replay = record(step)
+            self.backend = "split-kv triton"
+            return step
+        return graph.replay
 
 
 def record(function: Callable[[], object]) -> Callable[[], None]:
@@ -155,8 +129,8 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if prepared := prepare(func, args, kwargs):
-            result, call = prepared
+        if prepared := func in PREPARE and PREPARE[func](*args, **kwargs):
+            result, call = prepared[0], bind(*prepared[1:])
             call()
         else:
             result = func(*args, **kwargs)
@@ -182,24 +156,9 @@ def call_again(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: A
     arguments = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
     if all(x.untyped_storage()._cdata in arguments for x in results):
         return partial(func, *args, **kwargs) if func._schema.is_mutable or not results else None
-    if out_overload := find_out_overload(func):
-        return partial(out_overload, *args, **kwargs, out=result)
 
     def call() -> None:
         for x, new in zip(results, tree_leaves(func(*args, **kwargs)), strict=True):
             x.copy_(new)
 
     return call
-
-
-@functools.cache
-def find_out_overload(func: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """The overload with the same arguments and `out`."""
-    arguments = [(a.name, str(a.type)) for a in func._schema.arguments]
-    for name in func.overloadpacket.overloads():
-        overload = getattr(func.overloadpacket, name)
-        others = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
-        outs = [a.name for a in overload._schema.arguments if a.is_out]
-        if outs == ["out"] and others == arguments:
-            return overload
-    return None

@@ -1,7 +1,4 @@
-"""The Triton kernels as kernels of operators: which GPUs and tensors they support.
-
-Triton is imported where there is a GPU alone.
-"""
+"""Which GPUs and tensors the Triton kernels support. Triton is imported only where there is a GPU."""
 
 import functools
 import importlib.util
@@ -12,7 +9,6 @@ from torch import Tensor
 
 from archs.kernels import kernel
 from archs.kernels.cpu.build import is_transformed
-from archs.kernels.fused import are_columns
 
 
 @functools.cache
@@ -25,8 +21,8 @@ def runs_on(device: torch.device) -> bool:
     from archs.kernels.triton_attention import split_kv_attention
 
     try:
-        x = torch.zeros(1, 1, 16, 16, device=device)
-        split_kv_attention(x[:, :, 0], x, x, torch.ones(1, dtype=torch.int64, device=device), 1.0)
+        x = torch.zeros(1, 1, 1, 16, device=device)
+        split_kv_attention(x, x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=device))
     except Exception as e:  # no C compiler, for one
         warnings.warn(f"decode goes without Triton and CUDA graphs, more slowly: {e}", stacklevel=2)
         return False
@@ -49,14 +45,10 @@ def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int =
 
 
 @kernel(supports_decode)
-def decode_attention(
-    q_BH1D: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
-) -> Tensor:
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, position: Tensor) -> Tensor:
     from archs.kernels.triton_attention import split_kv_attention
 
-    shared = are_columns(v_BGSE, k_BGSD)
-    out_BHE = split_kv_attention(q_BH1D[:, :, 0], k_BGSD, None if shared else v_BGSE, position, scale, v_BGSE.shape[-1])
-    return out_BHE[:, :, None]
+    return split_kv_attention(q, k, v, scale, position)
 
 
 def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:
@@ -66,7 +58,7 @@ def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Te
 
 
 @kernel(supports_retention)
-def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> Tensor:
+def retention_step(*arguments: Tensor) -> Tensor:
     from archs.kernels.triton_retention import retain
 
-    return retain(q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD)
+    return retain(*arguments)

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from archs.kernels.fused import are_columns
+
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 2**14
 FEWEST_TILES = 2  # a split is worth its share of the second kernel
@@ -126,32 +128,26 @@ def tiling(columns: int, dtype: torch.dtype, shared: bool) -> Tiling:
     return Tiling(slots, 8 if dtype == torch.float32 or columns > 256 else 4, 4 if shared else 8)
 
 
-def split_kv_attention(
-    q_BHD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor | None, position: Tensor, scale: float, value_size: int | None = None
-) -> Tensor:
+def split_kv_attention(q_BH1D: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, position: Tensor) -> Tensor:
     """Attention of one token a sequence over the slots up to `position` (device tensor, one number), or all S.
 
-    Query head h uses KV head h // (H/G). Without `v_BGSE` the values are the first `value_size` columns of the keys.
-    Keys, values and queries have one dtype and contiguous last dimensions. Returns (B, H, E).
+    Query head h uses KV head h // (H/G). Keys, values and queries have one dtype and contiguous last dimensions.
+    Returns (B, H, 1, E).
     """
-    B, H, D = q_BHD.shape
-    G, S = k_BGSD.shape[1:3]
-    shared = v_BGSE is None
-    if v_BGSE is None:
-        v_BGSE = k_BGSD[..., :value_size]
-    E, M = v_BGSE.shape[-1], H // G
+    (B, H, _, D), (G, S), E = q_BH1D.shape, k_BGSD.shape[1:3], v_BGSE.shape[3]
+    M, shared = H // G, are_columns(v_BGSE, k_BGSD)
     A = E if shared else D
-    q_BGMD = q_BHD.reshape(B, G, M, D)
+    q_BGMD = q_BH1D.reshape(B, G, M, D)
     blocks = {"BLOCK_M": min(64, max(16, triton.next_power_of_2(M)))}
     for name, size in (("A", A), ("R", D - A), ("E", E)):
         blocks[f"BLOCK_{name}"] = max(16, triton.next_power_of_2(size))
     tile = tiling(blocks["BLOCK_A"], k_BGSD.dtype, shared)
     blocks["BLOCK_N"] = tile.slots
-    splits = tile.splits(B * G, S, processors(q_BHD.device))
-    part = torch.empty(B * G * splits * M * E, dtype=torch.float32, device=q_BHD.device)
-    weight = torch.empty(B * G * splits * M, dtype=torch.float32, device=q_BHD.device)
-    out_BHE = torch.empty(B, H, E, dtype=q_BHD.dtype, device=q_BHD.device)
-    precision = "ieee" if q_BHD.dtype == torch.float32 else "tf32"
+    splits = tile.splits(B * G, S, processors(q_BH1D.device))
+    part = torch.empty(B * G * splits * M * E, dtype=torch.float32, device=q_BH1D.device)
+    weight = torch.empty(B * G * splits * M, dtype=torch.float32, device=q_BH1D.device)
+    out_BH1E = torch.empty(B, H, 1, E, dtype=q_BH1D.dtype, device=q_BH1D.device)
+    precision = "ieee" if q_BH1D.dtype == torch.float32 else "tf32"
     attend_split[(B * G, splits, -(-M // blocks["BLOCK_M"]))](
         q_BGMD, k_BGSD, v_BGSE, position, part, weight, scale * LOG2_E,
         *q_BGMD.stride()[:3], *k_BGSD.stride()[:3], *v_BGSE.stride()[:3],
@@ -160,7 +156,7 @@ def split_kv_attention(
     )  # fmt: skip
     some = min(64, blocks["BLOCK_E"])  # of the columns: all would not fit into a program's registers
     combine_splits[(B * G, M, -(-E // some))](
-        part, weight, out_BHE, M, splits,
+        part, weight, out_BH1E, M, splits,
         E=E, BLOCK_S=triton.next_power_of_2(splits), BLOCK_E=some,
     )  # fmt: skip
-    return out_BHE
+    return out_BH1E

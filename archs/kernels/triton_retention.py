@@ -38,10 +38,7 @@ def retain_columns(
 
 
 def retain(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> Tensor:
-    """Output (B, H, 1, D), as of `yoco.retention_recurrent`; the state, in its own dtype, is renewed in place.
-
-    All but the state are fp32 with contiguous last dimensions; the state is contiguous.
-    """
+    """`ops.retention_step`. All except the state are fp32 with contiguous last dimensions; the state is contiguous."""
     B, H, _, D = q_BH1D.shape
     out_BH1D = torch.empty(B, H, 1, D, dtype=torch.float32, device=q_BH1D.device)
     rows = triton.next_power_of_2(D)

@@ -20,9 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+
+
+# Building
 
 
 def compiler() -> str | None:
@@ -32,29 +36,23 @@ def compiler() -> str | None:
 
 @functools.cache
 def build(D: int = 0, E: int = 0, M: int = 0) -> ctypes.CDLL | None:
-    """The library of attention.cpp for key size D and value size E, with M the one for decode, or of layers.cpp.
+    """The library of layers.cpp, or of attention.cpp for key size D and value size E, with M its decode kernel.
 
     None where there is no compiler, and after a warning where the build fails.
     """
     if not compiler():
         return None
     sizes = [f"-D{name}={value}" for name, value in (("D", D), ("E", E), ("M", M)) if value]
-    source = HERE / ("attention.cpp" if sizes else "layers.cpp")
     try:
         try:
-            built = _load(kernel_cache_dir(), source, sizes)
-        except (OSError, RuntimeError):  # no home, a folder that cannot be written, or nothing run from
+            return _load(kernel_cache_dir(), sizes)
+        except (OSError, RuntimeError):  # no home, or a folder that cannot be written or that nothing may be run from
             with tempfile.TemporaryDirectory(prefix="kvfrontier-") as folder:
-                built = _load(Path(folder), source, sizes)
+                return _load(Path(folder), sizes)
     except (subprocess.CalledProcessError, OSError) as e:
-        message = e.stderr.decode(errors="replace") if isinstance(e, subprocess.CalledProcessError) else str(e)
-        reason = (message.strip().splitlines() or ["no message"])[0]
+        reason = (getattr(e, "stderr", None) or str(e)).strip().partition("\n")[0]
         warnings.warn(f"decode, prefill and training go without the C++ kernel, more slowly: {reason}", stacklevel=2)
         return None
-    if not D:
-        built.take.errcheck = built.cross_entropy.errcheck = _check_indices
-        built.read_all.restype = ctypes.c_float
-    return built
 
 
 def kernel_cache_dir() -> Path:
@@ -62,24 +60,22 @@ def kernel_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfrontier" / "kernels"
 
 
-def _load(folder: Path, source: Path, sizes: list[str]) -> ctypes.CDLL:
+def _load(folder: Path, sizes: list[str]) -> ctypes.CDLL:
     """Builds the library unless the folder has one from the same source, flags, compiler and processor."""
-    command = [compiler(), *FLAGS, *sizes]
-    macros = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, check=True).stdout
-    sources = source.read_bytes(), (HERE / "vectors.h").read_bytes()
-    key = hashlib.sha256(b"\0".join((macros, " ".join(command).encode(), *sources))).hexdigest()[:24]
-    path = folder / f"{key}.so"
+    source, command = HERE / ("attention.cpp" if sizes else "layers.cpp"), [compiler(), *FLAGS, *sizes]
+    run = partial(subprocess.run, capture_output=True, check=True, encoding="utf-8", errors="replace")
+    macros = run([*command, "-dM", "-E", "-x", "c++", os.devnull]).stdout
+    parts = *command, macros, source.read_text(), (HERE / "vectors.h").read_text()
+    path = folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as new:
-            subprocess.run([*command, "-o", f"{new}/new.so", str(source)], capture_output=True, check=True)
+            run([*command, "-o", f"{new}/new.so", str(source)])
             os.replace(f"{new}/new.so", path)  # atomic: other processes may build it, too
     return ctypes.CDLL(str(path))
 
 
-def _check_indices(missing: int, *call: Any) -> None:
-    if missing:
-        raise IndexError(f"{missing} of the numbers are out of range")
+# Calling
 
 
 def bind(function: Callable, *arguments: Tensor | float | None) -> Callable[[], Any]:
@@ -116,30 +112,37 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+# Operators
+
 library = torch.library.Library("kvfrontier", "DEF")
-Prepared = tuple[Any, Callable[[], object]]
-PREPARE: dict[Any, Callable[..., Prepared]] = {}
+Prepared = tuple  # (the result, still empty, a C function that fills it, its arguments as of `bind`)
+# What runs in C++, by PyTorch's operator; None where the arguments are not supported.
+PREPARE: dict[Any, Callable[..., Prepared | None]] = {}
 
 
-def operator(schema: str, supports: Callable[..., bool] | None = None) -> Callable[[Callable[..., Prepared]], Callable]:
-    """Makes an operator of PyTorch from a function that returns the empty result and a call that fills it.
+def operator(
+    schema: str, supports: Callable[..., bool] | None = None, flops: Callable[..., int] | None = None
+) -> Callable[[Callable[..., Prepared]], Callable]:
+    """Makes an operator of PyTorch from a function that prepares it.
 
-    The call works on addresses: a recorded step (replay.py) keeps it, and everything that it was prepared with. With
-    `supports` the operator is a kernel.
+    With `supports` the operator is a kernel; `flops` computes its FLOPs from its arguments, shapes in place of tensors.
     """
 
     def define(prepare: Callable[..., Prepared]) -> Callable:
         def run(*arguments: Any) -> Any:
-            result, call = prepare(*arguments)
-            call()
+            result, *call = prepare(*arguments)
+            bind(*call)()
             return result
 
         name = schema.partition("(")[0]
         library.define(schema)
         library.impl(name, run, "CPU")
+        torch.library.register_fake(f"kvfrontier::{name}", lambda *arguments: prepare(*arguments)[0], lib=library)
         registered = getattr(torch.ops.kvfrontier, name).default
         registered.supports = supports
         PREPARE[registered] = prepare
+        if flops:
+            register_flop_formula(registered.overloadpacket)(lambda *shapes, out_shape=None: flops(*shapes))
         return registered
 
     return define

@@ -1,29 +1,26 @@
 """The layers of a model besides attention, in C++ for a CPU in fp32 without gradients.
 
-A recorded decode step runs some of PyTorch's own operators in C++, too (`STEP`): they start faster, and a product with
+A recorded decode step runs some of PyTorch's own operators in C++, too: they start faster, and a product with
 few rows reads its weights as fast as memory gives them, in half of PyTorch's time.
 
 Shapes: B batch, H heads, G KV heads, S cached tokens, D head size; K inputs and F outputs of a matrix, N rows.
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from archs.kernels import kernel
-from archs.kernels.cpu.build import PREPARE, Prepared, bind, build, is_transformed, operator, threads, usable
+from archs.kernels.cpu.build import PREPARE, Prepared, bind, build, operator, threads, usable
 
 FEW_ROWS = 32  # PyTorch's products are as fast with more
 HUGE_PAGE = 2**21  # bytes
 NORM_EPS = 1e-6  # as in archs/ops.py
-IGNORED = -100  # F.cross_entropy's default: a target that counts for nothing
 
 
 # Operators of models
@@ -42,14 +39,14 @@ def step_of_rows(x: Tensor) -> int | None:
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Prepared:
     out = x.new_empty(x.shape)
     sizes = x.numel() // x.shape[-1], x.shape[-1], step_of_rows(x)
-    return out, bind(build().rms_norm, x, weight, out, *sizes, NORM_EPS, threads(x.numel()))
+    return out, build().rms_norm, x, weight, out, *sizes, NORM_EPS, threads(x.numel())
 
 
 @operator("swiglu(Tensor gate_up) -> Tensor", lambda gate_up: gate_up.is_contiguous() and usable(gate_up))
 def swiglu(gate_up: Tensor) -> Prepared:
     F = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], F)
-    return out, bind(build().swiglu, gate_up, out, out.numel() // F, F, threads(gate_up.numel()))
+    return out, build().swiglu, gate_up, out, out.numel() // F, F, threads(gate_up.numel())
 
 
 @operator(
@@ -58,7 +55,7 @@ def swiglu(gate_up: Tensor) -> Prepared:
 )
 def rope(position: Tensor, frequencies: Tensor) -> Prepared:
     table = frequencies.new_empty(1, len(frequencies)), frequencies.new_empty(1, len(frequencies))
-    return table, bind(build().rope, position, frequencies, *table, len(frequencies))
+    return table, build().rope, position, frequencies, *table, len(frequencies)
 
 
 def can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -73,7 +70,7 @@ def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Prepared:
     out = x_BHTD.new_empty(B, H, T, D)
     rows = cos.expand(B, 1, T, D // 2).stride()
     sizes = B, H, T, D // 2, *x_BHTD.stride()[:3], rows[0], rows[2]
-    return out, bind(build().rotate, x_BHTD, cos, sin, out, *sizes, threads(x_BHTD.numel()))
+    return out, build().rotate, x_BHTD, cos, sin, out, *sizes, threads(x_BHTD.numel())
 
 
 def can_multiply_heads(x: Tensor, weight: Tensor) -> bool:
@@ -83,7 +80,11 @@ def can_multiply_heads(x: Tensor, weight: Tensor) -> bool:
     return fits and x.stride(3) == 1 and 1 in weight.stride()[1:] and usable(x, weight)
 
 
-@operator("head_linear(Tensor x, Tensor weight) -> Tensor", can_multiply_heads)
+@operator(
+    "head_linear(Tensor x, Tensor weight) -> Tensor",
+    can_multiply_heads,
+    flops=lambda x, weight: 2 * math.prod(x) * weight[2],
+)
 def head_linear(x_BH1K: Tensor, weight_HKF: Tensor) -> Prepared:
     B, H, _, K = x_BH1K.shape
     F = weight_HKF.shape[2]
@@ -91,7 +92,7 @@ def head_linear(x_BH1K: Tensor, weight_HKF: Tensor) -> Prepared:
     transposed = weight_HKF.stride(2) != 1
     steps = *x_BH1K.stride()[:2], weight_HKF.stride(0), weight_HKF.stride(2 if transposed else 1)
     sizes = B, H, K, F, *steps, transposed
-    return out, bind(build().head_linear, x_BH1K, weight_HKF, out, *sizes, threads(weight_HKF.numel()))
+    return out, build().head_linear, x_BH1K, weight_HKF, out, *sizes, threads(weight_HKF.numel())
 
 
 def can_retain(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:
@@ -100,66 +101,80 @@ def can_retain(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) ->
     return dense and usable(q, k, v, decay, state)
 
 
-@operator("retention(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor(a!) state) -> Tensor", can_retain)
+@operator(
+    "retention(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor(a!) state) -> Tensor",
+    can_retain,
+    flops=lambda q, *_: 4 * math.prod(q) * q[3],
+)
 def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> Prepared:
     B, H, _, D = q_BH1D.shape
     out = q_BH1D.new_empty(B, H, 1, D)
     tensors = q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD, out
     batches = [x.stride(0) for x in tensors[:3]]
-    return out, bind(build().retention, *tensors, B, H, D, *batches, threads(state_BHDD.numel()))
+    return out, build().retention, *tensors, B, H, D, *batches, threads(state_BHDD.numel())
 
 
-@operator("cross_entropy(Tensor(a!) logits, Tensor targets) -> Tensor")
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Prepared:
-    """Nats (N); the logits become their gradients. IndexError for a target that is no token."""
-    nats_N = logits_NV.new_empty(len(logits_NV))
-    sizes = *logits_NV.shape, threads(logits_NV.numel())
-    return nats_N, bind(build().cross_entropy, logits_NV, targets_N, nats_N, *sizes)
+# Operators of PyTorch in a recorded step; None where the arguments are not supported
 
 
-class UnembedCrossEntropy(torch.autograd.Function):
-    """The gradients are made with the loss, some rows at a time, so that the logits of a whole batch never exist (as in
-    Liger Kernel, arXiv 2410.10989, section 3.2)."""
-
-    ROWS = 512  # products of fewer rows are slower, by a sixth with a vocabulary of 50,000; with more hardly faster
-
-    @staticmethod
-    def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_VW.dtype
-        x_NW, weight = x_BTW.detach().flatten(0, 1), weight_VW.detach().to(dtype)
-        targets_N, sum_nats = targets_BT.flatten(), torch.zeros((), dtype=torch.float32)
-        x_grad, weight_grad = torch.zeros_like(x_NW), torch.zeros_like(weight_VW, dtype=torch.float32)
-        with torch.autocast("cpu", enabled=False):
-            for rows in (targets_N != IGNORED).nonzero()[:, 0].split(UnembedCrossEntropy.ROWS):
-                x, targets = x_NW[rows].to(dtype), targets_N[rows].long()
-                logits = (x @ weight.T).float()
-                if build() is not None:
-                    sum_nats += cross_entropy(logits, targets).sum()
-                else:
-                    logits = logits.log_softmax(1)
-                    sum_nats -= logits.gather(1, targets[:, None]).sum()
-                    logits.exp_()[torch.arange(len(rows)), targets] -= 1
-                logits_grad = logits.to(dtype)
-                x_grad[rows] = (logits_grad @ weight).to(x_grad.dtype)
-                weight_grad += logits_grad.T @ x
-        ctx.save_for_backward(x_grad.view_as(x_BTW), weight_grad.to(weight_VW.dtype))
-        return sum_nats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad, weight_grad * grad, None
+def linear(x_NK: Tensor, weight_KF: Tensor) -> Prepared | None:
+    """For few rows, and a transposed weight of at least 16 rows and columns."""
+    (N, K), weight_FK = x_NK.shape, weight_KF.t()
+    F = len(weight_FK)
+    fits = N <= FEW_ROWS and min(F, K) >= 16 and weight_FK.is_contiguous() and x_NK.is_contiguous()
+    if not fits or not usable(x_NK, weight_FK):
+        return None
+    out = x_NK.new_empty(N, F)
+    return out, build().linear, x_NK, weight_FK, out, N, K, F, threads(K * F)
 
 
-def can_unembed(x: Tensor, weight: Tensor, targets: Tensor) -> bool:
-    """Any dtype except fp64, for which the loss is summed too coarsely, and also under autocast."""
-    return x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling() and not is_transformed()
+def take(table_VW: Tensor, index: Tensor, *_: Any) -> Prepared | None:
+    """Rows of a table, for few numbers. IndexError for a number of no row."""
+    fits = index.numel() <= FEW_ROWS and table_VW.is_contiguous() and index.is_contiguous()
+    if not fits or not usable(table_VW):
+        return None
+    out, function = table_VW.new_empty(*index.shape, table_VW.shape[1]), build().take
+    function.errcheck = _check_rows
+    return out, function, table_VW, index, out, index.numel(), *table_VW.shape
 
 
-@kernel(can_unembed)
-def unembed_cross_entropy(x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
-    return UnembedCrossEntropy.apply(x_BTW, weight_VW, targets_BT)
+def _check_rows(missing: int, *call: Any) -> None:
+    if missing:
+        raise IndexError(f"{missing} of the numbers are out of range")
+
+
+def add(x: Tensor, y: Any, alpha: float = 1) -> Prepared | None:
+    """For equal shapes."""
+    same = isinstance(y, Tensor) and x.shape == y.shape and alpha == 1 and x.is_contiguous() and y.is_contiguous()
+    if not same or not usable(x, y):
+        return None
+    out = torch.empty_like(x)
+    return out, build().add, x, y, out, x.numel()
+
+
+def join(parts: list[Tensor], dim: int = 0) -> Prepared | None:
+    """For vectors (B, H, 1, D) and (B, H, 1, E) of one token."""
+    fits = len(parts) == 2 and dim in (3, -1) and all(x.dim() == 4 and x.shape[2] == x.stride(3) == 1 for x in parts)
+    if not fits or not usable(*parts):
+        return None
+    (B, H, _, D), E = parts[0].shape, parts[1].shape[3]
+    out = parts[0].new_empty(B, H, 1, D + E)
+    return out, build().join, *parts, out, B, H, D, E, *(step for x in parts for step in x.stride()[:2])
+
+
+def put(cache_BGSD: Tensor, dim: int, position: Tensor, new_BG1D: Tensor) -> Prepared | None:
+    """For one token's vectors in the slot at `position`."""
+    one = cache_BGSD.dim() == 4 and dim == 2 and len(position) == new_BG1D.stride(3) == cache_BGSD.stride(3) == 1
+    if not one or cache_BGSD.stride(2) != cache_BGSD.shape[3] or not usable(cache_BGSD, new_BG1D):
+        return None
+    B, G, _, D = new_BG1D.shape
+    strides = *cache_BGSD.stride()[:2], *new_BG1D.stride()[:2]
+    return cache_BGSD, build().put, cache_BGSD, new_BG1D, position, B, G, D, *strides
+
+
+aten = torch.ops.aten
+PREPARE |= {aten.mm.default: linear, aten.embedding.default: take, aten.add.Tensor: add}
+PREPARE |= {aten.cat.default: join, aten.index_copy_.default: put}
 
 
 # Memory
@@ -185,95 +200,6 @@ def huge_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 @kernel(lambda x: x.numel() % 2**17 == 0 and x.is_contiguous() and usable(x))
 def read_all(x: Tensor) -> float:
     """A sum of x with prefetching; for a multiple of 2^17 elements."""
-    return bind(build().read_all, x, x.numel(), torch.get_num_threads())()
-
-
-# Operators of a recorded step
-
-
-def linear(x_NK: Tensor, weight_FK: Tensor) -> Prepared:
-    (N, K), F = x_NK.shape, len(weight_FK)
-    out = x_NK.new_empty(N, F)
-    return out, bind(build().linear, x_NK, weight_FK, out, N, K, F, threads(K * F))
-
-
-def take(table_VW: Tensor, index: Tensor) -> Prepared:
-    """Rows of a table, (..., W). IndexError for a number of no row."""
-    out = table_VW.new_empty(*index.shape, table_VW.shape[1])
-    return out, bind(build().take, table_VW, index, out, index.numel(), *table_VW.shape)
-
-
-def add(x: Tensor, y: Tensor) -> Prepared:
-    out = torch.empty_like(x)
-    return out, bind(build().add, x, y, out, x.numel())
-
-
-def join(a_BH1D: Tensor, b_BH1E: Tensor) -> Prepared:
-    B, H, _, D = a_BH1D.shape
-    out = a_BH1D.new_empty(B, H, 1, D + b_BH1E.shape[3])
-    sizes = B, H, D, b_BH1E.shape[3], *a_BH1D.stride()[:2], *b_BH1E.stride()[:2]
-    return out, bind(build().join, a_BH1D, b_BH1E, out, *sizes)
-
-
-def put(cache_BGSD: Tensor, position: Tensor, new_BG1D: Tensor) -> Prepared:
-    """Writes one token's vectors into the slot at `position`."""
-    B, G, _, D = new_BG1D.shape
-    strides = *cache_BGSD.stride()[:2], *new_BG1D.stride()[:2]
-    return cache_BGSD, bind(build().put, cache_BGSD, new_BG1D, position, B, G, D, *strides)
-
-
-def few_rows(x: Tensor, weight_KF: Tensor) -> tuple | None:
-    """Few rows times a transposed weight of 16 or more each way."""
-    weight_FK = weight_KF.t()
-    fits = len(x) <= FEW_ROWS and min(weight_FK.shape) >= 16 and weight_FK.is_contiguous() and x.is_contiguous()
-    return (x, weight_FK) if fits else None
-
-
-def rows_of_table(table: Tensor, index: Tensor, *_: Any) -> tuple | None:
-    return (table, index) if index.numel() <= FEW_ROWS and table.is_contiguous() and index.is_contiguous() else None
-
-
-def same_shapes(x: Tensor, y: Any, alpha: float = 1) -> tuple | None:
-    same = isinstance(y, Tensor) and x.shape == y.shape and alpha == 1 and x.is_contiguous() and y.is_contiguous()
-    return (x, y) if same else None
-
-
-def one_token_each(parts: list[Tensor], dim: int = 0) -> tuple | None:
-    one = len(parts) == 2 and all(x.dim() == 4 and x.shape[2] == x.stride(3) == 1 for x in parts)
-    return tuple(parts) if one and dim in (3, -1) else None
-
-
-def one_slot(cache: Tensor, dim: int, position: Tensor, new: Tensor) -> tuple | None:
-    one = cache.dim() == 4 and dim == 2 and len(position) == new.stride(3) == cache.stride(3) == 1
-    return (cache, position, new) if one and cache.stride(2) == cache.shape[3] else None
-
-
-# PyTorch's operator: what runs instead, and its arguments from PyTorch's, None where it does not support them.
-STEP: dict[Any, tuple[Callable[..., Prepared], Callable[..., tuple | None]]] = {
-    torch.ops.aten.mm.default: (linear, few_rows),
-    torch.ops.aten.embedding.default: (take, rows_of_table),
-    torch.ops.aten.add.Tensor: (add, same_shapes),
-    torch.ops.aten.cat.default: (join, one_token_each),
-    torch.ops.aten.index_copy_.default: (put, one_slot),
-}
-
-
-def prepare(func: Any, args: tuple, kwargs: dict) -> Prepared | None:
-    """The result of one of PyTorch's operators and a C++ call that fills it; None where there is no such call."""
-    if func in PREPARE:
-        return PREPARE[func](*args)
-    instead, arguments_of = STEP.get(func, (None, None))
-    arguments = arguments_of and arguments_of(*args, **kwargs)
-    if not arguments or not usable(*(x for x in arguments if x.is_floating_point())):
-        return None
-    return instead(*arguments)
-
-
-@register_flop_formula(head_linear.overloadpacket)
-def _head_linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * math.prod(x_shape) * weight_shape[2]
-
-
-@register_flop_formula(retention_step.overloadpacket)
-def _retention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    return 4 * math.prod(q_shape) * q_shape[3]
+    function = build().read_all
+    function.restype = ctypes.c_float
+    return bind(function, x, x.numel(), torch.get_num_threads())()
