@@ -8,17 +8,19 @@ To add one: a file with a subclass of `Technique`, and one line in `TECHNIQUES`.
 """
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from archs.cache import Static
 from archs.decoder import Decoder
 from archs.settings import SettingsError
 from archs.techniques.dmc import DMC
 from archs.techniques.eviction import H2O, VATP, L2Norm, SnapKV, StreamingLLM
 from archs.techniques.fastgen import FastGen
 from archs.techniques.quantised import Quantisation, QuantisedSlots
-from archs.techniques.slots import Compressed, CompressedCache, Slots
+from archs.techniques.slots import CompressedCache, Slots
 from archs.techniques.technique import Full, Technique
 
 TECHNIQUES: dict[str, type[Technique]] = {
@@ -84,13 +86,11 @@ def compressed_cache(
     if form and form is not needed:
         use = f"use {form.__name__} with a budget below 1.0"
         raise ValueError(f"{name} cannot act on a model that was trained further for {form.__name__}; {use}")
-    o, weight = model.options, model.embed.weight
+    static = Static(batch_size, max_tokens, dtype or model.embed.weight.dtype, model.embed.weight.device)
     slots = partial(QuantisedSlots, quantisation) if quantisation else Slots
-    make = partial(slots, technique, (o.rotary_dim, o.rope_base))
+    full = partial(slots, technique, model.options, static)
     with torch.inference_mode(False):
-        layers = model.new_layers(Compressed(make, batch_size, max_tokens, dtype or weight.dtype, weight.device))
-        if kind_V is None:
-            kind_V = torch.zeros(o.vocab_size, dtype=torch.uint8, device=weight.device)
+        layers = model.new_layers(SimpleNamespace(full=full, ring=static.ring, state=static.state))
     return CompressedCache(technique, layers, batch_size, max_tokens, kind_V)
 
 

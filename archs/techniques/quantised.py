@@ -35,8 +35,8 @@ class QuantisedSlots(Slots):
     a slot; `key_scales` have a row (D) for a group.
     """
 
-    def __init__(self, quantisation: Quantisation, *args):
-        super().__init__(*args)
+    def __init__(self, quantisation: Quantisation, *args, **options):
+        super().__init__(*args, **options)
         self.quantisation, self.packed_O = quantisation, torch.zeros_like(self.count_O)
         self.packed, self.key_scales = self.pack(self.tensors)
 
@@ -78,9 +78,6 @@ class QuantisedSlots(Slots):
             codes, *scales = quantise(x[:, last_repeated].unflatten(1, (-1, q.group)), 2, q.bits)
             packed += [pack(codes.flatten(1)[:, :width], q.bits), *(scale[:, :, 0] for scale in scales)]
         return packed, [scale[:, 0] for scale in key_scales]
-
-    def store(self, new: list[Tensor], new_O: Tensor) -> None:
-        self.tensors = [ragged.join(x, self.full_O, rows, new_O) for x, rows in zip(self.tensors, new, strict=True)]
 
     def free(self, keep_N: Tensor) -> None:
         is_packed_N = ragged.rank(self.count_O) < self.packed_O.repeat_interleave(self.count_O)

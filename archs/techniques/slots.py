@@ -7,7 +7,7 @@ Shapes: B batch, G KV heads, H query heads, R = H / G, O = B G owners, N slots o
 owner, D key size, E value size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ class CompressedCache(Cache):
 
     static = False
 
-    def __init__(self, technique: Any, layers: list, batch_size: int, max_tokens: int, kind_V: Tensor):
+    def __init__(self, technique: Any, layers: list, batch_size: int, max_tokens: int, kind_V: Tensor | None):
         super().__init__(layers, batch_size, max_tokens)
         self.technique, self.observes, self.kind_V = technique, technique.observes, kind_V
         self.slots = list(dict.fromkeys(layer for layer in layers if isinstance(layer, Slots)))
@@ -41,11 +41,13 @@ class CompressedCache(Cache):
             self.technique.validate_prompt(tokens_BT.shape[1])
         elif tokens_BT.shape[1] > 1:
             raise ValueError("after its prompt a compressed cache takes one token at a time")
+        kinds_BT = torch.zeros_like(tokens_BT) if self.kind_V is None else self.kind_V[tokens_BT]
         for slots in self.slots:
-            slots.next_kinds_BT = self.kind_V[tokens_BT]
+            slots.next_kinds_BT = kinds_BT
 
     def advance(self, tokens: int) -> None:
         for slots in self.slots:
+            slots.next_kinds_BT = None
             slots.evict()
         super().advance(tokens)
 
@@ -65,19 +67,6 @@ class CompressedCache(Cache):
         return sum(tensor.nbytes for slots in self.slots for tensor in slots.metadata)
 
 
-class Compressed(Static):
-    """Makes what layers attend to: slots in place of full caches."""
-
-    def __init__(self, slots: Callable[..., "Slots"], *args):
-        super().__init__(*args)
-        self.slots = slots
-
-    def full(self, heads: int, key_size: int, value_size: int | None = None, *, shared: bool = False) -> "Slots":
-        sizes = [key_size] if shared else [key_size, value_size or key_size]
-        tensors = [torch.zeros(0, size, dtype=self.dtype, device=self.device) for size in sizes]
-        return self.slots(tensors, self.batch_size, heads, value_size or key_size)
-
-
 class Slots(KV):
     """`tensors` are keys (N, D) and values (N, E), or keys alone whose first columns are the values (a latent)."""
 
@@ -86,21 +75,24 @@ class Slots(KV):
     def __init__(
         self,
         technique: Any,
-        rotary: tuple[int, float],  # how many of a key's last columns are rotated, and the base
-        tensors: list[Tensor],
-        batch_size: int,
-        kv_heads: int,
-        value_size: int,
+        o: Any,
+        static: Static,
+        heads: int,
+        key_size: int,
+        value_size: int = 0,
+        shared: bool = False,
     ):
-        self.technique, self.rotary, self.tensors = technique, rotary, tensors
-        self.kv_heads, self.value_size, self.layer = kv_heads, value_size, 0
-        device = tensors[0].device
-        self.count_O = torch.zeros(batch_size * kv_heads, dtype=torch.long, device=device)
+        """`o` are the model's options; the last four arguments are those of `Static.full`."""
+        self.technique, self.rotary, self.kv_heads, self.layer = technique, (o.rotary_dim, o.rope_base), heads, 0
+        self.value_size, device = value_size or key_size, static.device
+        sizes = [key_size] if shared else [key_size, self.value_size]
+        self.tensors = [torch.zeros(0, size, dtype=static.dtype, device=device) for size in sizes]
+        self.count_O = torch.zeros(static.batch_size * heads, dtype=torch.long, device=device)
         self.policy_O = torch.zeros_like(self.count_O)
         self.position_N = torch.zeros(0, dtype=torch.int32, device=device)
         self.score_N = torch.zeros(0, dtype=torch.float32, device=device)
         self.kind_N = torch.zeros(0, dtype=torch.uint8, device=device)
-        self.next_kinds_BT = torch.zeros(0, 0, dtype=torch.uint8, device=device)  # of the tokens that are appended next
+        self.next_kinds_BT: Tensor | None = None  # of the tokens that are appended next
         self.length = 0  # tokens seen
 
     @property
@@ -112,8 +104,13 @@ class Slots(KV):
         return self.tensors[1] if len(self.tensors) > 1 else self.keys_ND[:, : self.value_size]
 
     @property
+    def full_O(self) -> Tensor:
+        """How many slots of each owner `tensors` has."""
+        return self.count_O
+
+    @property
     def metadata(self) -> list[Tensor]:
-        return [self.position_N, self.score_N, self.kind_N, self.count_O, self.policy_O, self.next_kinds_BT]
+        return [self.position_N, self.score_N, self.kind_N, self.count_O, self.policy_O]
 
     @property
     def is_prompt(self) -> bool:
@@ -129,7 +126,8 @@ class Slots(KV):
         T_O = torch.full_like(self.count_O, T)
         position_N = torch.arange(start, start + T, device=T_O.device).repeat(B * G)
         kind_N = self.next_kinds_BT.repeat_interleave(G, 0).flatten()
-        self.store([x.flatten(0, 2) for x in new], T_O)
+        pairs = zip(self.tensors, new, strict=True)
+        self.tensors = [ragged.join(x, self.full_O, rows.flatten(0, 2), T_O) for x, rows in pairs]
         self.position_N = ragged.join(self.position_N, self.count_O, position_N, T_O)
         self.score_N = ragged.join(self.score_N, self.count_O, torch.zeros_like(position_N), T_O)
         self.kind_N = ragged.join(self.kind_N, self.count_O, kind_N, T_O)
@@ -162,10 +160,6 @@ class Slots(KV):
         return torch.cat((still, ops.rotate(turning, cos, sin)), dim=-1)
 
     # Storage
-
-    def store(self, new: list[Tensor], new_O: Tensor) -> None:
-        """Appends rows of each tensor, as many for each owner."""
-        self.tensors = [ragged.join(x, self.count_O, rows, new_O) for x, rows in zip(self.tensors, new, strict=True)]
 
     def free(self, keep_N: Tensor) -> None:
         """Frees the other slots' keys and values."""

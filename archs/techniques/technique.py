@@ -99,7 +99,7 @@ def share(of: float, tokens: int) -> int:
 
 def top(slots: Slots, priority_N: Tensor, count: int) -> Tensor:
     """True for the `count` slots of highest priority in each KV head."""
-    if not len(priority_N) or int(slots.count_O.max()) <= count:
+    if int(slots.count_O.max()) <= count:
         return torch.ones_like(priority_N, dtype=torch.bool)
     priority_OS = ragged.pad(priority_N.float(), slots.count_O)
     priority_OS = priority_OS.masked_fill(~ragged.mask(slots.count_O), -torch.inf)

@@ -2,13 +2,14 @@
 the slots that its paper's formula keeps."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import CASES, CHOSEN, make
 
 from archs import VARIANTS
-from archs.cache import FullCache, State
+from archs.cache import FullCache, State, Static
 from archs.grouped import GroupedAttention
 from archs.kv import Uncached
 from archs.ops import rotate, split_heads
@@ -173,8 +174,8 @@ def test_ragged_rows_are_joined_padded_and_counted_by_owner(counts, new):
 
 
 def one_layer(one, heads=2, sizes=(4, 5)):
-    tensors = [torch.zeros(0, size) for size in sizes]
-    slots = Slots(one, (sizes[0], 10_000.0), tensors, 1, heads, sizes[1])
+    options = SimpleNamespace(rotary_dim=sizes[0], rope_base=10_000.0)
+    slots = Slots(one, options, Static(1, PROMPT + LATER, torch.float32, "cpu"), heads, *sizes)
     slots.layer = 2
     return slots
 
