@@ -73,7 +73,7 @@ def head_linear(x_BHTK: Tensor, weight_HKF: Tensor) -> Tensor:
     return torch.einsum("bhtk,hkf->bhtf", x_BHTK, weight_HKF)
 
 
-@accelerated(fused.unembed_cross_entropy)
+@accelerated(cpu.unembed_cross_entropy)
 def unembed_cross_entropy(x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
     """The sum of the cross-entropies, in nats, of logits x @ weight^T. Targets of -100 are ignored."""
     logits_NV = at_least_fp32(x_BTW @ weight_VW.T).flatten(0, 1)

@@ -8,7 +8,6 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archs.kernels import kernel
@@ -108,41 +107,3 @@ def windowed(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, windo
     mask[0, :, :, : window - before] = False  # padding before the first key
     out = sdpa(q, pairs_of_blocks(k_BGSD), pairs_of_blocks(v_BGSE), scale, mask)
     return out.transpose(0, 1).reshape(B, H, blocks * window, -1)[:, :, :T]
-
-
-class UnembedCrossEntropy(torch.autograd.Function):
-    """The gradients are computed with the loss, some rows at a time, so that the logits of a whole batch never exist
-    (as in Liger Kernel, arXiv 2410.10989, section 3.2)."""
-
-    ROWS = 512  # products of fewer rows are slower, by a sixth with a vocabulary of 50,000; with more hardly faster
-
-    @staticmethod
-    def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
-        weight, targets_N = weight_VW.detach().requires_grad_(), targets_BT.flatten()
-        x_NW, nats = x_BTW.detach().flatten(0, 1), torch.zeros(())
-        x_grad, weight.grad = torch.zeros_like(x_NW), torch.zeros_like(weight)
-        for rows in (targets_N != -100).nonzero()[:, 0].split(UnembedCrossEntropy.ROWS):
-            x = x_NW[rows].requires_grad_()
-            with torch.enable_grad():
-                part = F.cross_entropy((x @ weight.T).float(), targets_N[rows], reduction="sum")
-            part.backward()
-            nats += part.detach()
-            x_grad[rows] = x.grad
-        ctx.save_for_backward(x_grad.view_as(x_BTW), weight.grad)
-        return nats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad, weight_grad * grad, None
-
-
-def can_unembed(x: Tensor, weight: Tensor, targets: Tensor) -> bool:
-    """Any dtype except fp64, for which the loss is summed too coarsely, and also under autocast."""
-    return x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling() and not is_transformed()
-
-
-@kernel(can_unembed)
-def unembed_cross_entropy(x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
-    return UnembedCrossEntropy.apply(x_BTW, weight_VW, targets_BT)

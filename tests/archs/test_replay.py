@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from archs import ops
 from archs.cache import with_tensors
 from archs.kernels.cpu.build import compiler
-from archs.kernels.cpu.layers import STEP, prepare
+from archs.kernels.cpu.build import PREPARE, bind
 from archs.kernels.replay import RecordedStep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -251,25 +251,25 @@ SUBSTITUTIONS = {
 
 
 @on_cpu
-@pytest.mark.parametrize("operator", STEP, ids=str)
+@pytest.mark.parametrize("operator", [func for func in PREPARE if func.namespace == "aten"], ids=str)
 def test_substitutions_equal_the_operators_of_pytorch_and_decline_what_they_do_not_support(operator):
     supported, declined = SUBSTITUTIONS[operator]
     for seed in range(20):
         arguments = supported(random.Random(seed))
-        result, call = prepare(operator, arguments, {})
-        call()
+        result, *call = PREPARE[operator](*arguments)
+        bind(*call)()
         result = result.clone()
         torch.testing.assert_close(result, operator(*arguments), rtol=1e-5, atol=1e-5)
-    assert not any(prepare(operator, arguments, {}) for arguments in declined)
+    assert not any(PREPARE[operator](*arguments) for arguments in declined)
     halves = [[y.bfloat16() for y in x] if isinstance(x, list) else x for x in arguments]
     halves = [x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in halves]
-    assert not prepare(operator, halves, {})
+    assert not PREPARE[operator](*halves)
 
 
 @on_cpu
 def test_numbers_of_no_row_are_an_error():
     for wrong in (9, -1):
         index = torch.tensor([3, wrong])
-        _, call = prepare(aten.embedding.default, (TABLE, index), {})
+        _, *call = PREPARE[aten.embedding.default](TABLE, index)
         with pytest.raises(IndexError, match="1 of the numbers are out of range"):
-            call()
+            bind(*call)()

@@ -130,6 +130,36 @@ extern "C" void swiglu(const float *x, float *out, long rows, long F, long threa
     for (long i = 0; i < rows; i++) gated(x + i * 2 * F, x + i * 2 * F + F, out + i * F, F);
 }
 
+// Cross-entropy (rows) of logits (rows, V), which become its gradients: softmax, less 1 at the target. How many targets
+// there are no logits for.
+extern "C" long cross_entropy(float *logits, const long *target, float *nats, long rows, long V, long threads) {
+    long missing = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : missing) if (rows * V > 1 << 14)
+    for (long i = 0; i < rows; i++) {
+        if (target[i] < 0 || target[i] >= V) {
+            missing++;
+            continue;
+        }
+        float *x = logits + i * V, top = -INFINITY;
+        const float wanted = x[target[i]];
+#pragma omp simd reduction(max : top)
+        for (long v = 0; v < V; v++) top = std::max(top, x[v]);
+        native totals = {};
+        long v = 0;
+        for (; v <= V - NATIVE; v += NATIVE) {
+            native share = exp2_of((load<native>(x + v) - top) * 1.44269504f);
+            store(x + v, share);
+            totals += share;
+        }
+        float total = sum(totals);
+        for (; v < V; v++) total += x[v] = std::exp(x[v] - top);
+        nats[i] = std::log(total) + (top - wanted);
+        for (long v = 0; v < V; v++) x[v] *= 1 / total;
+        x[target[i]] -= 1;
+    }
+    return missing;
+}
+
 // x (B, H, T, D), with strides of batch, head and token, with each pair of dimensions i and i + D/2 turned; out is
 // contiguous. The tables are rows of D/2, with strides of batch and token.
 extern "C" void rotate(const float *x, const float *cosine, const float *sine, float *out, long B, long H, long T,

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from archs.kernels import kernel
-from archs.kernels.cpu.build import PREPARE, Prepared, bind, build, operator, threads, usable
+from archs.kernels.cpu.build import PREPARE, Prepared, bind, build, is_transformed, operator, threads, usable
 
 FEW_ROWS = 32  # PyTorch's products are as fast with more
 HUGE_PAGE = 2**21  # bytes
@@ -112,6 +113,59 @@ def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Te
     tensors = q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD, out
     batches = [x.stride(0) for x in tensors[:3]]
     return out, build().retention, *tensors, B, H, D, *batches, threads(state_BHDD.numel())
+
+
+@operator("cross_entropy(Tensor(a!) logits, Tensor targets) -> Tensor")
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Prepared:
+    """Nats (N); the logits become their gradients. IndexError for a target that is no token."""
+    nats_N, function = logits_NV.new_empty(len(logits_NV)), build().cross_entropy
+    function.errcheck = _check_rows
+    return nats_N, function, logits_NV, targets_N, nats_N, *logits_NV.shape, threads(logits_NV.numel())
+
+
+class UnembedCrossEntropy(torch.autograd.Function):
+    """The gradients are computed with the loss, some rows at a time, so that the logits of a whole batch never exist
+    (as in Liger Kernel, arXiv 2410.10989, section 3.2)."""
+
+    ROWS = 512  # products of fewer rows are slower, by a sixth with a vocabulary of 50,000; with more hardly faster
+
+    @staticmethod
+    def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_VW.dtype
+        x_NW, weight = x_BTW.detach().flatten(0, 1), weight_VW.detach().to(dtype)
+        targets_N, sum_nats = targets_BT.flatten(), torch.zeros((), dtype=torch.float32)
+        x_grad, weight_grad = torch.zeros_like(x_NW), torch.zeros_like(weight_VW, dtype=torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            for rows in (targets_N != -100).nonzero()[:, 0].split(UnembedCrossEntropy.ROWS):
+                x, targets = x_NW[rows].to(dtype), targets_N[rows].long()
+                logits = (x @ weight.T).float()
+                if build() is not None:
+                    sum_nats += cross_entropy(logits, targets).sum()
+                else:
+                    logits = logits.log_softmax(1)
+                    sum_nats -= logits.gather(1, targets[:, None]).sum()
+                    logits.exp_()[torch.arange(len(rows)), targets] -= 1
+                logits_grad = logits.to(dtype)
+                x_grad[rows] = (logits_grad @ weight).to(x_grad.dtype)
+                weight_grad += logits_grad.T @ x
+        ctx.save_for_backward(x_grad.view_as(x_BTW), weight_grad.to(weight_VW.dtype))
+        return sum_nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * grad, weight_grad * grad, None
+
+
+def can_unembed(x: Tensor, weight: Tensor, targets: Tensor) -> bool:
+    """Any dtype except fp64, for which the loss is summed too coarsely, and also under autocast."""
+    return x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling() and not is_transformed()
+
+
+@kernel(can_unembed)
+def unembed_cross_entropy(x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
+    return UnembedCrossEntropy.apply(x_BTW, weight_VW, targets_BT)
 
 
 # Operators of PyTorch in a recorded step; None where the arguments are not supported
