@@ -102,9 +102,8 @@ class PagedCache:
         needed = [max(0, -(-(s.length + tokens) // self.block_size) - len(s.blocks)) for s in sequences]
         if (lacking := sum(needed) - len(self.free_blocks)) > 0:
             raise ValueError(
-                f"{sum(needed)} blocks of {self.block_size} tokens are needed ({tokens} more tokens for each of "
-                f"{len(sequences)} sequences) and {len(self.free_blocks)} of {self.block_count} are free; free a "
-                f"sequence, or make the cache with blocks={self.block_count + lacking}"
+                f"{sum(needed)} blocks of {self.block_size} tokens are needed and {len(self.free_blocks)} of "
+                f"{self.block_count} are free; free a sequence, or use blocks={self.block_count + lacking}"
             )
         for sequence, count in zip(sequences, needed, strict=True):
             sequence.blocks += [self.free_blocks.pop() for _ in range(count)]
@@ -123,10 +122,7 @@ class PagedCache:
 
 
 class PagedBatch(Cache):
-    """Some of a PagedCache's sequences, as a cache that the model can append to.
-
-    `length` is a number where they are equally long, else a tensor (B, 1, 1).
-    """
+    """A cache of some of a PagedCache's sequences. `length` is a tensor (B, 1, 1) where they differ in length."""
 
     static = False
 

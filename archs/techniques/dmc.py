@@ -110,7 +110,8 @@ class MergingAttention(nn.Module):
             merge_last(kv, weight_BGT.flatten(), decision_BGT.flatten() > 0)
             return self.out(merge_heads(kv.attend(q_BHTD, self.head_dim**-0.5)))
         log_merge_BGT, log_append_BGT = self.decisions(decision_BGT)
-        share_BGTT, weight_BGT = merged_shares(log_merge_BGT, weight_BGT)
+        future_TT = torch.full((x_BTW.shape[1],) * 2, -torch.inf, device=x_BTW.device).triu(1)
+        share_BGTT, weight_BGT = merged_shares(log_merge_BGT, weight_BGT, future_TT)
         with torch.autocast(x_BTW.device.type, enabled=False):
             k_BGTD, v_BGTD = ((share_BGTT @ x.float()).to(x.dtype) for x in (k_BGTD, v_BGTD))
         hidden_BGT = F.pad(log_append_BGT[..., 1:], (0, 1))  # a slot, as much as the next token merges into it
@@ -118,8 +119,7 @@ class MergingAttention(nn.Module):
             kv.append(0, k_BGTD, v_BGTD)
             kv.score_N = weight_BGT.flatten()
             kv.keep(hidden_BGT.flatten() == 0)
-        age_TT = ages(x_BTW.shape[1], x_BTW.device)
-        mask_BGTT = hidden_BGT[:, :, None].where(age_TT > 0, 0.0).masked_fill(age_TT < 0, -torch.inf)
+        mask_BGTT = hidden_BGT[:, :, None].expand_as(share_BGTT).tril(-1) + future_TT
         mask_BHTT = mask_BGTT.repeat_interleave(self.heads // self.kv_heads, 1)
         q, k, v = (x.float() for x in (q_BHTD, chunk.rotate(k_BGTD), v_BGTD))
         return self.out(merge_heads(masked_attention(q, k, v, self.head_dim**-0.5, mask_BHTT).to(q_BHTD.dtype)))
@@ -137,21 +137,13 @@ class MergingAttention(nn.Module):
         return F.logsigmoid(relaxed_BGT), F.logsigmoid(-relaxed_BGT)
 
 
-def ages(tokens: int, device: torch.device) -> Tensor:
-    """(T, T): by how many positions each token is before each query."""
-    position_T = torch.arange(tokens, device=device)
-    return position_T[:, None] - position_T
-
-
-def merged_shares(log_merge_BGT: Tensor, weight_BGT: Tensor) -> tuple[Tensor, Tensor]:
+def merged_shares(log_merge_BGT: Tensor, weight_BGT: Tensor, future_TT: Tensor) -> tuple[Tensor, Tensor]:
     """(share of each token j in the slot as it is after token i, (B, G, T, T); weight of that slot, (B, G, T)).
 
     Token j's part of it is its weight times all decisions to merge from j + 1 to i; the first token opens a slot.
     """
     log_BGT = F.pad(log_merge_BGT.double().clamp(min=-50.0)[..., 1:], (1, 0)).cumsum(-1)
-    future_TT = ages(log_BGT.shape[-1], log_BGT.device) < 0
-    part_BGTT = (log_BGT[..., :, None] - log_BGT[..., None, :]).masked_fill(future_TT, -torch.inf).float().exp()
-    part_BGTT = part_BGTT * weight_BGT[..., None, :]
+    part_BGTT = (log_BGT[..., :, None] - log_BGT[..., None, :] + future_TT).float().exp() * weight_BGT[..., None, :]
     total_BGT = part_BGTT.sum(-1)
     return part_BGTT / total_BGT[..., None], total_BGT
 

@@ -103,10 +103,9 @@ class L2Norm(Technique):
     whole_layers: int = Field(2, ge=0)
 
     def validate_model(self, model: Decoder) -> None:
-        layers = model.options.layers
-        if self.whole_layers >= layers and self.budget != 1.0:
-            allowed = f"are all of the {layers} that the model has: give fewer"
-            raise ValueError(f"L2Norm: whole_layers={self.whole_layers} {allowed}")
+        whole, layers = self.whole_layers, model.options.layers
+        if whole >= layers and self.budget != 1.0:
+            raise ValueError(f"L2Norm: whole_layers={whole} are all of the model's {layers} layers: give fewer")
 
     def select(self, slots: Slots) -> Tensor | None:
         return None if slots.layer < self.whole_layers else super().select(slots)

@@ -1,6 +1,6 @@
 """Rows of owners (KV heads of sequences) that have different numbers of them, one owner's after another's.
 
-Shapes: O owners, N rows of all, S the most rows of an owner.
+Shapes: O owners, N rows of all, S and T the most rows of an owner.
 """
 
 import torch
@@ -39,9 +39,9 @@ def rank(count_O: Tensor) -> Tensor:
 
 def join(old: Tensor, old_O: Tensor, new: Tensor, new_O: Tensor) -> Tensor:
     """Each owner's old rows followed by its new ones, in the dtype of the old."""
-    new = new.to(old.dtype)
-    if int(old_O.min()) == int(old_O.max()) and int(new_O.min()) == int(new_O.max()):
-        return torch.cat((pad(old, old_O), pad(new, new_O)), 1).flatten(0, 1)
+    new, owners, S, T = new.to(old.dtype), len(old_O), int(old_O.max()), int(new_O.max())
+    if len(old) == owners * S and len(new) == owners * T:
+        return torch.cat((old.unflatten(0, (owners, S)), new.unflatten(0, (owners, T))), 1).flatten(0, 1)
     rows = old.new_empty(len(old) + len(new), *old.shape[1:])
     rows[torch.arange(len(old), device=old.device) + (new_O.cumsum(0) - new_O).repeat_interleave(old_O)] = old
     rows[torch.arange(len(new), device=old.device) + old_O.cumsum(0).repeat_interleave(new_O)] = new

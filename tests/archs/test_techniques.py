@@ -159,15 +159,14 @@ def test_of_slots_of_equal_priority_the_earlier_ones_stay():
 @pytest.mark.parametrize("counts", [[2, 2, 2], [0, 3, 1], [0, 0, 0]])
 @pytest.mark.parametrize("new", [[1, 1, 1], [2, 0, 1]])
 def test_ragged_rows_are_joined_padded_and_counted_by_owner(counts, new):
-    rows = [torch.arange(10 * n, 10 * n + count) for n, count in enumerate(counts)]
-    more = [torch.arange(100 * n + 100, 100 * n + 100 + count) for n, count in enumerate(new)]
-    count_O, new_O = torch.tensor(counts), torch.tensor(new)
-    joined = ragged.join(torch.cat(rows), count_O, torch.cat(more), new_O)
-    each = [torch.cat(pair) for pair in zip(rows, more, strict=True)]
-    assert torch.equal(joined, torch.cat(each))
-    assert torch.equal(ragged.rank(count_O + new_O), torch.cat([torch.arange(len(x)) for x in each]))
-    assert torch.equal(ragged.flatten(ragged.pad(joined, count_O + new_O), count_O + new_O), joined)
-    assert ragged.count(joined % 2 == 0, count_O + new_O).tolist() == [int((x % 2 == 0).sum()) for x in each]
+    old_O, new_O = torch.tensor(counts), torch.tensor(new)
+    old, more = (torch.randint(9, (sum(each),)) for each in (counts, new))
+    rows = [torch.cat(pair) for pair in zip(old.split(counts), more.split(new), strict=True)]
+    joined, count_O = ragged.join(old, old_O, more, new_O), old_O + new_O
+    assert torch.equal(joined, torch.cat(rows))
+    assert torch.equal(ragged.rank(count_O), torch.cat([torch.arange(len(row)) for row in rows]))
+    assert torch.equal(ragged.flatten(ragged.pad(joined, count_O), count_O), joined)
+    assert ragged.count(joined > 4, count_O).tolist() == [int((row > 4).sum()) for row in rows]
 
 
 # The rules, against what the papers say, on full attention matrices
@@ -511,7 +510,12 @@ def test_a_technique_and_a_model_that_do_not_go_together_are_refused(merging):
         (model, DMC(), None, "DMC cannot act on a model that was trained further for DMC"),
         (model, DMC(budget=0.5), Quantisation(), "DMC can't be quantised"),
         (plain, DMC(budget=0.5), None, r"DMC works on models that were trained further for it: DMC\(...\).retrofit"),
-        (plain, technique("l2-norm", budget=0.5, whole_layers=4), None, "L2Norm: whole_layers=4 are all of the 4"),
+        (
+            plain,
+            technique("l2-norm", budget=0.5, whole_layers=4),
+            None,
+            "L2Norm: whole_layers=4 are all of the model's 4 layers",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             compressed_cache(each, one, 2, 64, quantisation=quantisation)
