@@ -183,9 +183,11 @@ class Study(Section):
         return variants
 
     @model_validator(mode="after")
-    def timed_seeds_are_seeds(self) -> "Study":
+    def what_is_measured_exists(self) -> "Study":
         unknown = next((seed for seed in self.eval.decode.seeds or [] if seed not in self.seeds), None)
         self.check(unknown is None, f"eval.decode.seeds={unknown}: must be among the study's seeds {self.seeds}")
+        documents = self.eval.paging and self.eval.paging.lengths == "documents" and self.corpus.name == "mqar"
+        self.check(not documents, "eval.paging.lengths=documents: corpus mqar has no documents; choose uniform")
         return self
 
     @model_validator(mode="after")

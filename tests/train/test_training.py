@@ -1,6 +1,5 @@
 """The Lightning module and data module under a plain Trainer, and runs that are interrupted and go on."""
 
-import contextlib
 import math
 import signal
 import time
@@ -13,13 +12,12 @@ from miniature import metrics, one_run, tiny_study, train, train_runs, weights
 from lightning.pytorch.loggers import CSVLogger
 
 from archs import VARIANTS
-from train.batches import IGNORED
 from train.callbacks import CheckpointAndStop
 from train.checkpoints import checkpoints
 from train.data import DataModule
 from train.errors import Interrupted
 from train.files import write_atomic
-from train.module import LanguageModel, SumNats, token_nats
+from train.module import LanguageModel
 from train.plan import Plan, step_counts
 from train.runner import make_module
 
@@ -62,33 +60,6 @@ def test_compiled_parts_have_the_same_loss_and_gradients(arch, own):
         loss.backward()
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
-    logits = torch.randn(2, 16, 257, requires_grad=True)  # a GPU's loss
-    losses = [nats(logits, tokens[:, 1:]).sum() for nats in (token_nats, compiled._token_nats)]
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, logits) for loss in losses))
-
-
-@pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_loss_in_parts_has_the_sum_and_the_gradients_of_the_whole(ours, precision, monkeypatch):
-    """Also of targets that are ignored, of them all, and multiplied by what comes after."""
-    monkeypatch.setattr(SumNats, "ROWS", 16)
-    if not ours:
-        monkeypatch.setattr("train.module.takes", lambda *_: False)
-    x, weight = torch.randn(3, 29, 32, requires_grad=True), torch.randn(70, 32, requires_grad=True)
-    targets = torch.randint(70, (3, 29))
-    targets[1, 3:20] = IGNORED
-    for wanted in (targets, torch.full_like(targets, IGNORED)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            found = SumNats.apply(x, weight, wanted)
-            expected = token_nats(x @ weight.T, wanted).sum()
-        assert found.dtype == torch.float32
-        with default_dtype(torch.bfloat16):  # as Lightning's bf16-true
-            assert SumNats.apply(x, weight, wanted).dtype == torch.float32
-        within = {"rtol": 1e-5, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.02, "atol": 0.1}
-        torch.testing.assert_close(found, expected, **within)
-        for pair in zip(*(torch.autograd.grad(loss / 7, (x, weight)) for loss in (found, expected)), strict=True):
-            torch.testing.assert_close(*pair, **within)
 
 
 def test_fewer_sequences_than_pieces_go_one_by_one():
@@ -100,8 +71,7 @@ def test_fewer_sequences_than_pieces_go_one_by_one():
 
 def test_a_long_run_is_compiled_and_the_step_that_compiles_is_not_timed(data, monkeypatch):
     whole = LanguageModel.compile_parts
-    monkeypatch.setattr("train.module.COMPILED_FROM", {"cpu": 0})
-    monkeypatch.setattr("train.module.compiler", lambda: "c++")
+    monkeypatch.setattr("archs.ops.gains_by_compiling", lambda device, flops: True)
     monkeypatch.setattr(LanguageModel, "compile_parts", lambda self: whole(self, backend="eager"))
     model = LanguageModel("mha", OPTIONS, tokens=3 * 64)
     seconds = []
@@ -164,14 +134,6 @@ def test_the_last_step_is_validated_and_the_budget_kept(tokens, points):
     steps, every = step_counts(tokens, tiny_study(val_points=points).train)
     assert steps % every == 0
     assert tokens * 0.5 < steps * 128 <= tokens
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 6, 13])  # 6: a step that is validated
