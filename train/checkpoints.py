@@ -1,8 +1,7 @@
 """Atomic, checksummed checkpoints of a run; the last two are kept.
 
-A checkpoint's name has its step and the start of its content's SHA-256: `step-000120-<hash>.ckpt`. It is written to a
-temporary file, flushed to the disk and renamed, so that a kill, a full disk or a flipped bit costs at most the newest
-one. Only tensors and plain values are ever unpickled.
+A checkpoint's name has its step and the start of its content's SHA-256, `step-000120-<hash>.ckpt`, so that a kill, a
+full disk or a flipped bit costs at most the newest one. Only tensors and plain values are ever unpickled.
 """
 
 import hashlib
@@ -36,8 +35,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, dict] | None:
-    """(path, content) of the newest checkpoint whose hash is right; None if there is none. `say` is called with a line
-    about each damaged one."""
+    """(path, content) of the newest checkpoint that is whole, or None; `say` gets a line about each damaged one."""
     for path in checkpoints(directory):
         try:
             with path.open("rb") as f:

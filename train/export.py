@@ -1,6 +1,4 @@
-"""Export of a trained run to a directory that Hugging Face transformers loads.
-
-AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+"""Export of a trained run to a directory for AutoModelForCausalLM and AutoTokenizer of Hugging Face transformers.
 
 A variant names the class that computes the same, and its special part of the config and weights (`Decoder.hf_class`,
 `hf_attention`).
@@ -51,8 +49,7 @@ def export(run: Path, out: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        file = run / "config.json"
-        raise InputError(f"{checkpoint[0]} is of another model than {file}: train the run again") from None
+        raise InputError(f"{checkpoint[0]} is not of the model in {run}/config.json: train the run again") from None
     encoding = _encoding(run, config)
     try:
         _write(out, model, hf, encoding, config["options"]["context"])

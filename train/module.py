@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from archs import build, ops
+from archs.techniques import Technique
 from train.batches import IGNORED
 from train.machine import matmul_flops_per_s
 
@@ -231,6 +232,30 @@ class LanguageModel(L.LightningModule):
     def _log(self, metrics: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.tokens_seen)
+
+
+class Retrofit(LanguageModel):
+    """A LanguageModel whose layers have the technique's form. Load the finished model's weights into it.
+
+    The loss of a step is the language model's plus the technique's penalty.
+    """
+
+    def __init__(self, technique: Technique, arch: str, options: dict[str, Any], **recipe: Any):
+        super().__init__(arch, options, **recipe)
+        self.technique = technique
+        self.model = technique.retrofit(self.model)
+
+    def setup(self, stage: str) -> None:
+        """A retrofit is too short to gain by compilation."""
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # Random decisions are a function of seed and place, so resuming needs no generator state.
+        torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)) + self.trainer.global_rank)
+        self._done = self.tokens_seen / self.hparams.tokens
+        self.technique.before_step(self.model, self._done)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.technique.penalty(self.model, self._done)
 
 
 def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -1,10 +1,8 @@
-"""Multi-query associative recall, a task that isolates attention's use of its memory (Zoology, arXiv 2312.04927,
-section 4 and its appendix on synthetic data).
+"""Multi-query associative recall (Zoology, arXiv 2312.04927, section 4 and its appendix on synthetic data).
 
 A sequence begins with key-value pairs, all keys different: k1 v1 k2 v2 ... Then each key comes once more, in a random
-order at places that crowd towards the beginning, and the model must predict its value there; nothing is predicted
-anywhere else. A blank stands between the queries: the paper has random tokens there, but with a small vocabulary these
-would be keys.
+order at places that crowd towards the beginning, and only there the model must predict, namely its value. Blanks stand
+between the queries: the paper has random tokens, which with a small vocabulary would be keys.
 """
 
 import hashlib
@@ -25,8 +23,7 @@ CROWDING = 0.01  # exponent of the power law of a query's distance from the pair
 
 
 class RecallTask:
-    """Generates sequences; keys are the lower half of the vocabulary, values the upper half. It is TrainingData
-    (train/data.py)."""
+    """TrainingData that is generated; keys are the lower half of the vocabulary, values the upper half."""
 
     tokenizer = None
 
@@ -73,8 +70,8 @@ class RecallTask:
 class RecallBatches(Dataset):
     """Item k is (inputs, targets), both int64 (batch_size, context); targets are IGNORED except at the queries.
 
-    With `sequences` these are held-out sequences, their number is `sequences`, and the bytes that the targets stand for
-    are a third entry. Sequence n has the n-th number of pairs, counted in a circle, and depends on (seed, n) alone.
+    With `sequences` these are so many held-out sequences, and an item's third entry are the bytes that its targets
+    stand for. Sequence n has the n-th number of pairs, counted in a circle, and depends on (seed, n) alone.
     """
 
     def __init__(self, task: RecallTask, context: int, batch_size: int, seed: int, sequences: int | None = None):

@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from archs.techniques import Technique, from_settings
+from train.batches import TrainingData
 from train.errors import InputError
 from train.files import read_json, write_json
 from train.machine import find_device, resolve_dtype, resolve_precision
@@ -23,9 +24,6 @@ from train.store import PLAN
 from train.study import Study, TrainConfig
 from train.tuning import at_edge, best_rate, next_rate, tried_rates, tuning_seed
 from train.variants import Variant, on_meta, resolve_variants
-
-if TYPE_CHECKING:
-    from train.data import TrainingData
 
 # Settings that do not determine a run's result: how its rate is found, its checkpoints, and the devices (which share
 # one batch).
@@ -37,14 +35,13 @@ DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match"}
 class Plan:
     """The runs of a study in `directory`. InputError for a shape that cannot be or a corpus that is too small.
 
-    study_file: what the study's paths are relative to; its name is the study's. measures: the names of what a run is
-    evaluated by; a new one is measured for every run.
+    study_file: the study's paths are relative to it, and its name is the study's. measures: names of what is measured.
     """
 
     def __init__(
         self,
         study: Study,
-        data: "TrainingData",
+        data: TrainingData,
         directory: Path,
         study_file: Path = Path("study.yaml"),
         measures: Sequence[str] = (),
@@ -71,29 +68,25 @@ class Plan:
         look, runs = self.look(), []
         for run in look.known_runs:
             because = self.stale_because(run)
-            runs.append(
-                {
-                    "name": run.name,
-                    "directory": run.directory.relative_to(self.directory).as_posix(),
-                    "key": run.key,
-                    "eval_key": look.eval_key(run) if run.kind == "compared" else None,
-                    "steps": step_counts(run.variant.tokens, self.study.train)[0],
-                }
-                | ({"stale": because} if because else {})
-            )
+            entry = {
+                "name": run.name,
+                "directory": run.directory.relative_to(self.directory).as_posix(),
+                "key": run.key,
+                "eval_key": look.eval_key(run) if run.kind == "compared" else None,
+                "steps": step_counts(run.variant.tokens, self.study.train)[0],
+            }
+            runs.append(entry | ({"stale": because} if because else {}))
         waiting = [{"name": run_name(variant, seed)} for variant in look.untuned for seed in self.study.seeds]
         content = {
             "study": self.name,
             "study_file": str(self.study_file.resolve()),
-            "settings": self.study.settings(),
+            "settings": self.study.model_dump(),
             "runs": runs + waiting,
         }
         try:
             write_json(self.directory / PLAN, content)
         except OSError as e:
-            raise InputError(
-                f"cannot write to {self.directory}: {e.strerror}; choose another place with --out"
-            ) from None
+            raise InputError(f"cannot write to {self.directory}: {e.strerror}; choose another with --out") from None
 
     # Runs
 
@@ -133,8 +126,7 @@ class Plan:
         }
 
     def retrofits(self, run: Run) -> list[Run]:
-        """The runs that train `run` further, one for each technique of the study that needs it and can act on its
-        model."""
+        """The runs that train `run` further, one for each technique that needs it and can act on the model."""
         retrofits = []
         for name, technique in self._trained_techniques[run.variant.label]:
             shape = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
@@ -147,7 +139,7 @@ class Plan:
 
     @cached_property
     def _trained_techniques(self) -> dict[str, list[tuple[str, Technique]]]:
-        """By the label of each variant: (name, technique) of those that its models are trained further for."""
+        """By the label of each variant: (name, technique) of those for which its models are trained further."""
         prompt, trained = max(1, self.study.model["context"] // 2), []
         for settings in self.study.eval.technique_settings():
             technique, _ = from_settings(settings, prompt)
@@ -166,8 +158,7 @@ class Plan:
         return config
 
     def stale_because(self, run: Run) -> str:
-        """The settings that differ from those in the run's directory, as `train.lr was 0.001, is 0.002`; empty where
-        the directory is empty or up to date."""
+        """What differs from the settings in the run's directory, as `train.lr was 0.001, is 0.002`; else empty."""
         old, new = read_json(run.directory / "config.json"), json.loads(json.dumps(self.config(run)))
         if not old or old.get("key") == run.key:
             return ""
@@ -180,8 +171,8 @@ class Plan:
 class Snapshot:
     """The runs of a plan at one moment. Each record is read once, when it is first asked for.
 
-    runs: those to compare, seeds within variants, of all variants whose learning rate is known. tuning_runs: those that
-    are done or can be done now, rates within variants. untuned: variants whose rate is not known.
+    runs: those to compare, of all variants whose learning rate is known. untuned: the other variants. tuning_runs:
+    those that are done or can be done now.
     """
 
     def __init__(self, plan: Plan):
@@ -243,8 +234,8 @@ class Snapshot:
 
     @cached_property
     def ready(self) -> list[Run]:
-        """The runs that can be trained now and are not: first those that try rates, then a whole seed after the other,
-        so that a study that is stopped has complete pairs. More may follow as records appear."""
+        """The runs that can be trained now and are not: those that try rates, then a whole seed after the other, so that
+        a study that is stopped has complete pairs. More may follow as records appear."""
         runs = sorted(self.runs, key=lambda run: self.plan.study.seeds.index(run.seed))
         retrofits = [r for run in runs if self.is_finished(run) for r in self.plan.retrofits(run)]
         return [run for run in [*self.tuning_runs, *runs, *retrofits] if not self.is_finished(run)]
@@ -265,10 +256,7 @@ class Snapshot:
     # Evaluation
 
     def eval_key(self, run: Run) -> str:
-        """Hash of everything that determines the measured part of the run's record.
-
-        A run is evaluated without the retrofits that failed, and again when these are trained: they are part of it.
-        """
+        """Hash of everything that determines the measured part of the run's record, such as which retrofits failed."""
         failed = [retrofit.key for retrofit in self.plan.retrofits(run) if "failed" in self.record(retrofit)]
         return content_key([run.settings, *self.plan.evaluation, *([failed] if failed else [])])
 

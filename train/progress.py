@@ -1,7 +1,4 @@
-"""One progress display for a whole study: which run, how far, and the time left.
-
-A bar on a terminal; elsewhere (a log file, CI) a line now and then.
-"""
+"""One progress display for a whole study: a bar on a terminal, elsewhere (a log file, CI) a line now and then."""
 
 import time
 

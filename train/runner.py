@@ -31,10 +31,9 @@ from train.data import DataModule
 from train.errors import InputError, Interrupted, out_of_memory
 from train.files import lock, read_json, write_json
 from train.machine import device_name, find_device
-from train.module import LanguageModel
+from train.module import LanguageModel, Retrofit
 from train.plan import Plan, step_counts
 from train.progress import StudyProgress
-from train.retrofit import Retrofit
 from train.run import Run
 from train.store import PLAN, read_plan
 from train.workers import Outcome, Workers

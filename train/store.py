@@ -17,7 +17,7 @@ STUDIES = Path(__file__).resolve().parent.parent / "studies"
 
 
 def find_study(name: str) -> Path:
-    """The YAML file of a study, which is given by its path or by its name in studies/. InputError if there is none."""
+    """The YAML file of a study: its path, or its name in studies/. InputError if there is none."""
     for path in (Path(name), STUDIES / f"{name}.yaml"):
         with contextlib.suppress(OSError):  # the name is too long for a path
             if path.is_file():
@@ -57,12 +57,11 @@ def read_plan(directory: Path) -> dict:
 
 
 def _is_plan(plan: dict) -> bool:
+    keys = {"name", "key", "eval_key", "steps"}
     try:
         settings = isinstance(plan["settings"]["train"]["batch_tokens"], int) and isinstance(plan["study_file"], str)
-        keys = "directory", "key", "eval_key", "steps"
-        runs = [run for run in plan["runs"] if "directory" in run]
-        return settings and all(run["name"] for run in plan["runs"]) and all(key in run for run in runs for key in keys)
-    except (KeyError, TypeError):
+        return settings and all("directory" not in run or keys <= run.keys() for run in plan["runs"])
+    except (KeyError, TypeError, AttributeError):
         return False
 
 

@@ -1,8 +1,7 @@
 """Tokenizers, all used through `tiktoken.Encoding`.
 
-A small model wastes most of its parameters on a vocabulary made for the whole web, so the default is a byte-level
-byte-pair vocabulary trained on the study's own training text. The `tokenizers` library finds the merges, tiktoken
-applies them: both split the text by the same pattern, and a token's rank is the order in which it was merged.
+A small model would waste most of its parameters on a vocabulary made for the whole web, so the default, `bpe`, is
+trained on the study's own text. The `tokenizers` library finds the merges, tiktoken applies them.
 """
 
 import base64
@@ -25,9 +24,8 @@ END_OF_TEXT = "<|endoftext|>"
 NAMED = "gpt2", "cl100k_base", "o200k_base"
 NAMES = "bpe", "bytes", *NAMED
 
-# A word with the one sign or space before it, up to three digits, a run of signs, white space. GPT-2's idea; that a
-# word takes a sign too (`.append`, `_name`) gives about 1 % more bytes per token on source text at 4096 entries. Runs
-# end at 64 characters: without a bound, training on a long run of one character takes minutes.
+# A word with the one sign or space before it, up to three digits, a run of signs, white space: GPT-2's idea. Runs end
+# at 64 characters: without a bound, training on a long run of one character takes minutes.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 
 SAMPLE_CHARS = 8_000_000
@@ -50,8 +48,7 @@ def load_tokenizer(
         return _bpe(vocab_size, training_texts, cache_dir)
     if vocab_size is not None:
         raise InputError(f"tokenizer: vocab_size only goes with bpe, {name} has its own; remove it")
-    if name == "bytes":
-        # Long pieces: tiktoken's cost is one regex match a piece, and without merges a piece's length is free.
+    if name == "bytes":  # in long pieces, as tiktoken's cost is one regex match a piece
         return _encoding("bytes", r"[\s\S]{1,1024}", [bytes([value]) for value in range(256)])
     try:
         return tiktoken.get_encoding(name)
@@ -82,8 +79,8 @@ def token_kinds(encoding: tiktoken.Encoding) -> np.ndarray:
 
 
 def pieces(text: str) -> list[str]:
-    """`text` in pieces of at most 65,536 characters, cut before a line end where there is one: tiktoken's regex engine
-    overflows its stack on about a million blanks in a row."""
+    """`text` in pieces of at most 65,536 characters, cut before a line end where there is one: on a million blanks in a
+    row tiktoken would overflow its stack."""
     parts, start = [], 0
     while len(text) - start > PIECE_CHARS:
         end = text.rfind("\n", start + 1, start + PIECE_CHARS)
@@ -140,43 +137,37 @@ def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:
 
 def train_hf(sample: Sequence[str], vocab_size: int):
     """The `tokenizers.Tokenizer` behind `bpe`, without the end of text. Pairs that occur once get no entry."""
-    # Without this setting the library warns at every later fork (a data loader's workers) that it has used threads.
+    # Without it the library warns at every later fork that it has used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample, trainer)
+    tokenizer = _hf(models.BPE(), PATTERN)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    sizes = {"vocab_size": vocab_size - 1, "min_frequency": 2}
+    tokenizer.train_from_iterator(sample, trainers.BpeTrainer(**sizes, initial_alphabet=alphabet, show_progress=False))
+    return tokenizer
+
+
+def _hf(model, pattern: str):
+    """A `tokenizers.Tokenizer` that splits by `pattern` and applies the model to the bytes of each piece."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+    split, on_bytes = pre_tokenizers.Split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split(Regex(pattern), "isolated"), on_bytes])
     return tokenizer
 
 
 def as_hf(encoding: tiktoken.Encoding):
     """The `tokenizers.Tokenizer` that gives the same ids. Special tokens and unused ids are special tokens there."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models
 
     ranks = encoding._mergeable_ranks
     characters = _byte_characters()
     spelled = {token: "".join(characters[byte] for byte in token) for token in ranks}
     merges = [tuple(spelled[part] for part in _merged_from(token, ranks)) for token in ranks if len(token) > 1]
-    tokenizer = Tokenizer(models.BPE(vocab={spelled[token]: rank for token, rank in ranks.items()}, merges=merges))
-    pattern = Regex(encoding._pat_str)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
+    tokenizer = _hf(models.BPE(vocab=vocabulary, merges=merges), encoding._pat_str)
     tokenizer.decoder = decoders.ByteLevel()
     special = {rank: token for token, rank in encoding._special_tokens.items()}
     names = [special.get(rank, f"<|unused {rank}|>") for rank in range(len(ranks), encoding.n_vocab)]

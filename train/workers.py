@@ -13,17 +13,16 @@ import time
 from abc import ABC, abstractmethod
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from train.errors import InputError, Interrupted
 from train.machine import cores, find_device
+from train.plan import Plan
 from train.progress import StudyProgress
+from train.run import Run
 from train.store import logged_progress
-
-if TYPE_CHECKING:
-    from train.plan import Plan
-    from train.run import Run
-    from train.variants import Variant
+from train.variants import Variant
 
 COMMAND = Path(__file__).resolve().parent.parent / "kvfrontier.py"
 INTERRUPTED = 130, 143
@@ -36,7 +35,7 @@ class Workers(ABC):
     """Where runs are trained."""
 
     @abstractmethod
-    def start(self, run: "Run") -> "Future[Outcome] | None":
+    def start(self, run: Run) -> Future[Outcome] | None:
         """Takes on a run, to be trained as soon as a worker is free. None if another process is at work on it."""
 
     def stop(self) -> None:  # noqa: B027
@@ -46,7 +45,7 @@ class Workers(ABC):
         """Frees what the workers use; called last."""
 
 
-def train_with(workers: Workers, plan: "Plan", progress: StudyProgress) -> list[str]:
+def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[str]:
     """Trains every run that is not trained yet; returns a line for each that failed. Interrupted if a signal came.
 
     Runs that another process trains are left to it and waited for. Each tuning run that ends may make more runs known,
@@ -95,7 +94,7 @@ def train_with(workers: Workers, plan: "Plan", progress: StudyProgress) -> list[
         workers.close()
 
 
-def _ended(run: "Run", future: "Future[Outcome]", progress: StudyProgress) -> str | None:
+def _ended(run: Run, future: Future[Outcome], progress: StudyProgress) -> str | None:
     """Shows what a run's process has printed. Returns a line if it left no record: then the cause is outside the run.
     InputError and Interrupted are raised here if they ended the process."""
     try:
@@ -117,7 +116,7 @@ def _ended(run: "Run", future: "Future[Outcome]", progress: StudyProgress) -> st
     return f"{run.name}: its process {how} ({message}); the same command goes on from its last checkpoint"
 
 
-def _show(progress: StudyProgress, to_train: "list[Variant]", running: "list[Run]") -> None:
+def _show(progress: StudyProgress, to_train: list[Variant], running: list[Run]) -> None:
     """Shows how far the running processes are, by what they have logged."""
     begun = {run.name: run.variant.params * tokens for run in running if (tokens := logged_progress(run.directory)[0])}
     left = max(0, sum(variant.work for variant in to_train) - sum(begun.values()))
@@ -156,15 +155,13 @@ def train_process(directory: Path, name: str, env: dict[str, str], children: set
 def threads() -> dict[str, str]:
     """The environment that gives a run's process the number of threads of this one: sums round differently with
     another number."""
-    import torch
-
     return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 class SideBySide(Workers):
     """Trains `count` runs at a time on this machine, each on its own GPU where there are enough."""
 
-    def __init__(self, plan: "Plan", count: int):
+    def __init__(self, plan: Plan, count: int):
         self.directory = plan.directory.resolve()
         self.pool, self.free = ThreadPoolExecutor(count), queue.SimpleQueue()
         self.children: set[subprocess.Popen] = set()
@@ -174,7 +171,7 @@ class SideBySide(Workers):
         for number in range(count):
             self.free.put(env | _gpus(plan, number, count))
 
-    def start(self, run: "Run") -> "Future[Outcome]":
+    def start(self, run: Run) -> Future[Outcome]:
         return self.pool.submit(self._train, run.name)
 
     def _train(self, name: str) -> Outcome:
@@ -193,11 +190,9 @@ class SideBySide(Workers):
         self.pool.shutdown(wait=False)
 
 
-def _gpus(plan: "Plan", number: int, count: int) -> dict[str, str]:
+def _gpus(plan: Plan, number: int, count: int) -> dict[str, str]:
     """The environment by which worker `number` of `count` sees its GPUs; workers share them where there are fewer. {}
     without GPUs."""
-    import torch
-
     if find_device().type != "cuda":
         return {}
     each, gpus = plan.study.train.devices, torch.cuda.device_count()
@@ -216,7 +211,7 @@ class OnRay(Workers):
     `address`: the cluster's; empty: $RAY_ADDRESS, or this machine.
     """
 
-    def __init__(self, plan: "Plan", address: str):
+    def __init__(self, plan: Plan, address: str):
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else each worker installs a copy of the project
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         try:
@@ -247,7 +242,7 @@ class OnRay(Workers):
             raise InputError(f"--ray: a run needs a CPU and train.devices={devices}; no node has more than {gpus} GPUs")
         return {"num_gpus": devices, "num_cpus": 1} if gpus else {"num_cpus": min(cpus, devices * threads)}
 
-    def start(self, run: "Run") -> "Future[Outcome]":
+    def start(self, run: Run) -> Future[Outcome]:
         env = self.env | {name: value for name, value in os.environ.items() if name.startswith("KVFRONTIER_")}
         options = {"name": run.name, "max_retries": RETRIES, "retry_exceptions": [Killed], **self.share}
         task = self.task.options(**options).remote(str(self.directory), run.name, env)

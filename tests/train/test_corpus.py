@@ -160,7 +160,7 @@ def test_parquet_gives_a_document_a_row(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     write(tmp_path, {"a.parquet": b""})
-    assert "install the data extra" in refusal(files=["a.parquet"], relative_to=[tmp_path])
+    assert "uv sync --extra data" in refusal(files=["a.parquet"], relative_to=[tmp_path])
 
 
 def test_mistakes_are_one_line_that_names_the_place(tmp_path):

@@ -259,7 +259,7 @@ def test_a_gpus_memory_that_does_not_hold_a_batch(data, tmp_path, capsys):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data, tmp_path, monkeypatch, capsys):
     """The same steps at the same places, and up to rounding the same losses (with dropout: other masks)."""
-    settings = tiny_study().settings() | {"variants": [{"arch": "mha"}]}
+    settings = tiny_study().model_dump() | {"variants": [{"arch": "mha"}]}
     settings["model"] = settings["model"] | {"dropout": dropout}
     whole, plan = (Plan(parse_study(settings), data, tmp_path / name) for name in ("whole", "small"))
     train_runs(whole)

@@ -13,8 +13,8 @@ import kvfrontier
 from archs import build
 from archs.techniques import dmc, technique
 from train.checkpoints import newest_whole
+from train.module import Retrofit
 from train.plan import Plan
-from train.retrofit import Retrofit
 from train.store import states
 from train.study import load_data, parse_study
 

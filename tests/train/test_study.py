@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from archs import VARIANTS
+from eval.results import matching_tables
 from train.errors import InputError
 from train.files import write_json
 from train.plan import Plan
 from train.store import STUDIES, find_study
 from train.study import load_data, parse_study, read_yaml
 from train.tuning import WIDENED_AT_MOST
-from train.variants import matching_heads, matching_tables, on_meta, resolve_variants
+from train.variants import matching_heads, on_meta, resolve_variants
 
 THREE = "[{arch: mha}, {arch: mqa}, {arch: gqa, kv_heads: 2}]"
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from miniature import metrics, one_run, tiny_study, train, train_runs, weights
 from lightning.pytorch.loggers import CSVLogger
+from miniature import metrics, one_run, tiny_study, train, train_runs, weights
 
 from archs import VARIANTS
 from train.callbacks import CheckpointAndStop
