@@ -18,12 +18,11 @@ from archs.techniques import Technique
 from eval import measure_names
 from eval.speed import measure_roof
 from eval.subject import EvalContext
-from train.checkpoints import trained_weights
 from train.files import lock, read_json, write_json
 from train.machine import describe_machine, find_device, resolve_dtype
-from train.plan import Plan, Snapshot
+from train.plan import Plan, Run, Snapshot
 from train.progress import StudyProgress, console
-from train.run import Run
+from train.runner import trained_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_ROUND = "evaluation.json"  # in a run's directory between the rounds

@@ -16,8 +16,6 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from train.files import write_atomic
-from train.progress import console
-from train.run import Run
 
 KEPT = 2
 NAME = re.compile(r"step-\d+-[0-9a-f]{16}")
@@ -48,14 +46,6 @@ def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, d
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
             say(f"{path} is damaged and not used: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     return None
-
-
-def trained_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The state dict of the run's LanguageModel at the end of its training. RuntimeError if it is missing."""
-    newest = newest_whole(run.directory, console.print)
-    if not newest or newest[1]["seen"]["tokens_seen"] != run.record().get("train_tokens"):
-        raise RuntimeError(f"its last checkpoint is missing or damaged; delete {run.directory} to train it again")
-    return newest[1]["state_dict"]
 
 
 def _digest(content: BinaryIO) -> str:

@@ -196,8 +196,8 @@ def _parquet_texts(path: Path) -> Iterator[str]:
 
 
 def _split(documents: Sequence[Document]) -> dict[str, list[Document]]:
-    """Holds out documents in the order of a hash of their names, until they have 5 % of the text, none of which has more
-    than that by itself. Where too few documents can be held out so, the last tenth of each is."""
+    """Holds out documents in the order of a hash of their names, until they have 5 % of the text, none of which
+    has more than that by itself. Where too few documents can be held out so, the last tenth of each is."""
     enough = VAL_SHARE * sum(len(document.text) for document in documents)
     val, held_out = set(), 0
     for document in sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest()):

@@ -26,10 +26,8 @@ class LanguageModel(L.LightningModule):
 
     tokens: the training budget, where the cosine ends. warmup_tokens: tokens until the peak rate `lr`. clip: limit of
     the gradient's norm. pieces: the number of parts in which a batch goes through the model, each once more for its
-    gradient: the same result in less memory and a third more time.
-    Logs train/loss (nats per token), train/lr, train/grad_norm, train/tokens_per_s and train/mfu every
-    `log_every_n_steps` of the Trainer, and val/loss (nats per token) and val/bpb (bits per byte of text) after each
-    validation.
+    gradient, in less memory and a third more time. Logs train/* every `log_every_n_steps` of the Trainer, and val/loss
+    (nats per token) and val/bpb (bits per byte of text) after each validation.
     """
 
     def __init__(
@@ -88,10 +86,8 @@ class LanguageModel(L.LightningModule):
         """FloatingPointError if a loss or a gradient was not finite; that step has changed no weight."""
         if self._diverged.item():
             loss, norm = self._last_values.tolist()
-            raise FloatingPointError(
-                f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} after {self.tokens_seen:,} tokens; "
-                "try a lower learning rate"
-            )
+            values = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+            raise FloatingPointError(f"{values} after {self.tokens_seen:,} tokens; try a lower learning rate")
 
     # Training
 
@@ -128,19 +124,28 @@ class LanguageModel(L.LightningModule):
         return self._sum_nats(self.model.last_hidden_state(inputs_BT), self.model.unembed.weight, targets_BT)
 
     @property
+    def timed(self) -> tuple[float, int]:
+        """(seconds, tokens) of training, without the step that compiles."""
+        return self.train_seconds, self.tokens_seen - self.tokens_untimed
+
+    @property
     def tokens_per_s(self) -> float:
-        return _rate(self.tokens_seen - self.tokens_untimed, self.train_seconds)
+        return _rate(*self.timed)
 
     def on_train_start(self) -> None:
         self.mfu(0)  # measures the peak rate now, outside the time of training
         self._since = time.perf_counter()
-        self._logged = self.train_seconds, self.tokens_seen
+        self._logged = self.timed
         self._diverged = torch.zeros((), dtype=torch.bool, device=self.device)
         self._last_values = torch.zeros(2, device=self.device)  # loss and gradient norm, up to the step that diverged
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        if self.model.options.dropout:  # masks are a function of seed and place, so resuming needs no generator state
-            torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)) + self.trainer.global_rank)
+        if self.model.options.dropout:
+            self.reseed()
+
+    def reseed(self) -> None:
+        """Makes random numbers a function of the seed and the place, so that resuming needs no generator's state."""
+        torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)) + self.trainer.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
@@ -155,24 +160,20 @@ class LanguageModel(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         """The Trainer's step, then the log, so that a checkpoint at the end of a batch comes after the batch's log."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self._compiles:
-            self.tokens_untimed += self.tokens_seen - self._logged[1]
-            self._logged = self.train_seconds, self.tokens_seen
-            self._compiles = False
-            self.tick(counts=False, wait=True)
-        else:
-            self.tick()
+        compiled, self._compiles = self._compiles, False
+        self.tick(counts=not compiled, wait=compiled)
+        self.tokens_untimed += compiled * (self.timed[1] - self._logged[1])
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
-            seconds, tokens = self.train_seconds - self._logged[0], self.tokens_seen - self._logged[1]
-            self._logged = self.train_seconds, self.tokens_seen
+            seconds, tokens = (now - before for now, before in zip(self.timed, self._logged, strict=True))
+            self._logged = self.timed
             self._raise_if_diverged()
             self._log(
                 {
                     "train/loss": self.trainer.strategy.reduce(self._loss, reduce_op="mean").item(),
                     "train/lr": optimizer.param_groups[0]["lr"],
                     "train/grad_norm": self._grad_norm.item(),
-                    "train/tokens_per_s": _rate(tokens, seconds),
-                    "train/mfu": self.mfu(_rate(tokens, seconds)),
+                    "train/tokens_per_s": _rate(seconds, tokens),
+                    "train/mfu": self.mfu(_rate(seconds, tokens)),
                 }
             )
 
@@ -235,10 +236,8 @@ class LanguageModel(L.LightningModule):
 
 
 class Retrofit(LanguageModel):
-    """A LanguageModel whose layers have the technique's form. Load the finished model's weights into it.
-
-    The loss of a step is the language model's plus the technique's penalty.
-    """
+    """Training of a finished model, whose weights are to be loaded, for a technique that changes how its cache works.
+    The technique's penalty is added to the loss."""
 
     def __init__(self, technique: Technique, arch: str, options: dict[str, Any], **recipe: Any):
         super().__init__(arch, options, **recipe)
@@ -249,8 +248,7 @@ class Retrofit(LanguageModel):
         """A retrofit is too short to gain by compilation."""
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # Random decisions are a function of seed and place, so resuming needs no generator state.
-        torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)) + self.trainer.global_rank)
+        self.reseed()
         self._done = self.tokens_seen / self.hparams.tokens
         self.technique.before_step(self.model, self._done)
 
@@ -268,7 +266,7 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def _rate(tokens: int, seconds: float) -> float:
+def _rate(seconds: float, tokens: int) -> float:
     """Tokens per second; 0 while nothing is timed, as the first step compiled."""
     return tokens / seconds if seconds else 0.0
 

@@ -167,7 +167,7 @@ def matched(rule: str, arch: str, options: dict, params: int | None) -> Decoder:
 
 def matching_ffn_width(arch: str, options: dict, params: int) -> int:
     """The FFN width that brings the total parameters to `params`, as GLA (arXiv 2505.21487) and MQA (arXiv 1911.02150)
-    match: the roundest that is off by at most a fifth of the tolerance of the parameters without the embeddings (a large
+    match: the roundest that is off by at most a fifth of the tolerance, in parameters without embeddings (a large
     vocabulary would hide a difference), else the nearest. ValueError if that is not within the tolerance."""
     model = on_meta(arch, options | {"ffn_width": 1})
     embeddings = model.count_params() - model.count_params(embedding=False)

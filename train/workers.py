@@ -1,7 +1,7 @@
 """The scheduling of a study's runs, and two back ends that train many at once: side by side here, or on a Ray cluster.
 
-Both back ends start the same command for a run, `kvfrontier train DIR --run NAME`, which can be repeated and gives the
-same weights wherever it runs. train/runner.py has a third, `InProcess`, which trains one run after the other.
+Both start the same command for a run, `kvfrontier train DIR --run NAME`, which gives the same weights wherever it runs.
+train/runner.py has a third back end, `InProcess`, which trains one run after the other.
 """
 
 import os
@@ -18,9 +18,8 @@ import torch
 
 from train.errors import InputError, Interrupted
 from train.machine import cores, find_device
-from train.plan import Plan
+from train.plan import Plan, Run
 from train.progress import StudyProgress
-from train.run import Run
 from train.store import logged_progress
 from train.variants import Variant
 
@@ -48,8 +47,7 @@ class Workers(ABC):
 def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[str]:
     """Trains every run that is not trained yet; returns a line for each that failed. Interrupted if a signal came.
 
-    Runs that another process trains are left to it and waited for. Each tuning run that ends may make more runs known,
-    so plan.json is written again.
+    Waits for runs that another process trains. A tuning run that ends may make more runs known: plan.json is updated.
     """
     running: dict[Future, Run] = {}
     tried: set[Path] = set()
@@ -95,8 +93,8 @@ def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[st
 
 
 def _ended(run: Run, future: Future[Outcome], progress: StudyProgress) -> str | None:
-    """Shows what a run's process has printed. Returns a line if it left no record: then the cause is outside the run.
-    InputError and Interrupted are raised here if they ended the process."""
+    """Shows what a run's process has printed; returns a line if it left no record, as when it was killed. InputError and
+    Interrupted are raised here if they ended the process."""
     try:
         status, lines = future.result()
     except Exception as e:  # Ray's, if its worker died more often than RETRIES
@@ -128,8 +126,7 @@ def _show(progress: StudyProgress, to_train: list[Variant], running: list[Run]) 
 
 
 def train_process(directory: Path, name: str, env: dict[str, str], children: set[subprocess.Popen]) -> Outcome:
-    """Trains one run in a process of its own, which is among `children` as long as it lives. The lines that it prints
-    about its progress are left out."""
+    """Trains one run in a process of its own, which is among `children` as long as it lives."""
     command = [sys.executable, str(COMMAND), "train", str(directory), "--run", name]
     child = subprocess.Popen(
         command,
@@ -153,8 +150,7 @@ def train_process(directory: Path, name: str, env: dict[str, str], children: set
 
 
 def threads() -> dict[str, str]:
-    """The environment that gives a run's process the number of threads of this one: sums round differently with
-    another number."""
+    """The environment in which a process has as many threads as this one: with another number sums round differently."""
     return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
@@ -191,8 +187,7 @@ class SideBySide(Workers):
 
 
 def _gpus(plan: Plan, number: int, count: int) -> dict[str, str]:
-    """The environment by which worker `number` of `count` sees its GPUs; workers share them where there are fewer. {}
-    without GPUs."""
+    """The environment in which worker `number` of `count` sees its GPUs; workers share them where there are fewer."""
     if find_device().type != "cuda":
         return {}
     each, gpus = plan.study.train.devices, torch.cuda.device_count()
@@ -204,12 +199,8 @@ def _gpus(plan: Plan, number: int, count: int) -> dict[str, str]:
 
 
 class OnRay(Workers):
-    """Trains each run as a Ray task, on any node that sees the study's directory under the same path.
-
-    A task takes as many GPUs as a run has devices or, where no node has GPUs, a core for each thread of a run (all
-    cores of a node that has fewer). A run whose node died continues from its last checkpoint on another one.
-    `address`: the cluster's; empty: $RAY_ADDRESS, or this machine.
-    """
+    """Trains each run as a Ray task, on any node that sees the study's directory under the same path. A run whose node
+    died continues on another one. `address`: the cluster's; empty: $RAY_ADDRESS, or this machine."""
 
     def __init__(self, plan: Plan, address: str):
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else each worker installs a copy of the project
@@ -235,7 +226,7 @@ class OnRay(Workers):
             raise
 
     def _share(self, devices: int, threads: int) -> dict[str, int]:
-        """The resources that a task asks Ray for."""
+        """What a task asks Ray for: a GPU for each device or, where no node has GPUs, a core for each thread of a run."""
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         gpus, cpus = (int(max((node.get(kind, 0) for node in resources), default=0)) for kind in ("GPU", "CPU"))
         if not cpus or 0 < gpus < devices:
@@ -262,7 +253,7 @@ class Killed(RuntimeError):
 
 
 def train_process_on_ray(directory: str, name: str, env: dict[str, str]) -> Outcome:
-    """Trains one run in a Ray worker, whose environment says which GPUs its children use."""
+    """Trains one run in a Ray worker."""
     for _ in range(100):  # a shared directory may show the plan a moment later on other machines
         if (Path(directory) / "plan.json").exists():
             status, lines = train_process(Path(directory), name, env, set())
