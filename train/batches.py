@@ -21,21 +21,9 @@ class TrainingData(Protocol):
     """A corpus in tokens (train/tokens.py) or a task that generates its sequences (train/mqar.py)."""
 
     tokenizer: tiktoken.Encoding | None  # None: the ids stand for no text
-
-    @property
-    def n_vocab(self) -> int: ...
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """int64 (n_vocab,): bytes of text that each token stands for."""
-
-    @property
-    def token_kinds(self) -> np.ndarray:
-        """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation, 0 for others."""
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The "corpus" of results.json; its `fingerprint` differs where the text or the task does."""
+    n_vocab: int
+    token_bytes: np.ndarray  # int64 (n_vocab,): bytes of text that each token stands for
+    facts: dict[str, Any]  # the "corpus" of results.json; its `fingerprint` differs where the text or the task does
 
     def check(self, context: int) -> None:
         """InputError if sequences of `context` tokens cannot be made."""

@@ -54,11 +54,6 @@ class LanguageModel(L.LightningModule):
         self.tokens_untimed = 0  # tokens of the step that compiles
         self.checkpoint_seconds = 0.0
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.model(tokens_BT)
-
-    # Optimisation
-
     def configure_optimizers(self) -> dict:
         optimizer = adamw(self, self.hparams.lr, self.hparams.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.rate(self.tokens_seen))
@@ -88,8 +83,6 @@ class LanguageModel(L.LightningModule):
             loss, norm = self._last_values.tolist()
             values = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
             raise FloatingPointError(f"{values} after {self.tokens_seen:,} tokens; try a lower learning rate")
-
-    # Training
 
     def setup(self, stage: str) -> None:
         flops = 6 * self.model.count_params() * self.hparams.tokens  # the same for variants of matched parameters
@@ -206,8 +199,6 @@ class LanguageModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, value in checkpoint["seen"].items():
             setattr(self, name, value)
-
-    # Validation
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:

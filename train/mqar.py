@@ -30,13 +30,11 @@ class RecallTask:
     def __init__(self, pairs: Sequence[int], vocab_size: int):
         most = (vocab_size - 2) // 2
         if not pairs or len(set(pairs)) < len(pairs) or not all(0 < n <= most for n in pairs):
-            raise InputError(
-                f"corpus.pairs={list(pairs)}: must be different numbers of key-value pairs, each from 1 to {most}, as "
-                f"half of tokenizer.vocab_size={vocab_size} are keys"
-            )
+            allowed = f"different numbers of key-value pairs, each from 1 to {most}"
+            half = f"as half of tokenizer.vocab_size={vocab_size} are keys"
+            raise InputError(f"corpus.pairs={list(pairs)}: must be {allowed}, {half}")
         self.pairs, self.n_vocab = sorted(pairs), vocab_size
         self.token_bytes = np.full(vocab_size, ((vocab_size - 1).bit_length() + 7) // 8)
-        self.token_kinds = np.zeros(vocab_size, dtype=np.uint8)  # no token is special
 
     @property
     def facts(self) -> dict:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +24,7 @@ from train.study import Study, TrainConfig
 from train.tuning import at_edge, best_rate, next_rate, tried_rates, tuning_seed
 from train.variants import Variant, on_meta, resolve_variants
 
-# Settings that do not determine a run's result: how its rate is found, its checkpoints, and the devices (which share
-# one batch).
+# Settings that do not determine a run's result. Devices share one batch.
 NOT_IN_KEY = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_seconds", "checkpoint_steps"
 # Keys of config.json that follow from others or only name the run.
 DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match"}
@@ -70,17 +68,10 @@ class Run:
 class Plan:
     """The runs of a study in `directory`. InputError for a shape that cannot be or a corpus that is too small.
 
-    study_file: the study's paths are relative to it, and its name is the study's. measures: names of what is measured.
+    study_file: a Path, which names the study and to which its paths are relative. measures: names of what is measured.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        data: TrainingData,
-        directory: Path,
-        study_file: Path = Path("study.yaml"),
-        measures: Sequence[str] = (),
-    ):
+    def __init__(self, study: Study, data: TrainingData, directory: Path, study_file=Path("study.yaml"), measures=()):
         self.study, self.data, self.directory, self.study_file = study, data, directory, study_file
         self.variants = resolve_variants(study, data.n_vocab, study_file.parent)
         data.check(study.model["context"])
@@ -122,8 +113,6 @@ class Plan:
             write_json(self.directory / PLAN, content)
         except OSError as e:
             raise InputError(f"cannot write to {self.directory}: {e.strerror}; choose another with --out") from None
-
-    # Runs
 
     def compared_run(self, variant: Variant, seed: int, lr: float, tuning: dict | None) -> Run:
         """`tuning`: how the rate was found, {seed, at_edge, rates: [{lr, val_bpb}]}; None if the study gives it."""
@@ -176,8 +165,6 @@ class Plan:
         prompt, entries = max(1, self.study.model["context"] // 2), self.study.eval.technique_settings()
         named = [(entry["technique"], from_settings(entry, prompt)[0]) for entry in entries]
         return {v.label: [(name, t) for name, t in named if t.trains and acts_on(t, v)] for v in self.variants}
-
-    # config.json
 
     def config(self, run: Run) -> dict:
         """The content of a run's config.json: what determines its result, and its names."""
@@ -282,8 +269,6 @@ class Snapshot:
         no_rate = "no learning rate gave a finite loss; give lower ones in train.lr"
         return failed + [f"{variant.label}: {no_rate}" for variant in self._without_rate]
 
-    # Evaluation
-
     def eval_key(self, run: Run) -> str:
         """Hash of everything that determines the measured part of the run's record, such as which retrofits failed."""
         failed = [retrofit.key for retrofit in self.plan.retrofits(run) if "failed" in self.record(retrofit)]
@@ -291,11 +276,6 @@ class Snapshot:
 
     def is_evaluated(self, run: Run) -> bool:
         return self.record(run).get("eval_key") == self.eval_key(run)
-
-    def is_trained(self, run: Run) -> bool:
-        """True if the run and its retrofits are trained, except for retrofits that failed."""
-        retrofits = map(self.record, self.plan.retrofits(run))
-        return "train" in self.record(run) and all("train" in r or "failed" in r for r in retrofits)
 
 
 def acts_on(technique: Technique, variant: Variant) -> bool:

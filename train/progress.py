@@ -16,13 +16,8 @@ class StudyProgress:
     def __init__(self, stage: str, total: float):
         self.stage, self.total, self.done = stage, total, 0.0
         self.note = ""
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:3.0f} %  {task.fields[detail]}"),
-            console=console,
-            transient=True,
-        )
+        name, done = map(TextColumn, ("{task.description}", "{task.percentage:3.0f} %  {task.fields[detail]}"))
+        self._bar = Progress(name, BarColumn(bar_width=24), done, console=console, transient=True)
         self._task = self._bar.add_task(stage, total=total, detail="")
 
     def __enter__(self) -> "StudyProgress":

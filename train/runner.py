@@ -140,8 +140,8 @@ def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress) -> dict | Non
 
 
 def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) -> None:
-    """Trains a run from its last checkpoint, or from the start, to its end. On several devices each process calls it for
-    the same run, and the first one alone writes. FloatingPointError if it diverges, Interrupted if a signal came."""
+    """Trains a run from its last checkpoint, or from the start, to its end. Each device's process calls it, and the
+    first one alone writes. FloatingPointError if the run diverges, Interrupted if a signal came."""
     _quiet_lightning()
     config, writes = plan.study.train, not rank_zero_only.rank
     start = prepare_directory(plan, run, progress.say) if writes else wait_for_directory(run)

@@ -26,17 +26,13 @@ def find_study(name: str) -> Path:
     raise InputError(f"no study {name!r}: give the path of a YAML file or one of {shipped}")
 
 
-def is_study_directory(path: Path) -> bool:
-    return (path / PLAN).is_file() or (path / RESULTS).is_file()
-
-
 def find_directory(study: str, out: Path | None) -> tuple[Path, Path | None]:
     """(directory, YAML file) that a command's STUDY and --out mean; the file is None where STUDY is a directory.
 
     A study's results go to `out`, by default to runs/<name of the file>. InputError if they cannot go there.
     """
     path = Path(study).parent if Path(study).name == RESULTS else Path(study)
-    if is_study_directory(path):
+    if (path / PLAN).is_file() or (path / RESULTS).is_file():
         if out:
             raise InputError(f"--out does not go with {path}, which is a study's directory already")
         return path, None

@@ -189,11 +189,9 @@ class Study(Section):
         train, context = self.train, self.model["context"]
         batch, devices = train.batch_tokens, train.devices * train.num_nodes
         self.check(batch % context == 0, f"train.batch_tokens={batch} must be a multiple of model.context={context}")
-        self.check(
-            batch // context % devices == 0,
-            f"train.devices={train.devices} and train.num_nodes={train.num_nodes} must divide the batch's "
-            f"{batch // context} sequences (train.batch_tokens / model.context)",
-        )
+        sequences = f"the batch's {batch // context} sequences (train.batch_tokens / model.context)"
+        names = f"train.devices={train.devices} and train.num_nodes={train.num_nodes}"
+        self.check(batch // context % devices == 0, f"{names} must divide {sequences}")
         budgets = [("train.tokens", train.tokens), ("train.tuning_tokens", train.tuning_tokens or batch)]
         budgets += [("sizes: tokens", size.get("tokens", train.tokens)) for size in self.sizes]
         for name, tokens in budgets:
@@ -245,9 +243,6 @@ def check_label(label: str) -> None:
         raise ValueError(f"the label {label!r} names a folder: use {use}")
 
 
-# Reading
-
-
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: 2e-3 is one. A key that is given twice, or is not text, is an error."""
 
@@ -256,17 +251,14 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             text = key.tag.endswith((":str", ":merge"))
             if not text or key.value in names:
-                problem = (
-                    f"{key.value!r} is given twice" if text else f"{key.value} is no key; put it in quotation marks"
-                )
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+                problem = "is given twice" if text else "is no key; put it in quotation marks"
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} {problem}", problem_mark=key.start_mark)
             names.add(key.value)
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> dict:
@@ -331,10 +323,8 @@ def load_data(study: Study, study_file: Path) -> TrainingData:
     corpus, tokenizer = study.corpus, study.tokenizer
     if corpus.name == "mqar":
         if tokenizer.name != "ids" or not tokenizer.vocab_size or not corpus.pairs or corpus.files:
-            raise InputError(
-                "corpus mqar is generated, as token ids: it needs pairs, such as [4, 16], no files, and "
-                "tokenizer: {name: ids, vocab_size: 256}"
-            )
+            needs = "pairs, such as [4, 16], no files, and tokenizer: {name: ids, vocab_size: 256}"
+            raise InputError(f"corpus mqar is generated, as token ids: it needs {needs}")
         return RecallTask(corpus.pairs, tokenizer.vocab_size)
     if corpus.pairs is not None:
         raise InputError("corpus.pairs goes with corpus.name=mqar alone")

@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,17 +66,6 @@ def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     return sizes
 
 
-def token_kinds(encoding: tiktoken.Encoding) -> np.ndarray:
-    """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation with or without blanks around it, 0 for all others."""
-    kinds = np.zeros(encoding.n_vocab, dtype=np.uint8)
-    for token in encoding.token_byte_values():
-        text = token.strip()
-        if text and all(chr(c) in string.punctuation for c in text):
-            kinds[encoding.encode_single_token(token)] = 2
-    kinds[list(encoding._special_tokens.values())] = 1
-    return kinds
-
-
 def pieces(text: str) -> list[str]:
     """`text` in pieces of at most 65,536 characters, cut before a line end where there is one: on a million blanks in a
     row tiktoken would overflow its stack."""
@@ -92,10 +80,8 @@ def pieces(text: str) -> list[str]:
 
 def _bpe(vocab_size: int | None, texts: Sequence[str], cache_dir: Path) -> tiktoken.Encoding:
     if vocab_size is None or vocab_size < 258:
-        raise InputError(
-            "tokenizer: bpe needs a vocab_size of at least 258 (256 byte values, one merge, end of text), "
-            f"got {vocab_size}; 1024 suits small models"
-        )
+        least = "a vocab_size of at least 258 (256 byte values, one merge, end of text)"
+        raise InputError(f"tokenizer: bpe needs {least}, got {vocab_size}; 1024 suits small models")
     sample = _sample(texts)
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, vocab_size, PATTERN, *map(len, sample)]).encode())
     for piece in sample:

@@ -22,7 +22,7 @@ import torch
 from train.batches import TrainingBatches, ValidationBatches
 from train.corpus import Corpus
 from train.errors import InputError
-from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes, token_kinds
+from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes
 
 FILES_FORMAT = 1
 BATCH_PIECES = 256
@@ -46,10 +46,6 @@ class TokenSet:
     @cached_property
     def token_bytes(self) -> np.ndarray:
         return token_bytes(self.tokenizer)
-
-    @cached_property
-    def token_kinds(self) -> np.ndarray:
-        return token_kinds(self.tokenizer)
 
     def check(self, context: int) -> None:
         for split, tokens in (("training", len(self.train)), ("validation", len(self.val))):
@@ -147,13 +143,10 @@ def _write(path: Path, blocks: Iterator[bytes] | Sequence[bytes]) -> int:
 
 def _encoded(texts: Sequence[str], tokenizer: tiktoken.Encoding, dtype: np.dtype) -> Iterator[bytes]:
     """The flat array in blocks of about 16 MB of text: the lists of ids are many times as large as the text."""
-    marked = ((piece, ends) for text in texts for piece, ends in _with_end(pieces(text)))
-    while batch := list(itertools.islice(marked, BATCH_PIECES)):
-        ids = tokenizer.encode_ordinary_batch([piece for piece, _ in batch], num_threads=os.cpu_count() or 1)
-        for tokens, (_, ends) in zip(ids, batch, strict=True):
-            yield np.array([*tokens, tokenizer.eot_token] if ends else tokens, dtype=dtype).tobytes()
-
-
-def _with_end(parts: list[str]) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it is the document's last) for each piece of a document."""
-    return zip(parts, [False] * (len(parts) - 1) + [True], strict=True)
+    parts = (part for text in texts for part in (*pieces(text), None))  # None: the document's end
+    while batch := list(itertools.islice(parts, BATCH_PIECES)):
+        text = [part for part in batch if part is not None]
+        ids = iter(tokenizer.encode_ordinary_batch(text, num_threads=os.cpu_count() or 1))
+        for part in batch:
+            tokens = [tokenizer.eot_token] if part is None else next(ids)
+            yield np.array(tokens, dtype=dtype).tobytes()

@@ -117,9 +117,6 @@ def size_names(study: Study) -> list[str]:
     return names
 
 
-# Architectures in files of the user's own
-
-
 def find_arch(arch: str, folder: Path) -> str:
     """`my_file.py:MyVariant` with the path of its file, which lies in `folder` or in the current one; any other name of
     an architecture as it is."""
@@ -135,9 +132,6 @@ def source_hash(arch: str) -> str:
     where = arch.rpartition(":")[0]
     file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-
-
-# Matching
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -93,8 +93,8 @@ def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[st
 
 
 def _ended(run: Run, future: Future[Outcome], progress: StudyProgress) -> str | None:
-    """Shows what a run's process has printed; returns a line if it left no record, as when it was killed. InputError and
-    Interrupted are raised here if they ended the process."""
+    """Shows what a run's process has printed; returns a line if it left no record, as when it was killed. Raises
+    InputError and Interrupted if they ended the process."""
     try:
         status, lines = future.result()
     except Exception as e:  # Ray's, if its worker died more often than RETRIES
@@ -150,7 +150,7 @@ def train_process(directory: Path, name: str, env: dict[str, str], children: set
 
 
 def threads() -> dict[str, str]:
-    """The environment in which a process has as many threads as this one: with another number sums round differently."""
+    """The environment in which a process has as many threads as this one: with others sums round differently."""
     return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
@@ -226,7 +226,7 @@ class OnRay(Workers):
             raise
 
     def _share(self, devices: int, threads: int) -> dict[str, int]:
-        """What a task asks Ray for: a GPU for each device or, where no node has GPUs, a core for each thread of a run."""
+        """What a task asks Ray for: a GPU for each device or, where no node has one, a core for each thread."""
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         gpus, cpus = (int(max((node.get(kind, 0) for node in resources), default=0)) for kind in ("GPU", "CPU"))
         if not cpus or 0 < gpus < devices:

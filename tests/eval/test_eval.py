@@ -429,8 +429,8 @@ def test_a_measure_is_a_module_of_the_package():
 def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_bytes_are():
     texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
     ones = torch.ones(300, dtype=torch.long).numpy()
-    kinds = (0 * ones).astype("uint8")
-    data = SimpleNamespace(token_bytes=ones, token_kinds=kinds, spread=lambda sequences, available: range(available))
+    facts = {"token_bytes": ones, "tokenizer": None, "n_vocab": 300}
+    data = SimpleNamespace(**facts, spread=lambda sequences, available: range(available))
     model = build("gqa", vocab_size=257, width=32, layers=3, heads=4, context=32, kv_heads=2).eval()
     tokens = torch.tensor([list(text.encode()[:33]) for text in texts[:6]])
     nats = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).detach()
