@@ -64,10 +64,7 @@ class TrainingBatches(Dataset):
 
 class ValidationBatches(Dataset):
     """Held-out tokens, each predicted once: item k is (inputs, targets, bytes of text that the targets stand for).
-
-    `limit` is the number of targets, rounded down to whole sequences, at least one. They are spread evenly over the
-    held-out text.
-    """
+    There are about `limit` targets, in whole sequences that are spread evenly over the held-out text."""
 
     def __init__(self, tokens: np.ndarray, token_bytes: np.ndarray, context: int, batch_size: int, limit: int):
         if len(tokens) <= context:

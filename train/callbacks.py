@@ -36,11 +36,8 @@ def save_checkpoint(trainer: L.Trainer, directory: Path) -> None:
 
 
 class CheckpointAndStop(L.Callback):
-    """Writes a checkpoint every `seconds` or `steps`, and at SIGINT or SIGTERM, after which it raises Interrupted. A
-    second signal stops at once.
-
-    A step that is validated gets no checkpoint: its validation would be missing when the run continues.
-    """
+    """Writes a checkpoint every `seconds` or `steps`, and at SIGINT or SIGTERM, then raising Interrupted; a second
+    signal stops at once. A validated step gets no checkpoint: its validation would be missing when the run continues."""
 
     def __init__(self, directory: Path, val_every: int, seconds: float, steps: int | None):
         self.directory, self.val_every, self.seconds, self.steps = directory, val_every, seconds, steps

@@ -58,18 +58,18 @@ def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to:
         raise InputError(f"corpus: unknown name {name!r}; allowed are {NAMES}, or give files instead of a name")
     documents = NAMED[name]() if name else _from_files(files, list(relative_to) or [Path.cwd()])
     split = _split([document for document in documents if document.text])
-    if not split["train"] or not split["val"]:
+    if not all(split):
         where = ", ".join(files) if files else f"no source of {name} on this machine"
         raise InputError(f"corpus: empty, there is no text to train on ({where}); give files with text in them")
 
     digest, size = hashlib.sha256(), 0
-    for part, documents in split.items():
+    for part, documents in zip(("train", "val"), split, strict=True):
         for document in documents:
             data = document.text.encode()
             digest.update(f"{part}\0{len(data)}\0".encode() + os.fsencode(document.name) + b"\0" + data)
             size += len(data)
-    texts = {part: [document.text for document in documents] for part, documents in split.items()}
-    return Corpus(name or "files", texts["train"], texts["val"], size, digest.hexdigest()[:16])
+    texts = [[document.text for document in documents] for documents in split]
+    return Corpus(name or "files", *texts, size, digest.hexdigest()[:16])
 
 
 def _stdlib() -> Iterator[Document]:
@@ -195,9 +195,9 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         yield text
 
 
-def _split(documents: Sequence[Document]) -> dict[str, list[Document]]:
-    """Holds out documents in the order of a hash of their names, until they have 5 % of the text, none of which
-    has more than that by itself. Where too few documents can be held out so, the last tenth of each is."""
+def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """(training, validation). Holds out documents in the order of a hash of their names, until they have 5 % of the
+    text, except one that has more by itself. Where too few can be held out so, the last tenth of each is."""
     enough = VAL_SHARE * sum(len(document.text) for document in documents)
     val, held_out = set(), 0
     for document in sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest()):
@@ -205,15 +205,10 @@ def _split(documents: Sequence[Document]) -> dict[str, list[Document]]:
             val.add(document.name)
             held_out += len(document.text)
     if len(documents) >= MIN_DOCUMENTS and held_out >= enough:
-        return {
-            "train": [document for document in documents if document.name not in val],
-            "val": [document for document in documents if document.name in val],
-        }
+        return [d for d in documents if d.name not in val], [d for d in documents if d.name in val]
     cuts = [(document, _tail_start(document.text)) for document in documents]
-    return {
-        "train": [Document(document.name, document.text[:cut]) for document, cut in cuts if cut],
-        "val": [Document(document.name, document.text[cut:]) for document, cut in cuts],
-    }
+    train = [Document(document.name, document.text[:cut]) for document, cut in cuts if cut]
+    return train, [Document(document.name, document.text[cut:]) for document, cut in cuts]
 
 
 def _tail_start(text: str) -> int:

@@ -16,8 +16,7 @@ class DataModule(L.LightningDataModule):
         model = LanguageModel("mha", {...}, tokens=1000 * 16 * 128)
         Trainer(max_steps=1000, val_check_interval=100, check_val_every_n_epoch=None).fit(model, data)
 
-    Training has no epochs, so `max_steps` ends it. On several devices each takes every n-th batch, of `batch_size`
-    sequences, and validates on all of the held-out text.
+    Only `max_steps` ends it. On several devices each takes every n-th batch, and validates on all held-out text.
     """
 
     def __init__(self, data: TrainingData, context: int, batch_size: int, seed: int = 0, val_tokens: int = 65_536):

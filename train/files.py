@@ -56,11 +56,8 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def lock(directory: Path, wait: float = 0.5) -> FileLock:
-    """The lock that a process holds while it works on `directory`, as a context; it ends with its process.
-
-    Entering it raises filelock's Timeout if another process holds it for `wait` seconds (-1: waits forever), longer
-    than `is_locked` does.
-    """
+    """The lock that a process holds while it works on `directory`, as a context; it ends with its process. Entering
+    raises filelock's Timeout if another process holds it for `wait` seconds (-1: waits forever)."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(lock_path(directory), timeout=wait)
 

@@ -182,8 +182,7 @@ class LanguageModel(L.LightningModule):
         self._raise_if_diverged()
 
     def tick(self, counts: bool = True, wait: bool = False) -> None:
-        """Ends an interval of time and adds it to `train_seconds` if it `counts` as training; with `wait` the GPU has
-        finished first."""
+        """Ends an interval, once the GPU is done if asked to `wait`, and adds it to `train_seconds` if it `counts`."""
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -249,11 +248,8 @@ class Retrofit(LanguageModel):
 
 def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with decay on matrices alone."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 

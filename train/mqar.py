@@ -46,10 +46,8 @@ class RecallTask:
 
     def check(self, context: int) -> None:
         if 4 * self.pairs[-1] > context:
-            raise InputError(
-                f"{self.pairs[-1]} key-value pairs and as many queries take {4 * self.pairs[-1]} tokens, more than "
-                f"model.context={context}: lower corpus.pairs or raise model.context"
-            )
+            need = f"{self.pairs[-1]} key-value pairs and as many queries take {4 * self.pairs[-1]} tokens"
+            raise InputError(f"{need}, more than model.context={context}: lower corpus.pairs or raise model.context")
 
     def training(self, context: int, batch_size: int, seed: int) -> "RecallBatches":
         return RecallBatches(self, context, batch_size, seed)
@@ -68,7 +66,7 @@ class RecallTask:
 class RecallBatches(Dataset):
     """Item k is (inputs, targets), both int64 (batch_size, context); targets are IGNORED except at the queries.
 
-    With `sequences` these are so many held-out sequences, and an item's third entry are the bytes that its targets
+    With `sequences` these are that many held-out sequences, and an item's third entry is the bytes that its targets
     stand for. Sequence n has the n-th number of pairs, counted in a circle, and depends on (seed, n) alone.
     """
 

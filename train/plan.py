@@ -66,13 +66,12 @@ class Run:
 
 
 class Plan:
-    """The runs of a study in `directory`. InputError for a shape that cannot be or a corpus that is too small.
-
-    study_file: a Path, which names the study and to which its paths are relative. measures: names of what is measured.
-    """
+    """The runs of a study in `directory`. The Path `study_file` names it, and its paths are relative to that; `measures`
+    are names. InputError for a shape that cannot be or a corpus that is too small."""
 
     def __init__(self, study: Study, data: TrainingData, directory: Path, study_file=Path("study.yaml"), measures=()):
-        self.study, self.data, self.directory, self.study_file = study, data, directory, study_file
+        self.study, self.data, self.directory = study, data, directory
+        self.study_file, self.name = study_file, study_file.stem
         self.variants = resolve_variants(study, data.n_vocab, study_file.parent)
         data.check(study.model["context"])
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
@@ -80,10 +79,6 @@ class Plan:
         self._train_settings = train | {"precision": resolve_precision(study.train.precision)}
         evaluation = study.eval.model_dump() | {"level": None}  # of intervals: no measure depends on it
         self.evaluation = [evaluation, sorted(measures), resolve_dtype(study.eval.dtype), find_device().type]
-
-    @property
-    def name(self) -> str:
-        return self.study_file.stem
 
     def look(self) -> "Snapshot":
         """The plan's runs as the disk shows them now."""
@@ -149,15 +144,14 @@ class Plan:
 
     def retrofits(self, run: Run) -> list[Run]:
         """The runs that train `run` further, one for each technique that needs it and can act on the model."""
-        retrofits = []
-        for name, technique in self._trained_techniques[run.variant.label]:
-            shape = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
-            key = content_key([run.key, technique.model_dump()])
-            variant = dataclasses.replace(run.variant, tokens=technique.train_tokens)
-            settings = run.settings | {"tuning": None, "key": key}
-            where = self.directory / "retrofits" / variant.label / f"seed-{run.seed}" / shape, f"{run.name} {shape}"
-            retrofits.append(Run("retrofit", variant, run.seed, technique.lr, settings, *where, run, technique))
-        return retrofits
+        return [self._retrofit(run, *named) for named in self._trained_techniques[run.variant.label]]
+
+    def _retrofit(self, run: Run, name: str, technique: Technique) -> Run:
+        shape = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
+        variant = dataclasses.replace(run.variant, tokens=technique.train_tokens)
+        settings = run.settings | {"tuning": None, "key": content_key([run.key, technique.model_dump()])}
+        where = self.directory / "retrofits" / variant.label / f"seed-{run.seed}" / shape, f"{run.name} {shape}"
+        return Run("retrofit", variant, run.seed, technique.lr, settings, *where, run, technique)
 
     @cached_property
     def _trained_techniques(self) -> dict[str, list[tuple[str, Technique]]]:
@@ -186,11 +180,8 @@ class Plan:
 
 
 class Snapshot:
-    """The runs of a plan at one moment. Each record is read once, when it is first asked for.
-
-    runs: those to compare, of all variants whose learning rate is known. untuned: the other variants. tuning_runs:
-    those that are done or can be done now.
-    """
+    """The runs of a plan at one moment; each record is read once. `runs` are to be compared, of all variants whose
+    learning rate is known; `untuned` are the other variants; `tuning_runs` are done or can be done now."""
 
     def __init__(self, plan: Plan):
         self.plan = plan

@@ -10,8 +10,7 @@ console = Console(stderr=True, highlight=False)
 
 
 class StudyProgress:
-    """Use it as a context around one stage. `total` is the work of the stage, in any unit; the time left is estimated
-    from the work done. `note` is shown before the run."""
+    """A context around one stage. `total` is its work, in any unit; `note` is shown before the run."""
 
     def __init__(self, stage: str, total: float):
         self.stage, self.total, self.done = stage, total, 0.0

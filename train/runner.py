@@ -70,14 +70,12 @@ def train_one(plan: Plan, name: str) -> list[str]:
     if not planned and not rank_zero_only.rank:
         plan.save()
     if planned.get(name, {}).get("key", run.key) != run.key:
-        raise InputError(
-            f"{name} has other settings here than in {plan.directory / PLAN}: train the changed study without --run "
-            "first, or make the machines alike in corpus and train.precision"
-        )
+        advice = "train the changed study without --run first, or make the machines alike in corpus and train.precision"
+        raise InputError(f"{name} has other settings here than in {plan.directory / PLAN}: {advice}")
     failed_before = failed_records(plan)
     with StudyProgress("training", run.variant.work) as progress:
         if rank_zero_only.rank:  # the process of a further device: the first one has the lock and writes
-            return [] if run.is_finished(run.record()) else train_as_rank(plan, run, progress)
+            return train_as_rank(plan, run, progress)
         with lock(run.directory, wait=-1):
             train_if_needed(plan, run, progress, failed_before)
     line = run.failure(run.record())
@@ -87,7 +85,8 @@ def train_one(plan: Plan, name: str) -> list[str]:
 def train_as_rank(plan: Plan, run: Run, progress: StudyProgress) -> list[str]:
     """The part of a further device in a run. If it fails, so does the first one's process, which writes the record."""
     try:
-        train_run(plan, run, progress)
+        if not run.is_finished(run.record()):
+            train_run(plan, run, progress)
     except (RuntimeError, ArithmeticError) as e:
         return [f"{run.name}, process {rank_zero_only.rank}: {(str(e) or type(e).__name__).splitlines()[0]}"]
     return []
@@ -268,5 +267,4 @@ def _quiet_lightning() -> None:
     """Silences Lightning's tips, which are about single runs: the study has its own display."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*treespec, LeafSpec.*"):
-        warnings.filterwarnings("ignore", text)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*treespec, LeafSpec.*")

@@ -28,9 +28,7 @@ def find_study(name: str) -> Path:
 
 def find_directory(study: str, out: Path | None) -> tuple[Path, Path | None]:
     """(directory, YAML file) that a command's STUDY and --out mean; the file is None where STUDY is a directory.
-
-    A study's results go to `out`, by default to runs/<name of the file>. InputError if they cannot go there.
-    """
+    Without --out the results go to runs/<name of the file>. InputError if they cannot go there."""
     path = Path(study).parent if Path(study).name == RESULTS else Path(study)
     if (path / PLAN).is_file() or (path / RESULTS).is_file():
         if out:
@@ -62,8 +60,7 @@ def _is_plan(plan: dict) -> bool:
 
 
 def states(directory: Path) -> dict[str, str]:
-    """The state of each run by name: done, running (step, time left), failed (why) and so on. InputError without a
-    plan.json."""
+    """The state of each run by name, such as `running: step 3 of 9, 0:20 left`. InputError without a plan.json."""
     plan = read_plan(directory)
     if "runs" not in plan:
         raise InputError(f"{directory} is no study's directory: it has no {PLAN}")

@@ -125,8 +125,7 @@ class EvalConfig(Section):
     paging: PagingConfig | None = None  # None: not measured
 
     def technique_settings(self) -> list[dict[str, Any]]:
-        """The settings of each technique, lists written out. `full`, which the others are compared with, is always
-        among them."""
+        """The settings of each technique, lists written out. `full`, with which others are compared, is among them."""
         entries = [(entry, f"eval.techniques: {entry.get('technique')}") for entry in self.techniques]
         settings = [entry | chosen for entry, where in entries for chosen in combinations(entry, where)]
         full = {"technique": "full"}

@@ -111,10 +111,8 @@ def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:
     most = 257 + sum(len(piece.encode()) for piece in sample)  # each merge removes at least one byte's place
     trained = json.loads(train_hf(sample, min(vocab_size, most)).to_str())["model"]["vocab"]
     if len(trained) < vocab_size - 1:
-        raise InputError(
-            f"tokenizer: the training text gives a bpe vocabulary of at most {len(trained) + 1} entries, "
-            f"not {vocab_size}; lower vocab_size, give more text, or use the bytes tokenizer"
-        )
+        gives = f"the training text gives a bpe vocabulary of at most {len(trained) + 1} entries, not {vocab_size}"
+        raise InputError(f"tokenizer: {gives}; lower vocab_size, give more text, or use the bytes tokenizer")
     # The library spells bytes as printable characters and numbers them in that order, before the merges.
     value = {character: bytes([byte]) for byte, character in enumerate(_byte_characters())}
     merged = [token for token in sorted(trained, key=trained.get) if len(token) > 1]

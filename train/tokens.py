@@ -50,10 +50,9 @@ class TokenSet:
     def check(self, context: int) -> None:
         for split, tokens in (("training", len(self.train)), ("validation", len(self.val))):
             if tokens <= context:
-                raise InputError(
-                    f"the corpus has {tokens} {split} tokens, too few for one sequence of model.context={context} "
-                    "and the token after it: give more text or a shorter context"
-                )
+                need = f"one sequence of model.context={context} and the token after it"
+                has = f"the corpus has {tokens} {split} tokens, too few for"
+                raise InputError(f"{has} {need}: give more text or a shorter context")
 
     def training(self, context: int, batch_size: int, seed: int) -> TrainingBatches:
         return TrainingBatches(self.train, context, batch_size, seed)

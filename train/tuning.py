@@ -16,10 +16,8 @@ def tuning_seed(seeds: Sequence[int]) -> int:
 
 
 def tried_rates(given: Sequence[float], loss_of: Callable[[float], float | None]) -> dict[float, float]:
-    """The loss of each rate that was tried: of the given ones, then of those that widen the list.
-
-    `loss_of` answers None for a rate that was not tried, infinity for one that diverged.
-    """
+    """The loss of each rate that was tried, given ones first. `loss_of` answers None for one that was not tried,
+    infinity for one that diverged."""
     losses = {rate: loss for rate in given if (loss := loss_of(rate)) is not None}
     while (rate := next_rate(given, losses)) is not None and (loss := loss_of(rate)) is not None:
         losses[rate] = loss

@@ -65,7 +65,12 @@ class Draft:
         cannot have these options or cannot be matched."""
         if baseline and FREE[rule] in self.options:
             raise ValueError(f"match: {rule} sets {FREE[rule]}; leave it out here, or use match: none")
-        model = matched(rule, self.arch, self.model | self.options, baseline and baseline.params)
+        options = self.model | self.options
+        if baseline and rule == "ffn":
+            options["ffn_width"] = matching_ffn_width(self.arch, options, baseline.params)
+        elif baseline and rule == "heads":
+            options |= matching_heads(self.arch, options, baseline.params)
+        model = on_meta(self.arch, options)
         first = baseline.label if baseline else self.label
         facts = model.options.model_dump(), model.count_params(), self.tokens, source_hash(self.arch)
         return Variant(self.label, self.family, self.size, first, self.arch, *facts)
@@ -118,8 +123,7 @@ def size_names(study: Study) -> list[str]:
 
 
 def find_arch(arch: str, folder: Path) -> str:
-    """`my_file.py:MyVariant` with the path of its file, which lies in `folder` or in the current one; any other name of
-    an architecture as it is."""
+    """`my_file.py:MyVariant` with the path of its file, in `folder` or in the current one; any other name as it is."""
     file, _, name = arch.rpartition(":")
     places = [path for path in (folder / file, Path(file)) if file.endswith(".py") and path.is_file()]
     return f"{places[0].resolve()}:{name}" if places else arch
@@ -149,16 +153,6 @@ def on_meta(arch: str, options: dict) -> Decoder:
         return build(arch, **options)
 
 
-def matched(rule: str, arch: str, options: dict, params: int | None) -> Decoder:
-    """The model on the meta device, with the rule's option set so that it has `params` parameters in total; None for
-    `params` leaves it as it is. ValueError if no value of the option fits."""
-    if params is not None and rule == "ffn":
-        options = options | {"ffn_width": matching_ffn_width(arch, options, params)}
-    elif params is not None and rule == "heads":
-        options = options | matching_heads(arch, options, params)
-    return on_meta(arch, options)
-
-
 def matching_ffn_width(arch: str, options: dict, params: int) -> int:
     """The FFN width that brings the total parameters to `params`, as GLA (arXiv 2505.21487) and MQA (arXiv 1911.02150)
     match: the roundest that is off by at most a fifth of the tolerance, in parameters without embeddings (a large
@@ -177,10 +171,9 @@ def matching_ffn_width(arch: str, options: dict, params: int) -> int:
     off /= params
     if nearest and off <= MATCH_TOLERANCE:
         return width
-    raise ValueError(
-        f"match: ffn cannot bring the parameters within {MATCH_TOLERANCE:.1%} of the first variant's {params:,}: "
-        f"the nearest, ffn_width={width}, is {off:.1%} off; use a larger model or match: none"
-    )
+    goal = f"within {MATCH_TOLERANCE:.1%} of the first variant's {params:,}"
+    nearest = f"the nearest, ffn_width={width}, is {off:.1%} off"
+    raise ValueError(f"match: ffn cannot bring the parameters {goal}: {nearest}; use a larger model or match: none")
 
 
 def matching_heads(arch: str, options: dict, params: int) -> dict:

@@ -45,14 +45,10 @@ class Workers(ABC):
 
 
 def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[str]:
-    """Trains every run that is not trained yet; returns a line for each that failed. Interrupted if a signal came.
-
-    Waits for runs that another process trains. A tuning run that ends may make more runs known: plan.json is updated.
-    """
+    """Trains every run that is not trained yet, and waits for those that another process trains; returns a line for each
+    that failed. Updates plan.json, as a tuning run that ends may make more runs known."""
     running: dict[Future, Run] = {}
-    tried: set[Path] = set()
-    lost: list[str] = []
-    waits = False
+    tried, lost, waits = set(), [], False
     try:
         while True:
             look = plan.look()
@@ -128,15 +124,9 @@ def _show(progress: StudyProgress, to_train: list[Variant], running: list[Run]) 
 def train_process(directory: Path, name: str, env: dict[str, str], children: set[subprocess.Popen]) -> Outcome:
     """Trains one run in a process of its own, which is among `children` as long as it lives."""
     command = [sys.executable, str(COMMAND), "train", str(directory), "--run", name]
-    child = subprocess.Popen(
-        command,
-        env=os.environ | env,
-        text=True,
-        errors="replace",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-    )
+    output = {"text": True, "errors": "replace", "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    # In a session of its own: Ctrl-C reaches this process alone, which passes it on once.
+    child = subprocess.Popen(command, env=os.environ | env, start_new_session=True, **output)
     children.add(child)
     try:
         lines = [line for line in child.communicate()[1].splitlines() if line.strip()]

@@ -2,8 +2,6 @@
 
 import json
 import multiprocessing
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -181,8 +179,3 @@ def test_a_cache_folder_that_cannot_be_made_is_one_clear_line(corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"cannot make the cache folder .* set KVFRONTIER_CACHE"):
         prepare(corpus, "bytes", None, tmp_path / "file" / "cache")
-
-
-def test_reading_text_needs_neither_torch_nor_lightning():
-    code = "import sys, train.tokens; print({'torch', 'lightning', 'tokenizers', 'pyarrow'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
