@@ -37,7 +37,7 @@ def save_checkpoint(trainer: L.Trainer, directory: Path) -> None:
 
 class CheckpointAndStop(L.Callback):
     """Writes a checkpoint every `seconds` or `steps`, and at SIGINT or SIGTERM, then raising Interrupted; a second
-    signal stops at once. A validated step gets no checkpoint: its validation would be missing when the run continues."""
+    signal stops at once. A validated step gets no checkpoint: a run that continues there would lack the validation."""
 
     def __init__(self, directory: Path, val_every: int, seconds: float, steps: int | None):
         self.directory, self.val_every, self.seconds, self.steps = directory, val_every, seconds, steps

@@ -66,8 +66,8 @@ class Run:
 
 
 class Plan:
-    """The runs of a study in `directory`. The Path `study_file` names it, and its paths are relative to that; `measures`
-    are names. InputError for a shape that cannot be or a corpus that is too small."""
+    """The runs of a study in `directory`. The Path `study_file` names it, and its paths are relative to that.
+    `measures`: names of what is measured. InputError for a shape that cannot be or a corpus that is too small."""
 
     def __init__(self, study: Study, data: TrainingData, directory: Path, study_file=Path("study.yaml"), measures=()):
         self.study, self.data, self.directory = study, data, directory

@@ -185,12 +185,11 @@ class Study(Section):
 
     @model_validator(mode="after")
     def batches_and_budgets_fit(self) -> "Study":
-        train, context = self.train, self.model["context"]
-        batch, devices = train.batch_tokens, train.devices * train.num_nodes
+        train, context, batch = self.train, self.model["context"], self.train.batch_tokens
         self.check(batch % context == 0, f"train.batch_tokens={batch} must be a multiple of model.context={context}")
         sequences = f"the batch's {batch // context} sequences (train.batch_tokens / model.context)"
         names = f"train.devices={train.devices} and train.num_nodes={train.num_nodes}"
-        self.check(batch // context % devices == 0, f"{names} must divide {sequences}")
+        self.check(batch // context % (train.devices * train.num_nodes) == 0, f"{names} must divide {sequences}")
         budgets = [("train.tokens", train.tokens), ("train.tuning_tokens", train.tuning_tokens or batch)]
         budgets += [("sizes: tokens", size.get("tokens", train.tokens)) for size in self.sizes]
         for name, tokens in budgets:

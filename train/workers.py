@@ -45,8 +45,8 @@ class Workers(ABC):
 
 
 def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[str]:
-    """Trains every run that is not trained yet, and waits for those that another process trains; returns a line for each
-    that failed. Updates plan.json, as a tuning run that ends may make more runs known."""
+    """Trains every run that is not trained yet, and waits for those that another process trains. Returns a line for
+    each that failed. Updates plan.json, as a tuning run that ends may make more runs known."""
     running: dict[Future, Run] = {}
     tried, lost, waits = set(), [], False
     try:
