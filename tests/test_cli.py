@@ -303,26 +303,6 @@ def test_what_a_cache_holds_beside_its_formula_fails_the_run_and_the_command(fol
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 2
 
 
-def test_ctrl_c_leaves_a_state_from_which_the_same_command_goes_on(folder):
-    out = folder / "stopped"
-    train = STUDY["train"] | {"tokens": 64 * 20_000, "val_points": 2}
-    study = write_study(folder, "stopped.yaml", variants=STUDY["variants"][:1], train=train)
-    command = [sys.executable, str(ROOT / "kvfrontier.py"), "train", study, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = out / "runs" / "mha-0" / "seed-0" / "metrics.jsonl"
-    deadline = time.monotonic() + 300  # importing takes long where cores are shared
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
-    assert "the same command goes on" in error
-    assert "Traceback" not in error
-    stopped_at = json.loads(metrics.read_text().splitlines()[-1])["tokens"]
-    assert 0 < stopped_at < 64 * 20_000
-    assert list((out / "runs" / "mha-0" / "seed-0" / "checkpoints").glob("*.ckpt"))
-
-
 def test_a_signal_while_modules_load_does_not_come_to_them(tmp_path, monkeypatch):
     """Whether this file is importing is told from the stack; what others import while it trains does not count."""
     probe = "import sys, kvfrontier\nSAID = kvfrontier._is_importing(sys._getframe())"

@@ -171,7 +171,7 @@ def kill_study(folder: Path, kills: int) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=5, help="of each variant's run, or of the study (default: 5)")
-    parser.add_argument("--signal", nargs="+", choices=["KILL", "TERM"], default=["KILL"])
+    parser.add_argument("--signal", nargs="+", choices=["KILL", "TERM", "INT"], default=["KILL"])
     parser.add_argument("--study", action="store_true", help="the whole study in place of each variant's run")
     args = parser.parse_args()
     eval.speed.SECONDS = 0.02

@@ -45,8 +45,6 @@ def test_every_shipped_study_resolves(path):
 
 WRONG = [
     ({"trian": {}}, "unknown key 'trian'; allowed: corpus,"),
-    ({"trian": {}}, "did you mean 'train'?"),
-    ({"train": {"tokns": 5}}, "unknown key 'train.tokns'"),
     ({"train": {"tokns": 5}}, "did you mean 'tokens'?"),
     ({"eval": {"decode": {"batches": [1]}}}, "unknown key 'eval.decode.batches'"),
     ({"model": {"widht": 64}}, "unknown key 'model.widht'; allowed: width"),
@@ -57,7 +55,6 @@ WRONG = [
     ({"train": {"lr": [1e-3, 1e-3]}}, "train.lr: 0.001 stands twice"),
     ({"train": {"lr": []}}, "train.lr: at least one is needed"),
     ({"sizes": [{"depth": 3}]}, "unknown key 'sizes.depth'; allowed: tokens, width"),
-    ({"sizes": [{"context": 3}]}, "unknown key 'sizes.context'"),
     ({"sizes": [{"width": 64, "tokens": "many"}]}, "sizes: tokens='many': must be a whole number"),
     ({"sizes": {"width": 3}}, "sizes={'width': 3}: must be a list"),
     ({"eval": {"level": 1.0}}, "eval.level=1.0: must be a number above 0 and below 1"),
@@ -79,8 +76,6 @@ WRONG = [
     ({"variants": [{"label": True, "arch": "mha"}]}, "variants: entry 0: label True is not text; put it in quotation"),
     ({"variants": [{"arch": "mha"}, {"arch": "mha"}]}, "variants: 'mha' stands twice"),
     ({"variants": [{"arch": "mha", "label": "a/../../x"}]}, "'a/../../x' names a folder"),
-    ({"variants": [{"arch": "mha", "label": "<script>"}]}, "'<script>' names a folder"),
-    ({"variants": [{"arch": "mha", "label": r"\input{x}"}]}, "names a folder"),
     ({"variants": [{"arch": "mha", "label": ".."}]}, "names a folder"),
     ({"variants": [{"arch": "mha", "vocab_size": 9}]}, "set tokenizer.vocab_size"),
     ({"variants": [{"arch": "mha", "context": 8}]}, "context is the same for all of them; set model.context"),
@@ -90,7 +85,6 @@ WRONG = [
     ({"eval": {"techniques": [{"technique": "snapkv", "budget": 0.25}]}}, "window=32 is longer than the budget of 16"),
     ({"eval": {"techniques": [{"technique": "h2o", "budget": []}]}}, "eval.techniques: h2o: budget is an empty list"),
     ({"eval": {"techniques": [{"technique": "dmc", "lr": 1}]}}, "lr=1"),
-    ({"eval": {"techniques": [{"technique": {"a": 1}}]}}, "eval.techniques: unknown technique {'a': 1}"),
     ({"eval": {"techniques": [{"technique": "h2o", "name": 1}]}}, "h2o: unknown option 'name'"),
     ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 0.5]}]}}, "stands twice in the study"),
     ({"eval": {"techniques": [{"technique": "dmc", "train_tokens": 9}]}}, "train_tokens=9 is less than one batch"),
