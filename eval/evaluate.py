@@ -18,12 +18,11 @@ from archs.techniques import Technique
 from eval import measure_names
 from eval.speed import measure_roof
 from eval.subject import EvalContext
-from train.checkpoints import trained_weights
 from train.files import lock, read_json, write_json
 from train.machine import describe_machine, find_device, resolve_dtype
-from train.plan import Plan, Snapshot
+from train.plan import Plan, Run, Snapshot
 from train.progress import StudyProgress, console
-from train.run import Run
+from train.runner import trained_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_ROUND = "evaluation.json"  # in a run's directory between the rounds
@@ -48,14 +47,20 @@ def evaluate_runs(plan: Plan) -> list[str]:
         return _evaluate_runs(plan)
 
 
+def is_trained(look: Snapshot, run: Run) -> bool:
+    """True if the run and its retrofits are trained, except for retrofits that failed."""
+    retrofits = map(look.record, look.plan.retrofits(run))
+    return "train" in look.record(run) and all("train" in r or "failed" in r for r in retrofits)
+
+
 def _evaluate_runs(plan: Plan) -> list[str]:
     device, dtype, look = find_device(), DTYPES[resolve_dtype(plan.study.eval.dtype)], plan.look()
-    pending = [run for run in look.runs if look.is_trained(run) and not look.is_evaluated(run)]
+    pending = [run for run in look.runs if is_trained(look, run) and not look.is_evaluated(run)]
     states = {run.directory: {"eval_key": look.eval_key(run), "measured_on": describe_machine()} for run in pending}
     once = [module for module in measures() if not getattr(module, "REPEATED", False)]
     repeated = [module for module in measures() if getattr(module, "REPEATED", False)]
     measured = {run.directory: _first_round(run, states[run.directory]) for run in pending}
-    waiting = [run for run in look.runs if run.is_finished(look.record(run)) and not look.is_trained(run)]
+    waiting = [run for run in look.runs if run.is_finished(look.record(run)) and not is_trained(look, run)]
     failures = [f"{run.name} is not evaluated: its retrofits (eval.techniques) are not trained yet" for run in waiting]
     with StudyProgress("evaluating", len(pending) * (len(once) + ROUNDS * len(repeated))) as progress:
         roof = 0.0

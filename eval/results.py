@@ -5,6 +5,7 @@ import datetime
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from archs import VARIANTS
@@ -14,7 +15,8 @@ from eval.frontier import bytes_for_baseline
 from train.files import read_json, write_atomic, write_json
 from train.plan import Plan, Snapshot
 from train.store import RESULTS
-from train.variants import matching_tables
+from train.study import Study
+from train.variants import FREE, drafts, on_meta
 
 
 def write_results(plan: Plan) -> int:
@@ -36,7 +38,7 @@ def write_results(plan: Plan) -> int:
         "corpus": plan.data.facts,
         "match": plan.study.match,
         "archs": list(VARIANTS),
-        "study_settings": plan.study.settings(),
+        "study_settings": plan.study.model_dump(),
         "runs": records,
         "missing": _missing(look),
         "comparisons": comparisons,
@@ -65,6 +67,34 @@ def _missing(look: Snapshot) -> list[dict]:
                 why = record.get("failed") or ("not evaluated" if "train" in record else "not trained")
                 missing.append({"label": variant.label, "seed": seed, "why": why})
     return missing
+
+
+def matching_tables(study: Study, vocab_size: int, folder: Path = Path()) -> dict[str, list[dict]]:
+    """For each matching rule a row for each variant: the widths and parameters that the rule gives it and what it then
+    costs in FLOPs per training token, or the error if it cannot be matched so."""
+    tables: dict[str, list[dict]] = {}
+    for rule in FREE:
+        tables[rule], first = [], {}
+        for draft in drafts(study, vocab_size, folder):
+            try:
+                variant = draft.resolve(rule, first.get(draft.size))
+            except ValueError as e:
+                tables[rule].append({"label": draft.label, "error": str(e)})
+                continue
+            first.setdefault(draft.size, variant)
+            model, context = on_meta(variant.arch, variant.options), variant.options["context"]
+            tables[rule].append(
+                {
+                    "label": variant.label,
+                    "size": variant.size,
+                    "ffn_width": variant.options["ffn_width"],
+                    "heads": variant.options["heads"],
+                    "params": variant.params,
+                    "train_flops_per_token": 3 * model.flops_per_token(context),
+                    "score_flops_per_token": 3 * model.score_flops(context),
+                }
+            )
+    return tables
 
 
 def _same(written: dict, results: dict) -> bool:

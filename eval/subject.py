@@ -9,8 +9,7 @@ from torch import Tensor
 
 from archs import Decoder
 from archs.techniques import Technique
-from train.batches import IGNORED
-from train.data import TrainingData
+from train.batches import IGNORED, TrainingData
 from train.module import token_nats
 from train.study import EvalConfig
 

@@ -5,7 +5,11 @@ compared in pairs. Each epoch cuts the training tokens into sequences at a rando
 random order, both drawn from (seed, epoch).
 """
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 import numpy as np
+import tiktoken
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,9 +17,29 @@ from torch.utils.data import Dataset
 IGNORED = -100  # a target where nothing is to be predicted
 
 
+class TrainingData(Protocol):
+    """A corpus in tokens (train/tokens.py) or a task that generates its sequences (train/mqar.py)."""
+
+    tokenizer: tiktoken.Encoding | None  # None: the ids stand for no text
+    n_vocab: int
+    token_bytes: np.ndarray  # int64 (n_vocab,): bytes of text that each token stands for
+    facts: dict[str, Any]  # the "corpus" of results.json; its `fingerprint` differs where the text or the task does
+
+    def check(self, context: int) -> None:
+        """InputError if sequences of `context` tokens cannot be made."""
+
+    def training(self, context: int, batch_size: int, seed: int) -> Dataset:
+        """Item k is batch k of `seed`: (inputs, targets), int64 (batch_size, context). It has no end."""
+
+    def validation(self, context: int, batch_size: int, limit: int) -> Dataset:
+        """Held-out batches with about `limit` targets in all: (inputs, targets, bytes that the targets stand for)."""
+
+    def spread(self, sequences: int, available: int) -> Sequence[int]:
+        """Numbers of about `sequences` of the first `available` held-out sequences that stand for all of them."""
+
+
 class TrainingBatches(Dataset):
-    """Item k is batch k of `seed`: inputs and the next tokens as targets, both int64 (batch_size, context). It has no
-    end."""
+    """Item k is batch k of `seed`: inputs and the next tokens as targets, both int64 (batch_size, context)."""
 
     def __init__(self, tokens: np.ndarray, context: int, batch_size: int, seed: int):
         if len(tokens) <= context:
@@ -40,10 +64,7 @@ class TrainingBatches(Dataset):
 
 class ValidationBatches(Dataset):
     """Held-out tokens, each predicted once: item k is (inputs, targets, bytes of text that the targets stand for).
-
-    `limit` is the number of targets, rounded down to whole sequences: at least one, at most all that there are. They
-    are spread evenly over the held-out text, so that a small sample stands for all of it.
-    """
+    There are about `limit` targets, in whole sequences that are spread evenly over the held-out text."""
 
     def __init__(self, tokens: np.ndarray, token_bytes: np.ndarray, context: int, batch_size: int, limit: int):
         if len(tokens) <= context:

@@ -18,7 +18,7 @@ from train.module import LanguageModel
 from train.progress import StudyProgress
 
 SECONDS_OF_ONE_SIGNAL = 2  # `timeout` and others signal a process and its group: the same signal comes twice
-STEPS_BETWEEN_DECISIONS = 10  # devices that decide together wait for each other
+STEPS_BETWEEN_DECISIONS = 10  # several devices follow the first one, and wait for each other to do so
 
 
 def save_checkpoint(trainer: L.Trainer, directory: Path) -> None:
@@ -36,12 +36,8 @@ def save_checkpoint(trainer: L.Trainer, directory: Path) -> None:
 
 
 class CheckpointAndStop(L.Callback):
-    """Writes a checkpoint every `seconds` or `steps`, and one when SIGINT or SIGTERM asks to stop, then raises
-    Interrupted. A second signal stops at once.
-
-    Steps that are validated get no checkpoint: validation follows them and would be missing when the run continues.
-    Several devices follow the first one's decision, which it makes every tenth step.
-    """
+    """Writes a checkpoint every `seconds` or `steps`, and at SIGINT or SIGTERM, then raising Interrupted; a second
+    signal stops at once. A validated step gets no checkpoint: a run that continues there would lack the validation."""
 
     def __init__(self, directory: Path, val_every: int, seconds: float, steps: int | None):
         self.directory, self.val_every, self.seconds, self.steps = directory, val_every, seconds, steps
@@ -107,8 +103,8 @@ class ShowProgress(L.Callback):
 
 
 class JSONLines(Logger):
-    """metrics.jsonl: each line has `tokens` and the metrics logged there. Lines past `up_to_tokens` are deleted first:
-    they come after the checkpoint from which the run continues."""
+    """metrics.jsonl: each line has `tokens` and the metrics logged there. Deletes lines past `up_to_tokens`, where the
+    checkpoint is from which the run continues."""
 
     def __init__(self, path: Path, up_to_tokens: int):
         super().__init__()
@@ -136,8 +132,5 @@ class JSONLines(Logger):
 
     def curve(self) -> list[dict]:
         """The validations so far, as the record has them."""
-        return [
-            {"tokens": row["tokens"], "val_nats": row["val/loss"], "val_bpb": row["val/bpb"]}
-            for row in read_rows(self.path)
-            if "val/bpb" in row
-        ]
+        rows = [row for row in read_rows(self.path) if "val/bpb" in row]
+        return [{"tokens": row["tokens"], "val_nats": row["val/loss"], "val_bpb": row["val/bpb"]} for row in rows]

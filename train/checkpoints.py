@@ -1,8 +1,7 @@
 """Atomic, checksummed checkpoints of a run; the last two are kept.
 
-A checkpoint's name has its step and the start of its content's SHA-256: `step-000120-<hash>.ckpt`. It is written to a
-temporary file, flushed to the disk and renamed, so that a kill, a full disk or a flipped bit costs at most the newest
-one. Only tensors and plain values are ever unpickled.
+A checkpoint's name has its step and the start of its content's SHA-256, `step-000120-<hash>.ckpt`, so that a kill, a
+full disk or a flipped bit costs at most the newest one. Only tensors and plain values are ever unpickled.
 """
 
 import hashlib
@@ -17,8 +16,6 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from train.files import write_atomic
-from train.progress import console
-from train.run import Run
 
 KEPT = 2
 NAME = re.compile(r"step-\d+-[0-9a-f]{16}")
@@ -36,8 +33,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, dict] | None:
-    """(path, content) of the newest checkpoint whose hash is right; None if there is none. `say` is called with a line
-    about each damaged one."""
+    """(path, content) of the newest checkpoint that is whole, or None; `say` gets a line about each damaged one."""
     for path in checkpoints(directory):
         try:
             with path.open("rb") as f:
@@ -50,14 +46,6 @@ def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, d
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
             say(f"{path} is damaged and not used: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     return None
-
-
-def trained_weights(run: Run) -> dict[str, torch.Tensor]:
-    """The state dict of the run's LanguageModel at the end of its training. RuntimeError if it is missing."""
-    newest = newest_whole(run.directory, console.print)
-    if not newest or newest[1]["seen"]["tokens_seen"] != run.record().get("train_tokens"):
-        raise RuntimeError(f"its last checkpoint is missing or damaged; delete {run.directory} to train it again")
-    return newest[1]["state_dict"]
 
 
 def _digest(content: BinaryIO) -> str:

@@ -1,13 +1,9 @@
 """Text to train on, read the same way on every machine.
 
 Two results may stand in one figure only if their models saw the same text, split in the same way. So documents have
-names relative to the corpus's root, never absolute paths, and a fingerprint of names, texts and split goes into every
-record. The default, `stdlib`, is the source of the running Python's standard library: real text that is on every
-machine (another Python version is another corpus with another fingerprint). `environment` is the Python source and the
-texts of all installed packages: some hundreds of MB.
-
-    load_corpus("stdlib")
-    load_corpus(files=["texts/**/*.txt", "more.jsonl"], relative_to=[Path("studies"), Path.cwd()])
+names relative to the corpus's root, and a fingerprint of names, texts and split goes into every record. `stdlib` is the
+source of the running Python's standard library; `environment` is the Python source and the texts of all installed
+packages, some hundreds of MB.
 """
 
 import glob
@@ -27,6 +23,7 @@ ENVIRONMENT = ".py", ".rst", ".md", ".txt"
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 MIN_DOCUMENTS = 20
 VAL_SHARE = 0.05
+JSONL_LINE = 'lines are like {"text": "..."}'
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,9 @@ class Corpus:
 def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to: Sequence[Path] = ()) -> Corpus:
     """The corpus `name` ("stdlib", "environment"), or the one made of `files`; InputError says what to change.
 
-    `files` are paths or glob patterns (`**` for any depth), absolute or relative to the first folder of `relative_to`
-    (default: the current one) in which they match. `.jsonl` holds a document a line in the field "text", `.parquet` a
-    document a row in the column "text"; every other file is one document of UTF-8 text. A document is named by its path
-    below the folder that all files share (`path#index` in .jsonl and .parquet); documents without text are left out.
-
-    Split: documents are held out for validation in the order of a hash of their names, until they have 5 % of the text.
-    A document that has more than 5 % by itself is always trained on. With fewer than 20 documents, or where less than
-    5 % can be held out so, the last tenth of every document is held out instead, cut at a line end if one is near.
+    `files` are paths or glob patterns, absolute or relative to the first folder of `relative_to` (default: the current
+    one) in which they match. A `.jsonl` has a document a line in the field "text", a `.parquet` a document a row in the
+    column "text"; every other file is one document of UTF-8 text. Documents without text are left out.
     """
     files = [files] if isinstance(files, str) else list(files)
     if (name is None) == (not files):
@@ -66,18 +58,18 @@ def load_corpus(name: str | None = None, files: Sequence[str] = (), relative_to:
         raise InputError(f"corpus: unknown name {name!r}; allowed are {NAMES}, or give files instead of a name")
     documents = NAMED[name]() if name else _from_files(files, list(relative_to) or [Path.cwd()])
     split = _split([document for document in documents if document.text])
-    if not split["train"] or not split["val"]:
+    if not all(split):
         where = ", ".join(files) if files else f"no source of {name} on this machine"
         raise InputError(f"corpus: empty, there is no text to train on ({where}); give files with text in them")
 
     digest, size = hashlib.sha256(), 0
-    for part, documents in split.items():
+    for part, documents in zip(("train", "val"), split, strict=True):
         for document in documents:
             data = document.text.encode()
             digest.update(f"{part}\0{len(data)}\0".encode() + os.fsencode(document.name) + b"\0" + data)
             size += len(data)
-    texts = {part: [document.text for document in documents] for part, documents in split.items()}
-    return Corpus(name or "files", texts["train"], texts["val"], size, digest.hexdigest()[:16])
+    texts = [[document.text for document in documents] for documents in split]
+    return Corpus(name or "files", *texts, size, digest.hexdigest()[:16])
 
 
 def _stdlib() -> Iterator[Document]:
@@ -85,12 +77,11 @@ def _stdlib() -> Iterator[Document]:
     names = []
     for folder, subfolders, entries in os.walk(root):
         subfolders[:] = [sub for sub in subfolders if sub not in STDLIB_LEFT_OUT and not sub.startswith("config-")]
-        # _sysconfigdata is generated and full of this machine's paths: it would make every fingerprint a different one.
+        # _sysconfigdata is generated and full of this machine's paths.
         sources = (entry for entry in entries if entry.endswith(".py") and not entry.startswith("_sysconfigdata"))
         names += [(Path(folder) / source).relative_to(root).as_posix() for source in sources]
-    for name in sorted(names):
-        if (text := _source(root / name)) is not None:
-            yield Document(name, text)
+    documents = (Document(name, _source(root / name)) for name in sorted(names))
+    yield from (document for document in documents if document.text)
 
 
 def _environment() -> Iterator[Document]:
@@ -106,7 +97,7 @@ def _environment() -> Iterator[Document]:
     seen = set()
     for name in sorted(paths):
         text = _source(paths[name])
-        if text is not None and (digest := hashlib.sha256(text.encode()).digest()) not in seen:
+        if (digest := hashlib.sha256(text.encode()).digest()) not in seen:
             seen.add(digest)
             yield Document(name, text)
 
@@ -115,14 +106,14 @@ NAMED = {"stdlib": _stdlib, "environment": _environment}
 NAMES = " or ".join(NAMED)
 
 
-def _source(path: Path) -> str | None:
-    """A file's text, a Python file's in the encoding that it names; None where it is no text."""
+def _source(path: Path) -> str:
+    """A file's text, a Python file's in the encoding that it names; empty where it is no text."""
     data = path.read_bytes()
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline) if path.suffix == ".py" else ("utf-8", None)
         return data.decode(encoding)
     except (SyntaxError, UnicodeDecodeError):
-        return None
+        return ""
 
 
 def _from_files(patterns: Sequence[str], folders: Sequence[Path]) -> Iterator[Document]:
@@ -165,10 +156,8 @@ def _read(path: Path, name: str) -> Iterator[Document]:
 def _decode(path: Path) -> str:
     try:
         return path.read_bytes().decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"corpus: {path} is not UTF-8 text (byte offset {error.start}); convert or leave it out"
-        ) from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"corpus: {path} is not UTF-8 text (byte offset {e.start}); convert or leave it out") from None
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
@@ -178,14 +167,11 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            reason = getattr(error, "msg", error)
-            raise InputError(
-                f'corpus: {path}:{number} is not JSON ({reason}); lines are like {{"text": "..."}}'
-            ) from None
+        except ValueError as e:
+            raise InputError(f"corpus: {path}:{number} is not JSON ({getattr(e, 'msg', e)}); {JSONL_LINE}") from None
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise InputError(f'corpus: {path}:{number} has no string "text"; lines are like {{"text": "..."}}')
+            raise InputError(f'corpus: {path}:{number} has no string "text"; {JSONL_LINE}')
         # JSON can spell half a surrogate pair, UTF-8 can't: such halves become U+FFFD.
         yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -194,16 +180,12 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise InputError(
-            f"corpus: reading {path} needs pyarrow; install the data extra: uv sync --extra data"
-        ) from None
+        raise InputError(f"corpus: reading {path} needs pyarrow: uv sync --extra data installs it") from None
     try:
         table = parquet.ParquetFile(path)
         if "text" not in table.schema_arrow.names:
             columns = ", ".join(table.schema_arrow.names)
-            raise InputError(
-                f'corpus: {path} has no column "text" (its columns: {columns}); rename the one with the text'
-            )
+            raise InputError(f'corpus: {path} has no column "text", but {columns}; rename the one with the text')
         texts = table.read(columns=["text"]).column("text").to_pylist()
     except ArrowException as error:
         raise InputError(f"corpus: {path} is not a parquet file ({str(error).splitlines()[0]})") from None
@@ -213,7 +195,9 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         yield text
 
 
-def _split(documents: Sequence[Document]) -> dict[str, list[Document]]:
+def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """(training, validation). Holds out documents in the order of a hash of their names, until they have 5 % of the
+    text, except one that has more by itself. Where too few can be held out so, the last tenth of each is."""
     enough = VAL_SHARE * sum(len(document.text) for document in documents)
     val, held_out = set(), 0
     for document in sorted(documents, key=lambda document: hashlib.sha256(os.fsencode(document.name)).digest()):
@@ -221,15 +205,10 @@ def _split(documents: Sequence[Document]) -> dict[str, list[Document]]:
             val.add(document.name)
             held_out += len(document.text)
     if len(documents) >= MIN_DOCUMENTS and held_out >= enough:
-        return {
-            "train": [document for document in documents if document.name not in val],
-            "val": [document for document in documents if document.name in val],
-        }
+        return [d for d in documents if d.name not in val], [d for d in documents if d.name in val]
     cuts = [(document, _tail_start(document.text)) for document in documents]
-    return {
-        "train": [Document(document.name, document.text[:cut]) for document, cut in cuts if cut],
-        "val": [Document(document.name, document.text[cut:]) for document, cut in cuts],
-    }
+    train = [Document(document.name, document.text[:cut]) for document, cut in cuts if cut]
+    return train, [Document(document.name, document.text[cut:]) for document, cut in cuts]
 
 
 def _tail_start(text: str) -> int:

@@ -8,10 +8,7 @@ class InputError(ValueError):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM (`signum`) came, and a checkpoint has been written.
-
-    It is not an Exception, so that no handler of faults catches it.
-    """
+    """Ctrl-C or SIGTERM (`signum`) came. It is not an Exception, so that no handler of faults catches it."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)

@@ -1,6 +1,4 @@
-"""Export of a trained run to a directory that Hugging Face transformers loads.
-
-AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+"""Export of a trained run to a directory for AutoModelForCausalLM and AutoTokenizer of Hugging Face transformers.
 
 A variant that has such a class defines `hf_class()`: (model type, class, config entries of its own), and
 `hf_attention(attention)`: the weights of a layer's attention, except the output projection, under the class's names.
@@ -54,21 +52,20 @@ def export(run: Path, out: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        file = run / "config.json"
-        raise InputError(f"{checkpoint[0]} is of another model than {file}: train the run again") from None
+        raise InputError(f"{checkpoint[0]} is not of the model in {run}/config.json: train the run again") from None
     encoding = _encoding(run, config)
     try:
-        _write(out, model, hf, encoding, config["options"]["context"])
+        _write(out, model, hf, encoding)
     except OSError as e:
         raise InputError(f"cannot write to {out}: {e.strerror or e}; choose another place") from None
 
 
-def _write(out: Path, model: Decoder, hf: dict, encoding: tiktoken.Encoding | None, context: int) -> None:
+def _write(out: Path, model: Decoder, hf: dict, encoding: tiktoken.Encoding | None) -> None:
     write_atomic(out / "model.safetensors", save(hf_weights(model), metadata={"format": "pt"}))
     if encoding:
         write_atomic(out / "tokenizer.json", as_hf(encoding).to_str().encode())
         facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
-        write_json(out / "tokenizer_config.json", facts | {"model_max_length": context})
+        write_json(out / "tokenizer_config.json", facts | {"model_max_length": model.options.context})
         hf["eos_token_id"] = encoding.encode_single_token(END_OF_TEXT)
     write_json(out / "config.json", {"bos_token_id": None, "pad_token_id": None, "eos_token_id": None, **hf})
 
@@ -81,10 +78,8 @@ def _encoding(run: Path, config: dict) -> tiktoken.Encoding | None:
         raise InputError(f"{run} does not lie in a study's directory, as runs/<label>/seed-<n> with its plan.json")
     data = load_data(parse_study(plan["settings"]), Path(plan["study_file"]))
     if data.tokenizer and data.facts["fingerprint"] != config["corpus_fingerprint"]:
-        raise InputError(
-            f"the corpus is another one now ({data.facts['fingerprint']}) than the run was trained on "
-            f"({config['corpus_fingerprint']}), and its tokenizer with it: restore the text"
-        )
+        prints = f"{data.facts['fingerprint']}, it was {config['corpus_fingerprint']}"
+        raise InputError(f"the corpus has changed since the run was trained ({prints}): restore the text")
     return data.tokenizer
 
 

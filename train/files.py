@@ -10,11 +10,8 @@ from filelock import FileLock, Timeout
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
-    """Writes a temporary file in the same folder, flushes it to the disk and renames it to `path`.
-
-    A reader therefore sees the old content or the new, never a part. OSError if that fails; no temporary file is left.
-    When processes write the same file at the same time, the last rename wins.
-    """
+    """Writes a temporary file, flushes it to the disk and renames it to `path`: a reader sees the old content or the
+    new, never a part. OSError if that fails; no temporary file is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,17 +23,12 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flushes a folder, so that a rename in it survives a loss of power, on systems that can do that."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # so that the rename survives a loss of power, on systems that can do that
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            os.fsync(folder)
         finally:
-            os.close(descriptor)
+            os.close(folder)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -53,10 +45,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The objects with a whole number of `tokens` in a file of JSON lines; [] without a file.
-
-    Lines that a kill has cut short or filled with zeros are left out.
-    """
+    """The objects with a whole number of `tokens` in a file of JSON lines, [] without a file. Leaves out lines that a
+    kill has cut short or filled with zeros."""
     rows = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -66,11 +56,8 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def lock(directory: Path, wait: float = 0.5) -> FileLock:
-    """The lock that a process holds while it works on `directory`; use it as a context.
-
-    Entering it raises filelock's Timeout if another process holds it for `wait` seconds (-1: waits forever). The system
-    frees it when its process ends. The default is long enough for `is_locked`, which takes the lock for an instant.
-    """
+    """The lock that a process holds while it works on `directory`, as a context; it ends with its process. Entering
+    raises filelock's Timeout if another process holds it for `wait` seconds (-1: waits forever)."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(lock_path(directory), timeout=wait)
 

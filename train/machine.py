@@ -23,9 +23,8 @@ def tune_process() -> None:
 
     Idle threads spin for about 0.5 ms before they sleep. Longer spinning slows steps down by up to 50x where cores are
     shared; without any, each of the hundreds of operators in a decode step would have to wake the threads.
-    Collecting garbage among the objects that imports make, all of which stay, takes a quarter of a command's start.
     """
-    gc.set_threshold(100_000)
+    gc.set_threshold(100_000)  # what imports make stays: looking for garbage there takes a quarter of a command's start
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -38,15 +37,14 @@ def find_device() -> "torch.device":
 
 
 def resolve_precision(precision: str) -> str:
-    """The precision of training, `bf16` or `fp32`. `auto` is bf16 where the machine multiplies it fast: on GPUs from
-    Ampere on and on CPUs with AMX tiles."""
+    """The precision of training: `auto` is bf16 on GPUs from Ampere on and on CPUs with AMX tiles, else fp32."""
     import torch
 
     if precision != "auto":
         return precision
-    if find_device().type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    return "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else "fp32"
+    on_gpu = find_device().type == "cuda"
+    fast = torch.cuda.get_device_capability() >= (8, 0) if on_gpu else torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from archs import build, ops
+from archs.techniques import Technique
 from train.batches import IGNORED
 from train.machine import matmul_flops_per_s
 
@@ -25,10 +26,8 @@ class LanguageModel(L.LightningModule):
 
     tokens: the training budget, where the cosine ends. warmup_tokens: tokens until the peak rate `lr`. clip: limit of
     the gradient's norm. pieces: the number of parts in which a batch goes through the model, each once more for its
-    gradient: the same result in less memory and a third more time.
-    Logs train/loss (nats per token), train/lr, train/grad_norm, train/tokens_per_s and train/mfu every
-    `log_every_n_steps` of the Trainer, and val/loss (nats per token) and val/bpb (bits per byte of text) after each
-    validation.
+    gradient, in less memory and a third more time. Logs train/* every `log_every_n_steps` of the Trainer, and val/loss
+    (nats per token) and val/bpb (bits per byte of text) after each validation.
     """
 
     def __init__(
@@ -54,11 +53,6 @@ class LanguageModel(L.LightningModule):
         self.train_seconds = 0.0  # without validation, checkpoints and the step that compiles
         self.tokens_untimed = 0  # tokens of the step that compiles
         self.checkpoint_seconds = 0.0
-
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.model(tokens_BT)
-
-    # Optimisation
 
     def configure_optimizers(self) -> dict:
         optimizer = adamw(self, self.hparams.lr, self.hparams.weight_decay)
@@ -87,12 +81,8 @@ class LanguageModel(L.LightningModule):
         """FloatingPointError if a loss or a gradient was not finite; that step has changed no weight."""
         if self._diverged.item():
             loss, norm = self._last_values.tolist()
-            raise FloatingPointError(
-                f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} after {self.tokens_seen:,} tokens; "
-                "try a lower learning rate"
-            )
-
-    # Training
+            values = f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+            raise FloatingPointError(f"{values} after {self.tokens_seen:,} tokens; try a lower learning rate")
 
     def setup(self, stage: str) -> None:
         flops = 6 * self.model.count_params() * self.hparams.tokens  # the same for variants of matched parameters
@@ -127,19 +117,28 @@ class LanguageModel(L.LightningModule):
         return self._sum_nats(self.model.last_hidden_state(inputs_BT), self.model.unembed.weight, targets_BT)
 
     @property
+    def timed(self) -> tuple[float, int]:
+        """(seconds, tokens) of training, without the step that compiles."""
+        return self.train_seconds, self.tokens_seen - self.tokens_untimed
+
+    @property
     def tokens_per_s(self) -> float:
-        return _rate(self.tokens_seen - self.tokens_untimed, self.train_seconds)
+        return _rate(*self.timed)
 
     def on_train_start(self) -> None:
         self.mfu(0)  # measures the peak rate now, outside the time of training
         self._since = time.perf_counter()
-        self._logged = self.train_seconds, self.tokens_seen
+        self._logged = self.timed
         self._diverged = torch.zeros((), dtype=torch.bool, device=self.device)
         self._last_values = torch.zeros(2, device=self.device)  # loss and gradient norm, up to the step that diverged
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        if self.model.options.dropout:  # masks are a function of seed and place, so resuming needs no generator state
-            torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)) + self.trainer.global_rank)
+        if self.model.options.dropout:
+            self.reseed()
+
+    def reseed(self) -> None:
+        """Makes random numbers a function of the seed and the place, so that resuming needs no generator's state."""
+        torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)) + self.trainer.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
@@ -154,24 +153,20 @@ class LanguageModel(L.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         """The Trainer's step, then the log, so that a checkpoint at the end of a batch comes after the batch's log."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self._compiles:
-            self.tokens_untimed += self.tokens_seen - self._logged[1]
-            self._logged = self.train_seconds, self.tokens_seen
-            self._compiles = False
-            self.tick(counts=False, wait=True)
-        else:
-            self.tick()
+        compiled, self._compiles = self._compiles, False
+        self.tick(counts=not compiled, wait=compiled)
+        self.tokens_untimed += compiled * (self.timed[1] - self._logged[1])
         if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
-            seconds, tokens = self.train_seconds - self._logged[0], self.tokens_seen - self._logged[1]
-            self._logged = self.train_seconds, self.tokens_seen
+            seconds, tokens = (now - before for now, before in zip(self.timed, self._logged, strict=True))
+            self._logged = self.timed
             self._raise_if_diverged()
             self._log(
                 {
                     "train/loss": self.trainer.strategy.reduce(self._loss, reduce_op="mean").item(),
                     "train/lr": optimizer.param_groups[0]["lr"],
                     "train/grad_norm": self._grad_norm.item(),
-                    "train/tokens_per_s": _rate(tokens, seconds),
-                    "train/mfu": self.mfu(_rate(tokens, seconds)),
+                    "train/tokens_per_s": _rate(seconds, tokens),
+                    "train/mfu": self.mfu(_rate(seconds, tokens)),
                 }
             )
 
@@ -187,8 +182,7 @@ class LanguageModel(L.LightningModule):
         self._raise_if_diverged()
 
     def tick(self, counts: bool = True, wait: bool = False) -> None:
-        """Ends an interval of time and adds it to `train_seconds` if it `counts` as training; with `wait` the GPU has
-        finished first."""
+        """Ends an interval, once the GPU is done if asked to `wait`, and adds it to `train_seconds` if it `counts`."""
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -204,8 +198,6 @@ class LanguageModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, value in checkpoint["seen"].items():
             setattr(self, name, value)
-
-    # Validation
 
     def on_validation_epoch_start(self) -> None:
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
@@ -233,17 +225,35 @@ class LanguageModel(L.LightningModule):
             logger.log_metrics(metrics, step=self.tokens_seen)
 
 
+class Retrofit(LanguageModel):
+    """Training of a finished model, whose weights are to be loaded, for a technique that changes how its cache works.
+    The technique's penalty is added to the loss."""
+
+    def __init__(self, technique: Technique, arch: str, options: dict[str, Any], **recipe: Any):
+        super().__init__(arch, options, **recipe)
+        self.technique = technique
+        self.model = technique.retrofit(self.model)
+
+    def setup(self, stage: str) -> None:
+        """A retrofit is too short to gain by compilation."""
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.reseed()
+        self._done = self.tokens_seen / self.hparams.tokens
+        self.technique.before_step(self.model, self._done)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.technique.penalty(self.model, self._done)
+
+
 def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with decay on matrices alone."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def _rate(tokens: int, seconds: float) -> float:
+def _rate(seconds: float, tokens: int) -> float:
     """Tokens per second; 0 while nothing is timed, as the first step compiled."""
     return tokens / seconds if seconds else 0.0
 

@@ -1,10 +1,8 @@
-"""Multi-query associative recall, a task that isolates attention's use of its memory (Zoology, arXiv 2312.04927,
-section 4 and its appendix on synthetic data).
+"""Multi-query associative recall (Zoology, arXiv 2312.04927, section 4 and its appendix on synthetic data).
 
 A sequence begins with key-value pairs, all keys different: k1 v1 k2 v2 ... Then each key comes once more, in a random
-order at places that crowd towards the beginning, and the model must predict its value there; nothing is predicted
-anywhere else. A blank stands between the queries: the paper has random tokens there, but with a small vocabulary these
-would be keys.
+order at places that crowd towards the beginning, and only there the model must predict, namely its value. Blanks stand
+between the queries: the paper has random tokens, which with a small vocabulary would be keys.
 """
 
 import hashlib
@@ -25,21 +23,18 @@ CROWDING = 0.01  # exponent of the power law of a query's distance from the pair
 
 
 class RecallTask:
-    """Generates sequences; keys are the lower half of the vocabulary, values the upper half. It is TrainingData
-    (train/data.py)."""
+    """TrainingData that is generated; keys are the lower half of the vocabulary, values the upper half."""
 
     tokenizer = None
 
     def __init__(self, pairs: Sequence[int], vocab_size: int):
         most = (vocab_size - 2) // 2
         if not pairs or len(set(pairs)) < len(pairs) or not all(0 < n <= most for n in pairs):
-            raise InputError(
-                f"corpus.pairs={list(pairs)}: must be different numbers of key-value pairs, each from 1 to {most}, as "
-                f"half of tokenizer.vocab_size={vocab_size} are keys"
-            )
+            allowed = f"different numbers of key-value pairs, each from 1 to {most}"
+            half = f"as half of tokenizer.vocab_size={vocab_size} are keys"
+            raise InputError(f"corpus.pairs={list(pairs)}: must be {allowed}, {half}")
         self.pairs, self.n_vocab = sorted(pairs), vocab_size
         self.token_bytes = np.full(vocab_size, ((vocab_size - 1).bit_length() + 7) // 8)
-        self.token_kinds = np.zeros(vocab_size, dtype=np.uint8)  # no token is special
 
     @property
     def facts(self) -> dict:
@@ -51,10 +46,8 @@ class RecallTask:
 
     def check(self, context: int) -> None:
         if 4 * self.pairs[-1] > context:
-            raise InputError(
-                f"{self.pairs[-1]} key-value pairs and as many queries take {4 * self.pairs[-1]} tokens, more than "
-                f"model.context={context}: lower corpus.pairs or raise model.context"
-            )
+            need = f"{self.pairs[-1]} key-value pairs and as many queries take {4 * self.pairs[-1]} tokens"
+            raise InputError(f"{need}, more than model.context={context}: lower corpus.pairs or raise model.context")
 
     def training(self, context: int, batch_size: int, seed: int) -> "RecallBatches":
         return RecallBatches(self, context, batch_size, seed)
@@ -73,8 +66,8 @@ class RecallTask:
 class RecallBatches(Dataset):
     """Item k is (inputs, targets), both int64 (batch_size, context); targets are IGNORED except at the queries.
 
-    With `sequences` these are held-out sequences, their number is `sequences`, and the bytes that the targets stand for
-    are a third entry. Sequence n has the n-th number of pairs, counted in a circle, and depends on (seed, n) alone.
+    With `sequences` these are that many held-out sequences, and an item's third entry is the bytes that its targets
+    stand for. Sequence n has the n-th number of pairs, counted in a circle, and depends on (seed, n) alone.
     """
 
     def __init__(self, task: RecallTask, context: int, batch_size: int, seed: int, sequences: int | None = None):

@@ -9,47 +9,69 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from archs.techniques import Technique, from_settings
+from train.batches import TrainingData
 from train.errors import InputError
 from train.files import read_json, write_json
 from train.machine import find_device, resolve_dtype, resolve_precision
-from train.run import Run
 from train.store import PLAN
 from train.study import Study, TrainConfig
 from train.tuning import at_edge, best_rate, next_rate, tried_rates, tuning_seed
 from train.variants import Variant, on_meta, resolve_variants
 
-if TYPE_CHECKING:
-    from train.data import TrainingData
-
-# Settings that do not determine a run's result: how its rate is found, its checkpoints, and the devices (which share
-# one batch).
+# Settings that do not determine a run's result. Devices share one batch.
 NOT_IN_KEY = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_seconds", "checkpoint_steps"
 # Keys of config.json that follow from others or only name the run.
 DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match"}
 
 
+@dataclass(frozen=True)
+class Run:
+    """`kind`: `compared` runs are what the study is about, and they alone are evaluated; `tuning` runs try a learning
+    rate; a `retrofit` trains its `parent` further for a `technique`."""
+
+    kind: Literal["compared", "tuning", "retrofit"]
+    variant: Variant
+    seed: int
+    lr: float
+    settings: dict  # the part of its record that is known before anything is measured
+    directory: Path
+    name: str  # as `kvfrontier status` shows it
+    parent: "Run | None" = None
+    technique: Technique | None = None
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that determines the trained weights."""
+        return self.settings["key"]
+
+    def record(self) -> dict:
+        """record.json as it is on the disk now; {} unless a run with this key has written it."""
+        record = read_json(self.directory / "record.json")
+        return record if record.get("key") == self.key else {}
+
+    def is_finished(self, record: dict) -> bool:
+        """True if the run has trained to its end, or has diverged in tuning: there, that is a result, not a failure."""
+        return "train" in record or (self.kind == "tuning" and record.get("diverged", False))
+
+    def failure(self, record: dict) -> str | None:
+        """A line that says why the run failed; None if it did not."""
+        failed = "failed" in record and not self.is_finished(record)
+        return f"{self.name} failed: {record['failed']}" if failed else None
+
+
 class Plan:
-    """The runs of a study in `directory`. InputError for a shape that cannot be or a corpus that is too small.
+    """The runs of a study in `directory`. The Path `study_file` names it, and its paths are relative to that.
+    `measures`: names of what is measured. InputError for a shape that cannot be or a corpus that is too small."""
 
-    study_file: what the study's paths are relative to; its name is the study's. measures: the names of what a run is
-    evaluated by; a new one is measured for every run.
-    """
-
-    def __init__(
-        self,
-        study: Study,
-        data: "TrainingData",
-        directory: Path,
-        study_file: Path = Path("study.yaml"),
-        measures: Sequence[str] = (),
-    ):
-        self.study, self.data, self.directory, self.study_file = study, data, directory, study_file
+    def __init__(self, study: Study, data: TrainingData, directory: Path, study_file=Path("study.yaml"), measures=()):
+        self.study, self.data, self.directory = study, data, directory
+        self.study_file, self.name = study_file, study_file.stem
         self.variants = resolve_variants(study, data.n_vocab, study_file.parent)
         data.check(study.model["context"])
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
@@ -57,10 +79,6 @@ class Plan:
         self._train_settings = train | {"precision": resolve_precision(study.train.precision)}
         evaluation = study.eval.model_dump() | {"level": None}  # of intervals: no measure depends on it
         self.evaluation = [evaluation, sorted(measures), resolve_dtype(study.eval.dtype), find_device().type]
-
-    @property
-    def name(self) -> str:
-        return self.study_file.stem
 
     def look(self) -> "Snapshot":
         """The plan's runs as the disk shows them now."""
@@ -71,46 +89,37 @@ class Plan:
         look, runs = self.look(), []
         for run in look.known_runs:
             because = self.stale_because(run)
-            runs.append(
-                {
-                    "name": run.name,
-                    "directory": run.directory.relative_to(self.directory).as_posix(),
-                    "key": run.key,
-                    "eval_key": look.eval_key(run) if run.kind == "compared" else None,
-                    "steps": step_counts(run.variant.tokens, self.study.train)[0],
-                }
-                | ({"stale": because} if because else {})
-            )
-        waiting = [{"name": run_name(variant, seed)} for variant in look.untuned for seed in self.study.seeds]
+            entry = {
+                "name": run.name,
+                "directory": run.directory.relative_to(self.directory).as_posix(),
+                "key": run.key,
+                "eval_key": look.eval_key(run) if run.kind == "compared" else None,
+                "steps": step_counts(run.variant.tokens, self.study.train)[0],
+            }
+            runs.append(entry | ({"stale": because} if because else {}))
+        waiting = [{"name": f"{variant.label} seed {seed}"} for variant in look.untuned for seed in self.study.seeds]
         content = {
             "study": self.name,
             "study_file": str(self.study_file.resolve()),
-            "settings": self.study.settings(),
+            "settings": self.study.model_dump(),
             "runs": runs + waiting,
         }
         try:
             write_json(self.directory / PLAN, content)
         except OSError as e:
-            raise InputError(
-                f"cannot write to {self.directory}: {e.strerror}; choose another place with --out"
-            ) from None
-
-    # Runs
+            raise InputError(f"cannot write to {self.directory}: {e.strerror}; choose another with --out") from None
 
     def compared_run(self, variant: Variant, seed: int, lr: float, tuning: dict | None) -> Run:
         """`tuning`: how the rate was found, {seed, at_edge, rates: [{lr, val_bpb}]}; None if the study gives it."""
-        directory = self.directory / "runs" / variant.label / f"seed-{seed}"
-        settings = self._run_settings(variant, seed, lr, tuning)
-        return Run("compared", variant, seed, lr, settings, directory, run_name(variant, seed))
+        place = Path("runs") / variant.label / f"seed-{seed}"
+        return self._run("compared", variant, seed, lr, place, f"{variant.label} seed {seed}", tuning)
 
     def tuning_run(self, variant: Variant, lr: float) -> Run:
         variant = dataclasses.replace(variant, tokens=self.study.train.tuning_tokens or variant.tokens)
-        directory = self.directory / "tuning" / variant.label / f"lr-{lr!r}"
-        seed = tuning_seed(self.study.seeds)
-        settings = self._run_settings(variant, seed, lr, None)
-        return Run("tuning", variant, seed, lr, settings, directory, f"{variant.label} lr {lr:g}")
+        place, seed = Path("tuning") / variant.label / f"lr-{lr!r}", tuning_seed(self.study.seeds)
+        return self._run("tuning", variant, seed, lr, place, f"{variant.label} lr {lr:g}")
 
-    def _run_settings(self, variant: Variant, seed: int, lr: float, tuning: dict | None) -> dict:
+    def _run(self, kind, variant: Variant, seed: int, lr: float, place: Path, name: str, tuning=None) -> Run:
         fingerprint, tokenizer = self.data.facts["fingerprint"], self.study.tokenizer.model_dump()
         determines = {
             "arch": variant.arch,
@@ -122,7 +131,7 @@ class Plan:
         }
         if variant.source:  # the place of its file does not determine the weights
             determines |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
-        return variant.facts() | {
+        settings = variant.facts() | {
             "seed": seed,
             "match": self.study.match,
             "precision": self._train_settings["precision"],
@@ -131,31 +140,25 @@ class Plan:
             "tuning": tuning,
             "key": content_key(determines),
         }
+        return Run(kind, variant, seed, lr, settings, self.directory / place, name)
 
     def retrofits(self, run: Run) -> list[Run]:
-        """The runs that train `run` further, one for each technique of the study that needs it and can act on its
-        model."""
-        retrofits = []
-        for name, technique in self._trained_techniques[run.variant.label]:
-            shape = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
-            key = content_key([run.key, technique.model_dump()])
-            variant = dataclasses.replace(run.variant, tokens=technique.train_tokens)
-            settings = run.settings | {"tuning": None, "key": key}
-            where = self.directory / "retrofits" / variant.label / f"seed-{run.seed}" / shape, f"{run.name} {shape}"
-            retrofits.append(Run("retrofit", variant, run.seed, technique.lr, settings, *where, run, technique))
-        return retrofits
+        """The runs that train `run` further, one for each technique that needs it and can act on the model."""
+        return [self._retrofit(run, *named) for named in self._trained_techniques[run.variant.label]]
+
+    def _retrofit(self, run: Run, name: str, technique: Technique) -> Run:
+        shape = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
+        variant = dataclasses.replace(run.variant, tokens=technique.train_tokens)
+        settings = run.settings | {"tuning": None, "key": content_key([run.key, technique.model_dump()])}
+        where = self.directory / "retrofits" / variant.label / f"seed-{run.seed}" / shape, f"{run.name} {shape}"
+        return Run("retrofit", variant, run.seed, technique.lr, settings, *where, run, technique)
 
     @cached_property
     def _trained_techniques(self) -> dict[str, list[tuple[str, Technique]]]:
-        """By the label of each variant: (name, technique) of those that its models are trained further for."""
-        prompt, trained = max(1, self.study.model["context"] // 2), []
-        for settings in self.study.eval.technique_settings():
-            technique, _ = from_settings(settings, prompt)
-            if technique.trains:
-                trained.append((settings["technique"], technique))
-        return {variant.label: [each for each in trained if acts_on(each[1], variant)] for variant in self.variants}
-
-    # config.json
+        """By the label of each variant: (name, technique) of those for which its models are trained further."""
+        prompt, entries = max(1, self.study.model["context"] // 2), self.study.eval.technique_settings()
+        named = [(entry["technique"], from_settings(entry, prompt)[0]) for entry in entries]
+        return {v.label: [(name, t) for name, t in named if t.trains and acts_on(t, v)] for v in self.variants}
 
     def config(self, run: Run) -> dict:
         """The content of a run's config.json: what determines its result, and its names."""
@@ -166,10 +169,9 @@ class Plan:
         return config
 
     def stale_because(self, run: Run) -> str:
-        """The settings that differ from those in the run's directory, as `train.lr was 0.001, is 0.002`; empty where
-        the directory is empty or up to date."""
+        """What differs from the settings in the run's directory, as `train.lr was 0.001, is 0.002`; else empty."""
         old, new = read_json(run.directory / "config.json"), json.loads(json.dumps(self.config(run)))
-        if not old or old.get("key") == run.key:
+        if old.get("key", run.key) == run.key:
             return ""
         before, after = (_flat({k: v for k, v in config.items() if k not in DERIVED}) for config in (old, new))
         changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
@@ -178,11 +180,8 @@ class Plan:
 
 
 class Snapshot:
-    """The runs of a plan at one moment. Each record is read once, when it is first asked for.
-
-    runs: those to compare, seeds within variants, of all variants whose learning rate is known. tuning_runs: those that
-    are done or can be done now, rates within variants. untuned: variants whose rate is not known.
-    """
+    """The runs of a plan at one moment; each record is read once. `runs` are to be compared, of all variants whose
+    learning rate is known; `untuned` are the other variants; `tuning_runs` are done or can be done now."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -224,7 +223,6 @@ class Snapshot:
         return math.inf if record.get("diverged") else None
 
     def record(self, run: Run) -> dict:
-        """The run's record, as `Run.record` reads it."""
         if run.directory not in self._records:
             self._records[run.directory] = run.record()
         return self._records[run.directory]
@@ -243,8 +241,8 @@ class Snapshot:
 
     @cached_property
     def ready(self) -> list[Run]:
-        """The runs that can be trained now and are not: first those that try rates, then a whole seed after the other,
-        so that a study that is stopped has complete pairs. More may follow as records appear."""
+        """The runs that can be trained now and are not: those that try rates, then one seed after the other, so that a
+        study that is stopped has complete pairs. More may follow as records appear."""
         runs = sorted(self.runs, key=lambda run: self.plan.study.seeds.index(run.seed))
         retrofits = [r for run in runs if self.is_finished(run) for r in self.plan.retrofits(run)]
         return [run for run in [*self.tuning_runs, *runs, *retrofits] if not self.is_finished(run)]
@@ -262,27 +260,13 @@ class Snapshot:
         no_rate = "no learning rate gave a finite loss; give lower ones in train.lr"
         return failed + [f"{variant.label}: {no_rate}" for variant in self._without_rate]
 
-    # Evaluation
-
     def eval_key(self, run: Run) -> str:
-        """Hash of everything that determines the measured part of the run's record.
-
-        A run is evaluated without the retrofits that failed, and again when these are trained: they are part of it.
-        """
+        """Hash of everything that determines the measured part of the run's record, such as which retrofits failed."""
         failed = [retrofit.key for retrofit in self.plan.retrofits(run) if "failed" in self.record(retrofit)]
         return content_key([run.settings, *self.plan.evaluation, *([failed] if failed else [])])
 
     def is_evaluated(self, run: Run) -> bool:
         return self.record(run).get("eval_key") == self.eval_key(run)
-
-    def is_trained(self, run: Run) -> bool:
-        """True if the run and its retrofits are trained, except for retrofits that failed."""
-        retrofits = map(self.record, self.plan.retrofits(run))
-        return "train" in self.record(run) and all("train" in r or "failed" in r for r in retrofits)
-
-
-def run_name(variant: Variant, seed: int) -> str:
-    return f"{variant.label} seed {seed}"
 
 
 def acts_on(technique: Technique, variant: Variant) -> bool:

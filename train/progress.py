@@ -1,7 +1,4 @@
-"""One progress display for a whole study: which run, how far, and the time left.
-
-A bar on a terminal; elsewhere (a log file, CI) a line now and then.
-"""
+"""One progress display for a whole study: a bar on a terminal, elsewhere (a log file, CI) a line now and then."""
 
 import time
 
@@ -13,19 +10,13 @@ console = Console(stderr=True, highlight=False)
 
 
 class StudyProgress:
-    """Use it as a context around one stage. `total` is the work of the stage, in any unit; the time left is estimated
-    from the work done. `note` is shown before the run."""
+    """A context around one stage. `total` is its work, in any unit; `note` is shown before the run."""
 
     def __init__(self, stage: str, total: float):
         self.stage, self.total, self.done = stage, total, 0.0
         self.note = ""
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:3.0f} %  {task.fields[detail]}"),
-            console=console,
-            transient=True,
-        )
+        name, done = map(TextColumn, ("{task.description}", "{task.percentage:3.0f} %  {task.fields[detail]}"))
+        self._bar = Progress(name, BarColumn(bar_width=24), done, console=console, transient=True)
         self._task = self._bar.add_task(stage, total=total, detail="")
 
     def __enter__(self) -> "StudyProgress":

@@ -1,10 +1,9 @@
 """The training of one run in its directory, repeatable and resumable.
 
 A run writes `config.json` (what determines its result), TensorBoard events, `metrics.jsonl`, its last two checkpoints
-and, when it has trained to the end, `record.json`. A run whose directory has another key starts over.
-
-A run that was stopped or killed at any moment continues from its last checkpoint to the same weights and curves:
-batches and dropout are functions of the seed and the step, and what was logged after the checkpoint is deleted.
+and, when it has trained to the end, `record.json`. A run that was stopped or killed at any moment continues from its
+last checkpoint to the same weights and curves: batches and dropout are functions of the seed and the step, and what was
+logged after the checkpoint is deleted.
 """
 
 import gc
@@ -26,16 +25,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from train.callbacks import CheckpointAndStop, JSONLines, ShowProgress, save_checkpoint
-from train.checkpoints import DurableCheckpoints, checkpoints, newest_whole, trained_weights
+from train.checkpoints import DurableCheckpoints, checkpoints, newest_whole
 from train.data import DataModule
 from train.errors import InputError, Interrupted, out_of_memory
 from train.files import lock, read_json, write_json
 from train.machine import device_name, find_device
-from train.module import LanguageModel
-from train.plan import Plan, step_counts
-from train.progress import StudyProgress
-from train.retrofit import Retrofit
-from train.run import Run
+from train.module import LanguageModel, Retrofit
+from train.plan import Plan, Run, step_counts
+from train.progress import StudyProgress, console
 from train.store import PLAN, read_plan
 from train.workers import Outcome, Workers
 
@@ -62,10 +59,7 @@ class InProcess(Workers):
 
 def train_one(plan: Plan, name: str) -> list[str]:
     """Trains the run that `kvfrontier status` calls `name`, once no other process does; returns a line if it failed.
-
-    plan.json is written if there is none. InputError if there is no such run, or if its settings come out differently
-    on this machine than in plan.json.
-    """
+    InputError if there is no such run, or if its settings come out differently on this machine than in plan.json."""
     runs = {run.name: run for run in plan.look().known_runs}
     if name not in runs:
         raise InputError(f"no run {name!r} can be trained in {plan.directory}: there are {', '.join(runs)}")
@@ -76,15 +70,12 @@ def train_one(plan: Plan, name: str) -> list[str]:
     if not planned and not rank_zero_only.rank:
         plan.save()
     if planned.get(name, {}).get("key", run.key) != run.key:
-        raise InputError(
-            f"{name} has other settings here than in {plan.directory / PLAN}: give kvfrontier train the changed study "
-            "without --run first; or, where machines differ in corpus or in what train.precision=auto picks, make them "
-            "alike"
-        )
+        advice = "train the changed study without --run first, or make the machines alike in corpus and train.precision"
+        raise InputError(f"{name} has other settings here than in {plan.directory / PLAN}: {advice}")
     failed_before = failed_records(plan)
     with StudyProgress("training", run.variant.work) as progress:
         if rank_zero_only.rank:  # the process of a further device: the first one has the lock and writes
-            return [] if run.is_finished(run.record()) else train_as_rank(plan, run, progress)
+            return train_as_rank(plan, run, progress)
         with lock(run.directory, wait=-1):
             train_if_needed(plan, run, progress, failed_before)
     line = run.failure(run.record())
@@ -92,10 +83,10 @@ def train_one(plan: Plan, name: str) -> list[str]:
 
 
 def train_as_rank(plan: Plan, run: Run, progress: StudyProgress) -> list[str]:
-    """The part of a further device (rank > 0) in a run. If it fails, so does the first device's process, which writes
-    the record."""
+    """The part of a further device in a run. If it fails, so does the first one's process, which writes the record."""
     try:
-        train_run(plan, run, progress)
+        if not run.is_finished(run.record()):
+            train_run(plan, run, progress)
     except (RuntimeError, ArithmeticError) as e:
         return [f"{run.name}, process {rank_zero_only.rank}: {(str(e) or type(e).__name__).splitlines()[0]}"]
     return []
@@ -108,11 +99,8 @@ def failed_records(plan: Plan) -> dict[Path, dict]:
 
 
 def train_if_needed(plan: Plan, run: Run, progress: StudyProgress, failed_before: dict[Path, dict]) -> None:
-    """Trains the run unless another process has finished it, or has seen it fail since `failed_before` was read.
-
-    The caller holds the run's lock. A failure of the run alone goes into its record; InputError if the disk cannot be
-    written.
-    """
+    """Trains the run, whose lock the caller holds, unless another process has finished it, or has seen it fail since
+    `failed_before` was read. A failure goes into the record; InputError if the disk cannot be written."""
     record = run.record()
     if run.is_finished(record) or ("failed" in record and record != failed_before.get(run.directory)):
         return
@@ -121,16 +109,13 @@ def train_if_needed(plan: Plan, run: Run, progress: StudyProgress, failed_before
             write_json(run.directory / "record.json", {"key": run.key, **failure, "failed_at": time.time()})
             progress.say(f"{run.name} failed: {failure['failed']}")
     except OSError as e:
-        where = e.filename or run.directory
-        raise InputError(
-            f"{run.name}: cannot write {where}: {e.strerror or e}; what was done is kept: make room there and give the "
-            "same command again"
-        ) from None
+        problem = f"{run.name}: cannot write {e.filename or run.directory}: {e.strerror or e}"
+        raise InputError(f"{problem}; what was done is kept: make room there and give the same command again") from None
 
 
 def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress) -> dict | None:
-    """Trains a run, its batch in twice as many pieces each time that memory runs out. Returns None, or the part of its
-    record that says why it failed."""
+    """Trains a run, its batch in twice as many pieces each time that memory runs out. Returns the record's part that
+    says why it failed, or None."""
     config = plan.study.train
     devices = config.devices * config.num_nodes
     sequences, pieces = config.batch_tokens // run.variant.options["context"] // devices, 1
@@ -154,11 +139,8 @@ def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress) -> dict | Non
 
 
 def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) -> None:
-    """Trains a run from its last checkpoint, or from the start, to its end.
-
-    On several devices each process calls it for the same run, and the first one (rank 0) alone writes.
-    FloatingPointError if it diverges, RuntimeError for other failures, Interrupted if a signal came.
-    """
+    """Trains a run from its last checkpoint, or from the start, to its end. Each device's process calls it, and the
+    first one alone writes. FloatingPointError if the run diverges, Interrupted if a signal came."""
     _quiet_lightning()
     config, writes = plan.study.train, not rank_zero_only.rank
     start = prepare_directory(plan, run, progress.say) if writes else wait_for_directory(run)
@@ -215,9 +197,16 @@ def write_record(run: Run, module: LanguageModel, curve: list[dict]) -> None:
     write_json(run.directory / "record.json", content)
 
 
+def trained_weights(run: Run) -> dict[str, torch.Tensor]:
+    """The state dict of the run's LanguageModel at the end of its training. RuntimeError if it is missing."""
+    newest = newest_whole(run.directory, console.print)
+    if not newest or newest[1]["seen"]["tokens_seen"] != run.record().get("train_tokens"):
+        raise RuntimeError(f"its last checkpoint is missing or damaged; delete {run.directory} to train it again")
+    return newest[1]["state_dict"]
+
+
 def make_module(plan: Plan, run: Run, tokens: int, pieces: int) -> LanguageModel:
-    """The module to train for `tokens`, with initial weights or those of the run's parent. RuntimeError if the parent's
-    are missing."""
+    """The module to train for `tokens`, with initial weights or, of a retrofit, its parent's."""
     config = plan.study.train
     warmup = min(config.warmup_tokens, tokens // 2)  # else a short run would never reach its rate
     recipe = {"tokens": tokens, "lr": run.lr, "warmup_tokens": warmup, "seed": run.seed, "pieces": pieces}
@@ -250,8 +239,8 @@ def make_trainer(**arguments: Any) -> L.Trainer:
 
 
 def prepare_directory(plan: Plan, run: Run, say: Callable[[str], object]) -> tuple[Path, dict] | None:
-    """(path, content) of the checkpoint from which the run continues; None, and an empty directory with config.json, if
-    it starts from the beginning. `say` is called with a line about why it starts over."""
+    """(path, content) of the checkpoint from which the run continues. None if it starts from the beginning, in an empty
+    directory with config.json; `say` gets a line that says why a run starts over."""
     if read_json(run.directory / "config.json").get("key") == run.key:
         if checkpoint := newest_whole(run.directory, say):
             (run.directory / "record.json").unlink(missing_ok=True)  # the run failed, and is tried again
@@ -266,8 +255,7 @@ def prepare_directory(plan: Plan, run: Run, say: Callable[[str], object]) -> tup
 
 
 def wait_for_directory(run: Run) -> tuple[Path, dict] | None:
-    """The same checkpoint in the process of a further device, once the first process has prepared the directory.
-    RuntimeError if that does not happen within a minute."""
+    """The same checkpoint in the process of a further device, once the first one has prepared the directory."""
     for _ in range(600):
         if read_json(run.directory / "config.json").get("key") == run.key:
             return newest_whole(run.directory, lambda line: None)
@@ -279,5 +267,4 @@ def _quiet_lightning() -> None:
     """Silences Lightning's tips, which are about single runs: the study has its own display."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*treespec, LeafSpec.*"):
-        warnings.filterwarnings("ignore", text)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*|.*treespec, LeafSpec.*")

@@ -17,7 +17,7 @@ STUDIES = Path(__file__).resolve().parent.parent / "studies"
 
 
 def find_study(name: str) -> Path:
-    """The YAML file of a study, which is given by its path or by its name in studies/. InputError if there is none."""
+    """The YAML file of a study: its path, or its name in studies/. InputError if there is none."""
     for path in (Path(name), STUDIES / f"{name}.yaml"):
         with contextlib.suppress(OSError):  # the name is too long for a path
             if path.is_file():
@@ -26,17 +26,11 @@ def find_study(name: str) -> Path:
     raise InputError(f"no study {name!r}: give the path of a YAML file or one of {shipped}")
 
 
-def is_study_directory(path: Path) -> bool:
-    return (path / PLAN).is_file() or (path / RESULTS).is_file()
-
-
 def find_directory(study: str, out: Path | None) -> tuple[Path, Path | None]:
     """(directory, YAML file) that a command's STUDY and --out mean; the file is None where STUDY is a directory.
-
-    A study's results go to `out`, by default to runs/<name of the file>. InputError if they cannot go there.
-    """
+    Without --out the results go to runs/<name of the file>. InputError if they cannot go there."""
     path = Path(study).parent if Path(study).name == RESULTS else Path(study)
-    if is_study_directory(path):
+    if (path / PLAN).is_file() or (path / RESULTS).is_file():
         if out:
             raise InputError(f"--out does not go with {path}, which is a study's directory already")
         return path, None
@@ -57,18 +51,16 @@ def read_plan(directory: Path) -> dict:
 
 
 def _is_plan(plan: dict) -> bool:
+    keys = {"name", "key", "eval_key", "steps"}
     try:
         settings = isinstance(plan["settings"]["train"]["batch_tokens"], int) and isinstance(plan["study_file"], str)
-        keys = "directory", "key", "eval_key", "steps"
-        runs = [run for run in plan["runs"] if "directory" in run]
-        return settings and all(run["name"] for run in plan["runs"]) and all(key in run for run in runs for key in keys)
-    except (KeyError, TypeError):
+        return settings and all("directory" not in run or keys <= run.keys() for run in plan["runs"])
+    except (KeyError, TypeError, AttributeError):
         return False
 
 
 def states(directory: Path) -> dict[str, str]:
-    """The state of each run by name: done, running (step, time left), failed (why) and so on. InputError without a
-    plan.json."""
+    """The state of each run by name, such as `running: step 3 of 9, 0:20 left`. InputError without a plan.json."""
     plan = read_plan(directory)
     if "runs" not in plan:
         raise InputError(f"{directory} is no study's directory: it has no {PLAN}")

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -18,18 +18,17 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_v
 from archs.decoder import Options
 from archs.settings import Settings, SettingsError
 from archs.techniques import from_settings
+from train.batches import TrainingData
 from train.corpus import load_corpus
 from train.errors import InputError
 from train.mqar import RecallTask
 from train.store import STUDIES
 from train.tokens import default_cache_dir, prepare
 
-if TYPE_CHECKING:
-    from train.data import TrainingData
-
 MERGED = "model", "train", "eval"  # sections that a study overrides key by key; it replaces the others as a whole
 MODEL_KEYS = [name for name in Options.model_fields if name != "vocab_size"]
 SIZE_KEYS = ["tokens", *(name for name in MODEL_KEYS if name != "context")]
+EXAMPLE = "{label: mha, arch: mha}"
 
 
 def whole(value: Any) -> Any:
@@ -63,9 +62,8 @@ class Section(Settings):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, values: Any) -> Any:
-        return (
-            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
-        )
+        is_dict = isinstance(values, dict)
+        return {key: value for key, value in values.items() if value is not None} if is_dict else values
 
 
 class CorpusConfig(Section):
@@ -127,8 +125,7 @@ class EvalConfig(Section):
     paging: PagingConfig | None = None  # None: not measured
 
     def technique_settings(self) -> list[dict[str, Any]]:
-        """The settings of each technique, lists written out. `full`, which the others are compared with, is always
-        among them."""
+        """The settings of each technique, lists written out. `full`, with which others are compared, is among them."""
         entries = [(entry, f"eval.techniques: {entry.get('technique')}") for entry in self.techniques]
         settings = [entry | chosen for entry, where in entries for chosen in combinations(entry, where)]
         full = {"technique": "full"}
@@ -145,9 +142,6 @@ class Study(Section):
     train: TrainConfig
     eval: EvalConfig
     sizes: list[dict[str, Any]] = Field([])
-
-    def settings(self) -> dict:
-        return self.model_dump()
 
     @field_validator("model")
     @classmethod
@@ -169,12 +163,11 @@ class Study(Section):
     @field_validator("variants")
     @classmethod
     def variants_have_an_arch_and_a_label(cls, variants: list[dict]) -> list[dict]:
-        cls.check(bool(variants), "at least one is needed, such as {label: mha, arch: mha}")
+        cls.check(bool(variants), f"at least one is needed, such as {EXAMPLE}")
         for number, variant in enumerate(variants):
             arch, label = variant.get("arch"), variant.get("label")
-            example = "{label: mha, arch: mha}"
-            cls.check(isinstance(arch, str), f"entry {number} needs an arch, such as {example}: {variant}")
-            text = isinstance(label, str | int | float | None) and not isinstance(label, bool)
+            cls.check(isinstance(arch, str), f"entry {number} needs an arch, such as {EXAMPLE}: {variant}")
+            text = type(label) in (str, int, float, type(None))
             cls.check(text, f"entry {number}: label {label!r} is not text; put it in quotation marks")
             check_label(variant_label(variant))
             for option, key in (("vocab_size", "tokenizer.vocab_size"), ("context", "model.context")):
@@ -183,21 +176,20 @@ class Study(Section):
         return variants
 
     @model_validator(mode="after")
-    def timed_seeds_are_seeds(self) -> "Study":
+    def what_is_measured_exists(self) -> "Study":
         unknown = next((seed for seed in self.eval.decode.seeds or [] if seed not in self.seeds), None)
         self.check(unknown is None, f"eval.decode.seeds={unknown}: must be among the study's seeds {self.seeds}")
+        documents = self.eval.paging and self.eval.paging.lengths == "documents" and self.corpus.name == "mqar"
+        self.check(not documents, "eval.paging.lengths=documents: corpus mqar has no documents; choose uniform")
         return self
 
     @model_validator(mode="after")
     def batches_and_budgets_fit(self) -> "Study":
-        train, context = self.train, self.model["context"]
-        batch, devices = train.batch_tokens, train.devices * train.num_nodes
+        train, context, batch = self.train, self.model["context"], self.train.batch_tokens
         self.check(batch % context == 0, f"train.batch_tokens={batch} must be a multiple of model.context={context}")
-        self.check(
-            batch // context % devices == 0,
-            f"train.devices={train.devices} and train.num_nodes={train.num_nodes} must divide the batch's "
-            f"{batch // context} sequences (train.batch_tokens / model.context)",
-        )
+        sequences = f"the batch's {batch // context} sequences (train.batch_tokens / model.context)"
+        names = f"train.devices={train.devices} and train.num_nodes={train.num_nodes}"
+        self.check(batch // context % (train.devices * train.num_nodes) == 0, f"{names} must divide {sequences}")
         budgets = [("train.tokens", train.tokens), ("train.tuning_tokens", train.tuning_tokens or batch)]
         budgets += [("sizes: tokens", size.get("tokens", train.tokens)) for size in self.sizes]
         for name, tokens in budgets:
@@ -227,7 +219,7 @@ def refuse_unknown(given: Iterable[str], allowed: Sequence[str]) -> None:
 
 
 def combinations(entry: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    """{key: value} for the keys of an entry that have lists, with every combination of their values; {} without lists.
+    """Every combination of the values in an entry's lists, as {key: value} of these keys; {} once without lists.
     InputError, which begins with `where`, for an empty list."""
     lists = {key: value for key, value in entry.items() if isinstance(value, list)}
     if empty := [key for key, values in lists.items() if not values]:
@@ -245,38 +237,26 @@ def variant_label(variant: dict) -> str:
 def check_label(label: str) -> None:
     """ValueError if a label cannot be the name of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+=-]{0,63}", label):
-        raise ValueError(
-            f"the label {label!r} names a folder: use up to 64 letters, digits, spaces and ._+=-, beginning with a "
-            "letter or digit"
-        )
-
-
-# Reading
+        use = "up to 64 letters, digits, spaces and ._+=-, beginning with a letter or digit"
+        raise ValueError(f"the label {label!r} names a folder: use {use}")
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: 2e-3 is one. A key that is given twice, or is not text, is an error."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if repeated := [name for index, name in enumerate(names) if name in names[:index]]:
-            self.refuse(node, f"{repeated[0]!r} is given twice")
+        node, names = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            text = key.tag.endswith((":str", ":merge"))
+            if not text or key.value in names:
+                problem = "is given twice" if text else "is no key; put it in quotation marks"
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} {problem}", problem_mark=key.start_mark)
+            names.add(key.value)
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        mapping = super().construct_mapping(node, deep)
-        if odd := [key for key in mapping if not isinstance(key, str)]:
-            self.refuse(node, f"{odd[0]!r} is no key; put it in quotation marks")
-        return mapping
 
-    def refuse(self, node: yaml.MappingNode, problem: str) -> None:
-        raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> dict:
@@ -295,12 +275,11 @@ def _load(text: str | bytes, failure: str) -> Any:
 
 
 def parse_study(given: dict, overrides: Sequence[str] = ()) -> Study:
-    """A study from a mapping, with `key=value` overrides (dotted keys, variants by label or index). What both leave out
-    is taken from studies/quick.yaml. InputError names a wrong key or value."""
+    """A study from a mapping and `key=value` overrides (dotted keys, variants by label or index); studies/quick.yaml
+    has what both leave out. InputError names a wrong key or value."""
     base = read_yaml(STUDIES / "quick.yaml")
     merged = copy.deepcopy(base | given)
-    for section in MERGED:
-        merged[section] = _merge(base[section], merged[section], section)
+    merged |= {section: _merge(base[section], merged[section], section) for section in MERGED}
     for override in overrides:
         _override(merged, override)
     try:
@@ -326,10 +305,9 @@ def _override(settings: dict, override: str) -> None:
     *parents, last = key.split(".")
     at: Any = settings
     for name in parents:
-        if isinstance(at, list):
-            labels = [str(v.get("label", v.get("arch"))) if isinstance(v, dict) else None for v in at]
-            place = labels.index(name) if name in labels else int(name) if name.isdecimal() else len(at)
-            at = at[place] if place < len(at) else None
+        if isinstance(at, list):  # of variants, by label or index
+            named = {str(v.get("label", v.get("arch"))): v for v in reversed(at) if isinstance(v, dict)}
+            at = ({str(index): v for index, v in enumerate(at)} | named).get(name)
         elif isinstance(at, dict):
             at = at.setdefault(name, {})
     if not isinstance(at, dict):
@@ -337,16 +315,14 @@ def _override(settings: dict, override: str) -> None:
     at[last] = parsed
 
 
-def load_data(study: Study, study_file: Path) -> "TrainingData":
-    """The study's corpus in tokens, or its generated task; file patterns are looked for in the folder of `study_file`,
-    then in the current folder. InputError says what a user has to change."""
+def load_data(study: Study, study_file: Path) -> TrainingData:
+    """The study's corpus in tokens, or its generated task. Files are looked for in the folder of `study_file`, then in
+    the current one. InputError says what to change."""
     corpus, tokenizer = study.corpus, study.tokenizer
     if corpus.name == "mqar":
         if tokenizer.name != "ids" or not tokenizer.vocab_size or not corpus.pairs or corpus.files:
-            raise InputError(
-                "corpus mqar is generated, as token ids: it needs pairs, such as [4, 16], no files, and "
-                "tokenizer: {name: ids, vocab_size: 256}"
-            )
+            needs = "pairs, such as [4, 16], no files, and tokenizer: {name: ids, vocab_size: 256}"
+            raise InputError(f"corpus mqar is generated, as token ids: it needs {needs}")
         return RecallTask(corpus.pairs, tokenizer.vocab_size)
     if corpus.pairs is not None:
         raise InputError("corpus.pairs goes with corpus.name=mqar alone")

@@ -1,8 +1,7 @@
 """Tokenizers, all used through `tiktoken.Encoding`.
 
-A small model wastes most of its parameters on a vocabulary made for the whole web, so the default is a byte-level
-byte-pair vocabulary trained on the study's own training text. The `tokenizers` library finds the merges, tiktoken
-applies them: both split the text by the same pattern, and a token's rank is the order in which it was merged.
+A small model would waste most of its parameters on a vocabulary made for the whole web, so the default, `bpe`, is
+trained on the study's own text. The `tokenizers` library finds the merges, tiktoken applies them.
 """
 
 import base64
@@ -11,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +23,8 @@ END_OF_TEXT = "<|endoftext|>"
 NAMED = "gpt2", "cl100k_base", "o200k_base"
 NAMES = "bpe", "bytes", *NAMED
 
-# A word with the one sign or space before it, up to three digits, a run of signs, white space. GPT-2's idea; that a
-# word takes a sign too (`.append`, `_name`) gives about 1 % more bytes per token on source text at 4096 entries. Runs
-# end at 64 characters: without a bound, training on a long run of one character takes minutes.
+# A word with the one sign or space before it, up to three digits, a run of signs, white space: GPT-2's idea. Runs end
+# at 64 characters: without a bound, training on a long run of one character takes minutes.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 
 SAMPLE_CHARS = 8_000_000
@@ -50,8 +47,7 @@ def load_tokenizer(
         return _bpe(vocab_size, training_texts, cache_dir)
     if vocab_size is not None:
         raise InputError(f"tokenizer: vocab_size only goes with bpe, {name} has its own; remove it")
-    if name == "bytes":
-        # Long pieces: tiktoken's cost is one regex match a piece, and without merges a piece's length is free.
+    if name == "bytes":  # in long pieces, as tiktoken's cost is one regex match a piece
         return _encoding("bytes", r"[\s\S]{1,1024}", [bytes([value]) for value in range(256)])
     try:
         return tiktoken.get_encoding(name)
@@ -70,20 +66,9 @@ def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     return sizes
 
 
-def token_kinds(encoding: tiktoken.Encoding) -> np.ndarray:
-    """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation with or without blanks around it, 0 for all others."""
-    kinds = np.zeros(encoding.n_vocab, dtype=np.uint8)
-    for token in encoding.token_byte_values():
-        text = token.strip()
-        if text and all(chr(c) in string.punctuation for c in text):
-            kinds[encoding.encode_single_token(token)] = 2
-    kinds[list(encoding._special_tokens.values())] = 1
-    return kinds
-
-
 def pieces(text: str) -> list[str]:
-    """`text` in pieces of at most 65,536 characters, cut before a line end where there is one: tiktoken's regex engine
-    overflows its stack on about a million blanks in a row."""
+    """`text` in pieces of at most 65,536 characters, cut before a line end where there is one: on a million blanks in a
+    row tiktoken would overflow its stack."""
     parts, start = [], 0
     while len(text) - start > PIECE_CHARS:
         end = text.rfind("\n", start + 1, start + PIECE_CHARS)
@@ -95,10 +80,8 @@ def pieces(text: str) -> list[str]:
 
 def _bpe(vocab_size: int | None, texts: Sequence[str], cache_dir: Path) -> tiktoken.Encoding:
     if vocab_size is None or vocab_size < 258:
-        raise InputError(
-            "tokenizer: bpe needs a vocab_size of at least 258 (256 byte values, one merge, end of text), "
-            f"got {vocab_size}; 1024 suits small models"
-        )
+        least = "a vocab_size of at least 258 (256 byte values, one merge, end of text)"
+        raise InputError(f"tokenizer: bpe needs {least}, got {vocab_size}; 1024 suits small models")
     sample = _sample(texts)
     digest = hashlib.sha256(json.dumps([CACHE_FORMAT, vocab_size, PATTERN, *map(len, sample)]).encode())
     for piece in sample:
@@ -128,10 +111,8 @@ def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:
     most = 257 + sum(len(piece.encode()) for piece in sample)  # each merge removes at least one byte's place
     trained = json.loads(train_hf(sample, min(vocab_size, most)).to_str())["model"]["vocab"]
     if len(trained) < vocab_size - 1:
-        raise InputError(
-            f"tokenizer: the training text gives a bpe vocabulary of at most {len(trained) + 1} entries, "
-            f"not {vocab_size}; lower vocab_size, give more text, or use the bytes tokenizer"
-        )
+        gives = f"the training text gives a bpe vocabulary of at most {len(trained) + 1} entries, not {vocab_size}"
+        raise InputError(f"tokenizer: {gives}; lower vocab_size, give more text, or use the bytes tokenizer")
     # The library spells bytes as printable characters and numbers them in that order, before the merges.
     value = {character: bytes([byte]) for byte, character in enumerate(_byte_characters())}
     merged = [token for token in sorted(trained, key=trained.get) if len(token) > 1]
@@ -140,43 +121,37 @@ def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:
 
 def train_hf(sample: Sequence[str], vocab_size: int):
     """The `tokenizers.Tokenizer` behind `bpe`, without the end of text. Pairs that occur once get no entry."""
-    # Without this setting the library warns at every later fork (a data loader's workers) that it has used threads.
+    # Without it the library warns at every later fork that it has used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample, trainer)
+    tokenizer = _hf(models.BPE(), PATTERN)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    sizes = {"vocab_size": vocab_size - 1, "min_frequency": 2}
+    tokenizer.train_from_iterator(sample, trainers.BpeTrainer(**sizes, initial_alphabet=alphabet, show_progress=False))
+    return tokenizer
+
+
+def _hf(model, pattern: str):
+    """A `tokenizers.Tokenizer` that splits by `pattern` and applies the model to the bytes of each piece."""
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+    split, on_bytes = pre_tokenizers.Split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split(Regex(pattern), "isolated"), on_bytes])
     return tokenizer
 
 
 def as_hf(encoding: tiktoken.Encoding):
     """The `tokenizers.Tokenizer` that gives the same ids. Special tokens and unused ids are special tokens there."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models
 
     ranks = encoding._mergeable_ranks
     characters = _byte_characters()
     spelled = {token: "".join(characters[byte] for byte in token) for token in ranks}
     merges = [tuple(spelled[part] for part in _merged_from(token, ranks)) for token in ranks if len(token) > 1]
-    tokenizer = Tokenizer(models.BPE(vocab={spelled[token]: rank for token, rank in ranks.items()}, merges=merges))
-    pattern = Regex(encoding._pat_str)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
+    tokenizer = _hf(models.BPE(vocab=vocabulary, merges=merges), encoding._pat_str)
     tokenizer.decoder = decoders.ByteLevel()
     special = {rank: token for token, rank in encoding._special_tokens.items()}
     names = [special.get(rank, f"<|unused {rank}|>") for rank in range(len(ranks), encoding.n_vocab)]

@@ -1,8 +1,7 @@
 """A corpus as token files, written once and memory-mapped by every run.
 
-A study trains many models on the same tokens, often in several processes. So the tokens lie flat in two files (each
-document followed by the end of text), in a folder whose name is a hash of the corpus and the tokenizer: a changed
-corpus is another folder, and nothing has to be invalidated.
+The tokens lie flat in two files, each document followed by the end of text. The name of their folder is a hash of the
+corpus and the tokenizer: a changed corpus is another folder, and nothing has to be invalidated.
 """
 
 import hashlib
@@ -15,17 +14,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
+import torch
 
+from train.batches import TrainingBatches, ValidationBatches
 from train.corpus import Corpus
 from train.errors import InputError
-from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes, token_kinds
-
-if TYPE_CHECKING:
-    from train.batches import TrainingBatches, ValidationBatches  # they import torch, which reading text does not need
+from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes
 
 FILES_FORMAT = 1
 BATCH_PIECES = 256
@@ -33,8 +30,7 @@ BATCH_PIECES = 256
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Read-only token ids of both splits, the encoding that made them, and facts about the corpus. It is TrainingData
-    (train/data.py)."""
+    """TrainingData of a corpus: read-only token ids of both splits and the encoding that made them."""
 
     train: np.memmap
     val: np.memmap
@@ -51,32 +47,21 @@ class TokenSet:
     def token_bytes(self) -> np.ndarray:
         return token_bytes(self.tokenizer)
 
-    @cached_property
-    def token_kinds(self) -> np.ndarray:
-        return token_kinds(self.tokenizer)
-
     def check(self, context: int) -> None:
         for split, tokens in (("training", len(self.train)), ("validation", len(self.val))):
             if tokens <= context:
-                raise InputError(
-                    f"the corpus has {tokens} {split} tokens, too few for one sequence of model.context={context} "
-                    "and the token after it: give more text or a shorter context"
-                )
+                need = f"one sequence of model.context={context} and the token after it"
+                has = f"the corpus has {tokens} {split} tokens, too few for"
+                raise InputError(f"{has} {need}: give more text or a shorter context")
 
-    def training(self, context: int, batch_size: int, seed: int) -> "TrainingBatches":
-        from train.batches import TrainingBatches
-
+    def training(self, context: int, batch_size: int, seed: int) -> TrainingBatches:
         return TrainingBatches(self.train, context, batch_size, seed)
 
-    def validation(self, context: int, batch_size: int, limit: int) -> "ValidationBatches":
-        from train.batches import ValidationBatches
-
+    def validation(self, context: int, batch_size: int, limit: int) -> ValidationBatches:
         return ValidationBatches(self.val, self.token_bytes, context, batch_size, limit)
 
     def spread(self, sequences: int, available: int) -> list[int]:
         """Numbers of `sequences` held-out sequences, evenly spread over the `available` ones."""
-        import torch
-
         return torch.linspace(0, available - 1, min(sequences, available)).long().tolist()
 
     @property
@@ -104,13 +89,10 @@ def prepare(corpus: Corpus, tokenizer_name: str, vocab_size: int | None, cache_d
     call it at once; files that were cut short are written again."""
     if not corpus.train or not corpus.val:
         raise InputError(f"corpus {corpus.name}: no documents to {'train on' if corpus.val else 'validate with'}")
-    cache_dir = Path(cache_dir)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot make the cache folder {cache_dir} ({error.strerror}); set KVFRONTIER_CACHE"
-        ) from error
+    except OSError as e:
+        raise InputError(f"cannot make the cache folder {cache_dir} ({e.strerror}); set KVFRONTIER_CACHE") from e
     tokenizer = load_tokenizer(tokenizer_name, vocab_size, corpus.train, cache_dir)
     identity = json.dumps([FILES_FORMAT, PIECE_CHARS, corpus.fingerprint, tokenizer.name])
     folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -145,8 +127,7 @@ def _build(corpus: Corpus, tokenizer: tiktoken.Encoding, folder: Path, dtype: np
         _write(built / "meta.json", [json.dumps(meta, indent=2).encode()])
         try:
             built.rename(folder)
-        except OSError:
-            # Another process was first; the caller opens its files.
+        except OSError:  # another process may have been first: the caller opens its files
             if not folder.exists():
                 raise
 
@@ -161,13 +142,10 @@ def _write(path: Path, blocks: Iterator[bytes] | Sequence[bytes]) -> int:
 
 def _encoded(texts: Sequence[str], tokenizer: tiktoken.Encoding, dtype: np.dtype) -> Iterator[bytes]:
     """The flat array in blocks of about 16 MB of text: the lists of ids are many times as large as the text."""
-    marked = ((piece, ends) for text in texts for piece, ends in _with_end(pieces(text)))
-    while batch := list(itertools.islice(marked, BATCH_PIECES)):
-        ids = tokenizer.encode_ordinary_batch([piece for piece, _ in batch], num_threads=os.cpu_count() or 1)
-        for tokens, (_, ends) in zip(ids, batch, strict=True):
-            yield np.array([*tokens, tokenizer.eot_token] if ends else tokens, dtype=dtype).tobytes()
-
-
-def _with_end(parts: list[str]) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it is the document's last) for each piece of a document."""
-    return zip(parts, [False] * (len(parts) - 1) + [True], strict=True)
+    parts = (part for text in texts for part in (*pieces(text), None))  # None: the document's end
+    while batch := list(itertools.islice(parts, BATCH_PIECES)):
+        text = [part for part in batch if part is not None]
+        ids = iter(tokenizer.encode_ordinary_batch(text, num_threads=os.cpu_count() or 1))
+        for part in batch:
+            tokens = [tokenizer.eot_token] if part is None else next(ids)
+            yield np.array(tokens, dtype=dtype).tobytes()

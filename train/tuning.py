@@ -1,7 +1,6 @@
 """Choice of a variant's learning rate: the best of a list, which is widened until the best lies between two worse ones.
 
-Rates are tried with a seed that no comparison uses. Published differences between variants are as small as what a rate
-that is off by a fifth costs.
+Published differences between variants are as small as what a rate that is off by a fifth costs.
 """
 
 import itertools
@@ -17,10 +16,8 @@ def tuning_seed(seeds: Sequence[int]) -> int:
 
 
 def tried_rates(given: Sequence[float], loss_of: Callable[[float], float | None]) -> dict[float, float]:
-    """The loss of each rate that was tried: of the given ones, then of those that widen the list.
-
-    `loss_of` answers None for a rate that was not tried, infinity for one that diverged.
-    """
+    """The loss of each rate that was tried, given ones first. `loss_of` answers None for one that was not tried,
+    infinity for one that diverged."""
     losses = {rate: loss for rate in given if (loss := loss_of(rate)) is not None}
     while (rate := next_rate(given, losses)) is not None and (loss := loss_of(rate)) is not None:
         losses[rate] = loss
@@ -38,16 +35,10 @@ def next_rate(given: Sequence[float], losses: Mapping[float, float]) -> float | 
     rates = sorted(losses)
     if len(rates) == 1:
         return 2 * best
-    if best == rates[0]:
-        return _one_further(rates[1], rates[0])
-    if best == rates[-1]:
-        return _one_further(rates[-2], rates[-1])
+    for inner, edge in ((rates[1], rates[0]), (rates[-2], rates[-1])):
+        if best == edge:
+            return float(f"{edge * edge / inner:.4g}")  # one geometric step further
     return None
-
-
-def _one_further(inner: float, edge: float) -> float:
-    """The rate beyond `edge` that continues the geometric step from `inner` to `edge`."""
-    return float(f"{edge * edge / inner:.4g}")
 
 
 def best_rate(losses: Mapping[float, float]) -> float | None:

@@ -1,7 +1,7 @@
-"""The variants of a study: complete options, matched to the first variant of their size.
+"""The variants of a study, with complete options.
 
 Lists in a variant become a family of variants, and sizes multiply them. A matching rule sets one width of each variant
-so that its total parameters equal the first one's.
+so that its total parameters equal those of the first variant of its size.
 """
 
 import hashlib
@@ -61,11 +61,16 @@ class Draft:
     tokens: int
 
     def resolve(self, rule: str, baseline: Variant | None) -> Variant:
-        """The variant, matched by `rule` to the first one of its size; None: it is the first. ValueError if a model
+        """The variant, matched by `rule` to the `baseline` of its size; None: it is that itself. ValueError if a model
         cannot have these options or cannot be matched."""
         if baseline and FREE[rule] in self.options:
             raise ValueError(f"match: {rule} sets {FREE[rule]}; leave it out here, or use match: none")
-        model = matched(rule, self.arch, self.model | self.options, baseline and baseline.params)
+        options = self.model | self.options
+        if baseline and rule == "ffn":
+            options["ffn_width"] = matching_ffn_width(self.arch, options, baseline.params)
+        elif baseline and rule == "heads":
+            options |= matching_heads(self.arch, options, baseline.params)
+        model = on_meta(self.arch, options)
         first = baseline.label if baseline else self.label
         facts = model.options.model_dump(), model.count_params(), self.tokens, source_hash(self.arch)
         return Variant(self.label, self.family, self.size, first, self.arch, *facts)
@@ -88,39 +93,9 @@ def resolve_variants(study: Study, vocab_size: int, folder: Path = Path()) -> li
     return list(variants.values())
 
 
-def matching_tables(study: Study, vocab_size: int, folder: Path = Path()) -> dict[str, list[dict]]:
-    """For each matching rule a row for each variant: the widths and parameters that the rule gives it and what it then
-    costs in FLOPs per training token, or the error if it cannot be matched so."""
-    tables: dict[str, list[dict]] = {}
-    for rule in FREE:
-        tables[rule], first = [], {}
-        for draft in drafts(study, vocab_size, folder):
-            try:
-                variant = draft.resolve(rule, first.get(draft.size))
-            except ValueError as e:
-                tables[rule].append({"label": draft.label, "error": str(e)})
-                continue
-            first.setdefault(draft.size, variant)
-            model, context = on_meta(variant.arch, variant.options), variant.options["context"]
-            tables[rule].append(
-                {
-                    "label": variant.label,
-                    "size": variant.size,
-                    "ffn_width": variant.options["ffn_width"],
-                    "heads": variant.options["heads"],
-                    "params": variant.params,
-                    "train_flops_per_token": 3 * model.flops_per_token(context),
-                    "score_flops_per_token": 3 * model.score_flops(context),
-                }
-            )
-    return tables
-
-
 def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
-    """Every variant in every size, with every combination of the values in its lists.
-
-    Numbers in lists make a family, a curve over bytes; other values (`swa`, `gret`) make families of their own.
-    """
+    """Every variant in every size, with every combination of the values in its lists. Other values than numbers
+    (`swa`, `gret`) make families of their own."""
     for size, size_name in zip(study.sizes or [{}], size_names(study), strict=True):
         model = {"vocab_size": vocab_size, **study.model, **{k: v for k, v in size.items() if k != "tokens"}}
         tokens = size.get("tokens", study.train.tokens)
@@ -147,12 +122,8 @@ def size_names(study: Study) -> list[str]:
     return names
 
 
-# Architectures in files of the user's own
-
-
 def find_arch(arch: str, folder: Path) -> str:
-    """`my_file.py:MyVariant` with the whole path of its file, which is looked for in `folder`, then in the current one;
-    any other name of an architecture as it is."""
+    """`my_file.py:MyVariant` with the path of its file, in `folder` or in the current one; any other name as it is."""
     file, _, name = arch.rpartition(":")
     places = [path for path in (folder / file, Path(file)) if file.endswith(".py") and path.is_file()]
     return f"{places[0].resolve()}:{name}" if places else arch
@@ -167,9 +138,6 @@ def source_hash(arch: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-# Matching
-
-
 class _Uninitialised(TorchFunctionMode):
     """Skips random initialisation: torch's random numbers for meta tensors take 4 seconds to import."""
 
@@ -180,31 +148,15 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def on_meta(arch: str, options: dict) -> Decoder:
-    """The model on the meta device: it has shapes and no memory. ValueError names a wrong option."""
+    """The model with shapes and no memory. ValueError names a wrong option."""
     with torch.device("meta"), _Uninitialised():
         return build(arch, **options)
 
 
-def matched(rule: str, arch: str, options: dict, params: int | None) -> Decoder:
-    """The model of `arch` on the meta device, with the option that the rule sets chosen so that it has `params`
-    parameters in total.
-
-    With None for `params` the options stay as they are. ValueError if no value of that option fits.
-    """
-    if params is not None and rule == "ffn":
-        options = options | {"ffn_width": matching_ffn_width(arch, options, params)}
-    elif params is not None and rule == "heads":
-        options = options | matching_heads(arch, options, params)
-    return on_meta(arch, options)
-
-
 def matching_ffn_width(arch: str, options: dict, params: int) -> int:
-    """The FFN width that brings the total parameters to `params`.
-
-    It is the roundest width at which the parameters without the embeddings (a large vocabulary would hide the
-    difference) are off by at most a fifth of the tolerance, else the nearest width. GLA (arXiv 2505.21487) and MQA
-    (arXiv 1911.02150) match in this way. ValueError if the nearest width is not within the tolerance.
-    """
+    """The FFN width that brings the total parameters to `params`, as GLA (arXiv 2505.21487) and MQA (arXiv 1911.02150)
+    match: the roundest that is off by at most a fifth of the tolerance, in parameters without embeddings (a large
+    vocabulary would hide a difference), else the nearest. ValueError if that is not within the tolerance."""
     model = on_meta(arch, options | {"ffn_width": 1})
     embeddings = model.count_params() - model.count_params(embedding=False)
     one, two = (on_meta(arch, options | {"ffn_width": width}).count_params() for width in (1, 2))
@@ -219,18 +171,14 @@ def matching_ffn_width(arch: str, options: dict, params: int) -> int:
     off /= params
     if nearest and off <= MATCH_TOLERANCE:
         return width
-    raise ValueError(
-        f"match: ffn cannot bring the parameters within {MATCH_TOLERANCE:.1%} of the first variant's {params:,}: "
-        f"the nearest, ffn_width={width}, is {off:.1%} off; use a larger model or match: none"
-    )
+    goal = f"within {MATCH_TOLERANCE:.1%} of the first variant's {params:,}"
+    nearest = f"the nearest, ffn_width={width}, is {off:.1%} off"
+    raise ValueError(f"match: ffn cannot bring the parameters {goal}: {nearest}; use a larger model or match: none")
 
 
 def matching_heads(arch: str, options: dict, params: int) -> dict:
-    """{heads, head_dim, ffn_width}: the number of query heads that brings the total parameters nearest to `params`,
-    with head and FFN sizes unchanged.
-
-    Where every layer has KV heads, as in MHA, GQA and MQA, this keeps n_q + n_kv constant (TPA, arXiv 2501.06425).
-    """
+    """{heads, head_dim, ffn_width}: the number of query heads that brings the total parameters nearest to `params`. In
+    MHA, GQA and MQA this keeps n_q + n_kv constant (TPA, arXiv 2501.06425)."""
     base = Options(**{name: options[name] for name in Options.model_fields if name in options})
     sizes = {"head_dim": base.head_dim, "ffn_width": base.ffn_width}
 

@@ -1,7 +1,7 @@
 """The scheduling of a study's runs, and two back ends that train many at once: side by side here, or on a Ray cluster.
 
-Both back ends start the same command for a run, `kvfrontier train DIR --run NAME`, which can be repeated and gives the
-same weights wherever it runs. train/runner.py has a third, `InProcess`, which trains one run after the other.
+Both start the same command for a run, `kvfrontier train DIR --run NAME`, which gives the same weights wherever it runs.
+train/runner.py has a third back end, `InProcess`, which trains one run after the other.
 """
 
 import os
@@ -13,17 +13,15 @@ import time
 from abc import ABC, abstractmethod
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from train.errors import InputError, Interrupted
 from train.machine import cores, find_device
+from train.plan import Plan, Run
 from train.progress import StudyProgress
 from train.store import logged_progress
-
-if TYPE_CHECKING:
-    from train.plan import Plan
-    from train.run import Run
-    from train.variants import Variant
+from train.variants import Variant
 
 COMMAND = Path(__file__).resolve().parent.parent / "kvfrontier.py"
 INTERRUPTED = 130, 143
@@ -36,7 +34,7 @@ class Workers(ABC):
     """Where runs are trained."""
 
     @abstractmethod
-    def start(self, run: "Run") -> "Future[Outcome] | None":
+    def start(self, run: Run) -> Future[Outcome] | None:
         """Takes on a run, to be trained as soon as a worker is free. None if another process is at work on it."""
 
     def stop(self) -> None:  # noqa: B027
@@ -46,16 +44,11 @@ class Workers(ABC):
         """Frees what the workers use; called last."""
 
 
-def train_with(workers: Workers, plan: "Plan", progress: StudyProgress) -> list[str]:
-    """Trains every run that is not trained yet; returns a line for each that failed. Interrupted if a signal came.
-
-    Runs that another process trains are left to it and waited for. Each tuning run that ends may make more runs known,
-    so plan.json is written again.
-    """
+def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[str]:
+    """Trains every run that is not trained yet, and waits for those that another process trains. Returns a line for
+    each that failed. Updates plan.json, as a tuning run that ends may make more runs known."""
     running: dict[Future, Run] = {}
-    tried: set[Path] = set()
-    lost: list[str] = []
-    waits = False
+    tried, lost, waits = set(), [], False
     try:
         while True:
             look = plan.look()
@@ -95,9 +88,9 @@ def train_with(workers: Workers, plan: "Plan", progress: StudyProgress) -> list[
         workers.close()
 
 
-def _ended(run: "Run", future: "Future[Outcome]", progress: StudyProgress) -> str | None:
-    """Shows what a run's process has printed. Returns a line if it left no record: then the cause is outside the run.
-    InputError and Interrupted are raised here if they ended the process."""
+def _ended(run: Run, future: Future[Outcome], progress: StudyProgress) -> str | None:
+    """Shows what a run's process has printed; returns a line if it left no record, as when it was killed. Raises
+    InputError and Interrupted if they ended the process."""
     try:
         status, lines = future.result()
     except Exception as e:  # Ray's, if its worker died more often than RETRIES
@@ -117,7 +110,7 @@ def _ended(run: "Run", future: "Future[Outcome]", progress: StudyProgress) -> st
     return f"{run.name}: its process {how} ({message}); the same command goes on from its last checkpoint"
 
 
-def _show(progress: StudyProgress, to_train: "list[Variant]", running: "list[Run]") -> None:
+def _show(progress: StudyProgress, to_train: list[Variant], running: list[Run]) -> None:
     """Shows how far the running processes are, by what they have logged."""
     begun = {run.name: run.variant.params * tokens for run in running if (tokens := logged_progress(run.directory)[0])}
     left = max(0, sum(variant.work for variant in to_train) - sum(begun.values()))
@@ -129,18 +122,11 @@ def _show(progress: StudyProgress, to_train: "list[Variant]", running: "list[Run
 
 
 def train_process(directory: Path, name: str, env: dict[str, str], children: set[subprocess.Popen]) -> Outcome:
-    """Trains one run in a process of its own, which is among `children` as long as it lives. The lines that it prints
-    about its progress are left out."""
+    """Trains one run in a process of its own, which is among `children` as long as it lives."""
     command = [sys.executable, str(COMMAND), "train", str(directory), "--run", name]
-    child = subprocess.Popen(
-        command,
-        env=os.environ | env,
-        text=True,
-        errors="replace",
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-    )
+    output = {"text": True, "errors": "replace", "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    # In a session of its own: Ctrl-C reaches this process alone, which passes it on once.
+    child = subprocess.Popen(command, env=os.environ | env, start_new_session=True, **output)
     children.add(child)
     try:
         lines = [line for line in child.communicate()[1].splitlines() if line.strip()]
@@ -154,17 +140,14 @@ def train_process(directory: Path, name: str, env: dict[str, str], children: set
 
 
 def threads() -> dict[str, str]:
-    """The environment that gives a run's process the number of threads of this one: sums round differently with
-    another number."""
-    import torch
-
+    """The environment in which a process has as many threads as this one: with others sums round differently."""
     return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 class SideBySide(Workers):
     """Trains `count` runs at a time on this machine, each on its own GPU where there are enough."""
 
-    def __init__(self, plan: "Plan", count: int):
+    def __init__(self, plan: Plan, count: int):
         self.directory = plan.directory.resolve()
         self.pool, self.free = ThreadPoolExecutor(count), queue.SimpleQueue()
         self.children: set[subprocess.Popen] = set()
@@ -174,7 +157,7 @@ class SideBySide(Workers):
         for number in range(count):
             self.free.put(env | _gpus(plan, number, count))
 
-    def start(self, run: "Run") -> "Future[Outcome]":
+    def start(self, run: Run) -> Future[Outcome]:
         return self.pool.submit(self._train, run.name)
 
     def _train(self, name: str) -> Outcome:
@@ -193,11 +176,8 @@ class SideBySide(Workers):
         self.pool.shutdown(wait=False)
 
 
-def _gpus(plan: "Plan", number: int, count: int) -> dict[str, str]:
-    """The environment by which worker `number` of `count` sees its GPUs; workers share them where there are fewer. {}
-    without GPUs."""
-    import torch
-
+def _gpus(plan: Plan, number: int, count: int) -> dict[str, str]:
+    """The environment in which worker `number` of `count` sees its GPUs; workers share them where there are fewer."""
     if find_device().type != "cuda":
         return {}
     each, gpus = plan.study.train.devices, torch.cuda.device_count()
@@ -209,14 +189,10 @@ def _gpus(plan: "Plan", number: int, count: int) -> dict[str, str]:
 
 
 class OnRay(Workers):
-    """Trains each run as a Ray task, on any node that sees the study's directory under the same path.
+    """Trains each run as a Ray task, on any node that sees the study's directory under the same path. A run whose node
+    died continues on another one. `address`: the cluster's; empty: $RAY_ADDRESS, or this machine."""
 
-    A task takes as many GPUs as a run has devices or, where no node has GPUs, a core for each thread of a run (all
-    cores of a node that has fewer). A run whose node died continues from its last checkpoint on another one.
-    `address`: the cluster's; empty: $RAY_ADDRESS, or this machine.
-    """
-
-    def __init__(self, plan: "Plan", address: str):
+    def __init__(self, plan: Plan, address: str):
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else each worker installs a copy of the project
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         try:
@@ -240,14 +216,14 @@ class OnRay(Workers):
             raise
 
     def _share(self, devices: int, threads: int) -> dict[str, int]:
-        """The resources that a task asks Ray for."""
+        """What a task asks Ray for: a GPU for each device or, where no node has one, a core for each thread."""
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         gpus, cpus = (int(max((node.get(kind, 0) for node in resources), default=0)) for kind in ("GPU", "CPU"))
         if not cpus or 0 < gpus < devices:
             raise InputError(f"--ray: a run needs a CPU and train.devices={devices}; no node has more than {gpus} GPUs")
         return {"num_gpus": devices, "num_cpus": 1} if gpus else {"num_cpus": min(cpus, devices * threads)}
 
-    def start(self, run: "Run") -> "Future[Outcome]":
+    def start(self, run: Run) -> Future[Outcome]:
         env = self.env | {name: value for name, value in os.environ.items() if name.startswith("KVFRONTIER_")}
         options = {"name": run.name, "max_retries": RETRIES, "retry_exceptions": [Killed], **self.share}
         task = self.task.options(**options).remote(str(self.directory), run.name, env)
@@ -267,7 +243,7 @@ class Killed(RuntimeError):
 
 
 def train_process_on_ray(directory: str, name: str, env: dict[str, str]) -> Outcome:
-    """Trains one run in a Ray worker, whose environment says which GPUs its children use."""
+    """Trains one run in a Ray worker."""
     for _ in range(100):  # a shared directory may show the plan a moment later on other machines
         if (Path(directory) / "plan.json").exists():
             status, lines = train_process(Path(directory), name, env, set())

@@ -15,6 +15,7 @@ import torch
 
 import eval
 from archs import VARIANTS, build
+from archs.cache import State
 from eval import loss, recall, speed, techniques
 from eval.compare import NotComparable, compare, gap_changes, t_cdf, t_interval, t_quantile
 from eval.frontier import bytes_for_baseline, crossing
@@ -54,19 +55,19 @@ def test_a_window_longer_than_the_shortest_measurement_is_filled_first():
     assert measure_memory(model, torch.float32)["constant_bytes"] == 2 * 2 * 8 * 300 * 4
 
 
-@pytest.mark.parametrize("method", ["kv_elements_per_token", "kv_constant_elements", "kv_stored_elements"])
-def test_a_formula_that_is_not_true_is_an_error(method, monkeypatch):
+@pytest.mark.parametrize("wrong", [lambda right: right + 1, lambda right: 2 * right], ids=["constant", "per token"])
+def test_a_formula_that_is_not_true_is_an_error(wrong, monkeypatch):
     model = build("gqa", **SHAPE, kv_heads=2)
-    right = getattr(model, method)
-    monkeypatch.setattr(model, method, lambda *args: right(*args) + 1)
+    right = model.kv_stored_elements
+    monkeypatch.setattr(model, "kv_stored_elements", lambda context: wrong(right(context)))
     with pytest.raises(BytesDiffer, match="the formulas"):
         measure_memory(model, torch.float32)
 
 
 def test_a_variant_that_hides_a_buffer_is_found_out(monkeypatch):
     model = build("mha", **SHAPE)
-    parts = model.new_parts
-    monkeypatch.setattr(model, "new_parts", lambda *args: [*parts(*args), {"hidden": [torch.zeros(args[1], 4)]}])
+    layers = model.new_layers
+    monkeypatch.setattr(model, "new_layers", lambda make: [*layers(make), State(torch.zeros(4, make.max_tokens))])
     with pytest.raises(BytesDiffer):
         measure_memory(model, torch.float32)
 
@@ -428,8 +429,8 @@ def test_a_measure_is_a_module_of_the_package():
 def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_bytes_are():
     texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
     ones = torch.ones(300, dtype=torch.long).numpy()
-    kinds = (0 * ones).astype("uint8")
-    data = SimpleNamespace(token_bytes=ones, token_kinds=kinds, spread=lambda sequences, available: range(available))
+    facts = {"token_bytes": ones, "tokenizer": None, "n_vocab": 300}
+    data = SimpleNamespace(**facts, spread=lambda sequences, available: range(available))
     model = build("gqa", vocab_size=257, width=32, layers=3, heads=4, context=32, kv_heads=2).eval()
     tokens = torch.tensor([list(text.encode()[:33]) for text in texts[:6]])
     nats = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).detach()

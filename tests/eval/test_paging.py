@@ -45,8 +45,8 @@ def test_every_variant_wastes_what_the_definitions_say(arch, options):
 
 def test_a_formula_that_is_not_true_is_an_error(monkeypatch):
     model = build("gqa", **SHAPE, kv_heads=2)
-    right = model.kv_elements_per_token
-    monkeypatch.setattr(model, "kv_elements_per_token", lambda: right() + 1)
+    right = model.kv_stored_elements
+    monkeypatch.setattr(model, "kv_stored_elements", lambda context: right(context) + 1)
     with pytest.raises(BytesDiffer, match="formula"):
         paging.measure(subject(model, STUDY))
 

@@ -61,8 +61,6 @@ def write_study(folder: Path, name: str, steps: int, **changes) -> Path:
 def in_child(arguments: list, dies_at: float, signum: int) -> int:
     """The exit status of a kvfrontier command, or minus the number of the signal that killed it. It sends itself
     `signum` once `dies_at` batches are done; a half means after a batch and before its checkpoint and validation."""
-    if child := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     whole = CheckpointAndStop.on_train_batch_end
 
     def on_train_batch_end(self, trainer, *rest):
@@ -74,28 +72,28 @@ def in_child(arguments: list, dies_at: float, signum: int) -> int:
             os.kill(os.getpid(), signum)
 
     CheckpointAndStop.on_train_batch_end = on_train_batch_end
-    silence()
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(fork(arguments), 0)[1])
+    finally:
+        CheckpointAndStop.on_train_batch_end = whole
+
+
+def fork(arguments: list) -> int:
+    """Starts a kvfrontier command, which prints nothing, in a child; returns its process id."""
+    if child := os.fork():
+        return child
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     try:
         os._exit(main([str(argument) for argument in arguments]))
     finally:
         os._exit(70)
 
 
-def silence() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-
-
 def killed_after(arguments: list, seconds: float) -> int:
     """The exit status of a kvfrontier command that is killed after so many seconds, if it has not ended before."""
-    child = os.fork()
-    if not child:
-        silence()
-        try:
-            os._exit(main([str(argument) for argument in arguments]))
-        finally:
-            os._exit(70)
+    child = fork(arguments)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -111,16 +109,13 @@ def end(run: Path) -> dict:
     events = EventAccumulator(str(run)).Reload()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     weights = torch.load(checkpoints(run)[0], weights_only=True)["state_dict"]
+    tags = events.Tags()["scalars"]
     timed = "train/tokens_per_s", "train/mfu", "final/train_tokens_per_s", "final/decode_tokens_per_s"
     return {
         "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
         "metrics": [{k: v for k, v in row.items() if k not in timed} for row in rows],
         "record": without_times(json.loads((run / "record.json").read_text())),
-        "curves": {
-            tag: [(e.step, e.value) for e in events.Scalars(tag)]
-            for tag in events.Tags()["scalars"]
-            if tag not in timed
-        },
+        "curves": {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags if tag not in timed},
     }
 
 
@@ -176,7 +171,7 @@ def kill_study(folder: Path, kills: int) -> bool:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=5, help="of each variant's run, or of the study (default: 5)")
-    parser.add_argument("--signal", nargs="+", choices=["KILL", "TERM"], default=["KILL"])
+    parser.add_argument("--signal", nargs="+", choices=["KILL", "TERM", "INT"], default=["KILL"])
     parser.add_argument("--study", action="store_true", help="the whole study in place of each variant's run")
     args = parser.parse_args()
     eval.speed.SECONDS = 0.02

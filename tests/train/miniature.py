@@ -27,7 +27,7 @@ def tiny_study(**train):
 
 def one_run(data, directory, **train):
     """(plan, run) of a miniature study of the MHA alone."""
-    plan = Plan(parse_study(tiny_study(**train).settings() | {"variants": [{"arch": "mha"}]}), data, directory)
+    plan = Plan(parse_study(tiny_study(**train).model_dump() | {"variants": [{"arch": "mha"}]}), data, directory)
     return plan, plan.look().runs[0]
 
 

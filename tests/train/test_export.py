@@ -1,12 +1,9 @@
 """A run that was exported, in transformers: the same logits, the same greedy tokens, the same ids."""
 
-import os
-
 import pytest
 import tiktoken
 import torch
-import yaml
-from texts import write_texts
+from texts import user_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvfrontier
@@ -28,8 +25,6 @@ TEXT = "def f(x_1):\n    return [1234567, 'caf\xe9 \u4e2d', \"  \"]  # the quick
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    write_texts(folder)
     settings = {
         "corpus": {"files": ["texts/*.txt"]},
         "tokenizer": {"name": "bpe", "vocab_size": 300},
@@ -38,8 +33,7 @@ def study(tmp_path_factory):
         "variants": VARIANTS,
         "train": {"tokens": 1280, "batch_tokens": 64, "val_tokens": 64, "val_points": 2, "precision": "fp32"},
     }
-    (folder / "study.yaml").write_text(yaml.safe_dump(settings))
-    os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
+    folder = user_folder(tmp_path_factory, "export", settings)
     assert kvfrontier.main(["train", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
     return folder / "out"
 
@@ -66,14 +60,8 @@ def test_transformers_computes_the_same(study, label, tmp_path):
     for _ in range(64):
         greedy.append(logits.argmax(-1))
         logits = ours.decode(greedy[-1], cache)
-    made = theirs.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=64,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=0,
-    )
+    how = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    made = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
     assert torch.equal(made[:, 32:], torch.stack(greedy, 1))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in (TEXT, *["".join(map(chr, range(n, n + 50))) for n in range(0, 1500, 50)]):

@@ -1,20 +1,18 @@
 """Training further on so that the cache merges (DMC): to its ratio, through the commands of a study."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
-import yaml
-from texts import write_texts
+from texts import user_folder
 
 import kvfrontier
 from archs import build
 from archs.techniques import dmc, technique
 from train.checkpoints import newest_whole
+from train.module import Retrofit
 from train.plan import Plan
-from train.retrofit import Retrofit
 from train.store import states
 from train.study import load_data, parse_study
 
@@ -29,15 +27,8 @@ STUDY = {
     "model": {"width": 32, "layers": 2, "heads": 4, "context": 32},
     "match": "none",
     "variants": [{"arch": "mha"}, {"arch": "mla", "kv_rank": 8, "rope_dim": 4}],
-    "train": {
-        "tokens": 20_480,
-        "batch_tokens": 512,
-        "lr": 0.005,
-        "warmup_tokens": 1024,
-        "val_tokens": 512,
-        "val_points": 2,
-        "checkpoint_steps": 50,
-    },
+    "train": {"tokens": 20_480, "batch_tokens": 512, "lr": 0.005, "warmup_tokens": 1024, "checkpoint_steps": 50}
+    | {"val_tokens": 512, "val_points": 2},
     "eval": {
         "loss_tokens": 2048,
         "decode": {"batch": [1], "context": [32]},
@@ -48,10 +39,7 @@ STUDY = {
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory, two_figures):
-    folder = tmp_path_factory.mktemp("retrofit")
-    write_texts(folder)
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
+    folder = user_folder(tmp_path_factory, "retrofit", STUDY)
     assert kvfrontier.main(["run", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
     return folder / "out"
 

@@ -5,15 +5,17 @@ import random
 from pathlib import Path
 
 import pytest
+from texts import refusal
 
 from archs import VARIANTS
+from eval.results import matching_tables
 from train.errors import InputError
 from train.files import write_json
 from train.plan import Plan
 from train.store import STUDIES, find_study
 from train.study import load_data, parse_study, read_yaml
 from train.tuning import WIDENED_AT_MOST
-from train.variants import matching_heads, matching_tables, on_meta, resolve_variants
+from train.variants import matching_heads, on_meta, resolve_variants
 
 THREE = "[{arch: mha}, {arch: mqa}, {arch: gqa, kv_heads: 2}]"
 
@@ -43,8 +45,6 @@ def test_every_shipped_study_resolves(path):
 
 WRONG = [
     ({"trian": {}}, "unknown key 'trian'; allowed: corpus,"),
-    ({"trian": {}}, "did you mean 'train'?"),
-    ({"train": {"tokns": 5}}, "unknown key 'train.tokns'"),
     ({"train": {"tokns": 5}}, "did you mean 'tokens'?"),
     ({"eval": {"decode": {"batches": [1]}}}, "unknown key 'eval.decode.batches'"),
     ({"model": {"widht": 64}}, "unknown key 'model.widht'; allowed: width"),
@@ -55,7 +55,6 @@ WRONG = [
     ({"train": {"lr": [1e-3, 1e-3]}}, "train.lr: 0.001 stands twice"),
     ({"train": {"lr": []}}, "train.lr: at least one is needed"),
     ({"sizes": [{"depth": 3}]}, "unknown key 'sizes.depth'; allowed: tokens, width"),
-    ({"sizes": [{"context": 3}]}, "unknown key 'sizes.context'"),
     ({"sizes": [{"width": 64, "tokens": "many"}]}, "sizes: tokens='many': must be a whole number"),
     ({"sizes": {"width": 3}}, "sizes={'width': 3}: must be a list"),
     ({"eval": {"level": 1.0}}, "eval.level=1.0: must be a number above 0 and below 1"),
@@ -77,8 +76,6 @@ WRONG = [
     ({"variants": [{"label": True, "arch": "mha"}]}, "variants: entry 0: label True is not text; put it in quotation"),
     ({"variants": [{"arch": "mha"}, {"arch": "mha"}]}, "variants: 'mha' stands twice"),
     ({"variants": [{"arch": "mha", "label": "a/../../x"}]}, "'a/../../x' names a folder"),
-    ({"variants": [{"arch": "mha", "label": "<script>"}]}, "'<script>' names a folder"),
-    ({"variants": [{"arch": "mha", "label": r"\input{x}"}]}, "names a folder"),
     ({"variants": [{"arch": "mha", "label": ".."}]}, "names a folder"),
     ({"variants": [{"arch": "mha", "vocab_size": 9}]}, "set tokenizer.vocab_size"),
     ({"variants": [{"arch": "mha", "context": 8}]}, "context is the same for all of them; set model.context"),
@@ -88,7 +85,6 @@ WRONG = [
     ({"eval": {"techniques": [{"technique": "snapkv", "budget": 0.25}]}}, "window=32 is longer than the budget of 16"),
     ({"eval": {"techniques": [{"technique": "h2o", "budget": []}]}}, "eval.techniques: h2o: budget is an empty list"),
     ({"eval": {"techniques": [{"technique": "dmc", "lr": 1}]}}, "lr=1"),
-    ({"eval": {"techniques": [{"technique": {"a": 1}}]}}, "eval.techniques: unknown technique {'a': 1}"),
     ({"eval": {"techniques": [{"technique": "h2o", "name": 1}]}}, "h2o: unknown option 'name'"),
     ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 0.5]}]}}, "stands twice in the study"),
     ({"eval": {"techniques": [{"technique": "dmc", "train_tokens": 9}]}}, "train_tokens=9 is less than one batch"),
@@ -103,10 +99,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("given", "message"), WRONG, ids=[m for _, m in WRONG])
 def test_a_wrong_study_is_refused_in_one_line(given, message):
-    with pytest.raises(InputError) as caught:
-        parse_study(given)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in refusal(parse_study, given)
 
 
 SHAPES = [
@@ -128,25 +121,12 @@ SHAPES = [
 
 @pytest.mark.parametrize(("model", "variants", "message"), SHAPES, ids=[m for *_, m in SHAPES])
 def test_an_impossible_shape_is_refused_in_one_line(data, tmp_path, model, variants, message):
-    with pytest.raises(InputError) as caught:
-        Plan(study(model=model, variants=variants), data, tmp_path)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in refusal(lambda: Plan(study(model=model, variants=variants), data, tmp_path))
 
 
 def test_a_context_past_the_corpus_is_refused(data, tmp_path):
     with pytest.raises(InputError, match=r"validation tokens, too few for one sequence of model.context=16384"):
         Plan(study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
-    with pytest.raises(InputError, match="less than one batch"):
-        Plan(study("train.tokens=100"), data, tmp_path)
-
-
-def test_a_key_given_twice_is_refused(tmp_path):
-    for content in ("seeds: [0]\nseeds: [1]\n", "variants: [{arch: mha, arch: mqa}]\n"):
-        (tmp_path / "twice.yaml").write_text(content)
-        with pytest.raises(InputError, match="is given twice") as caught:
-            read_yaml(tmp_path / "twice.yaml")
-        assert "\n" not in str(caught.value)
 
 
 def test_a_merge_key_is_no_second_time(tmp_path):
@@ -177,13 +157,12 @@ def test_overrides_reach_every_place():
         ("eval.decode.seeds=1", "eval.decode.seeds=1: must be a list, each a whole number"),
         ("tokenizer.name=3", "tokenizer.name=3: must be text"),
         ("variants=[{arch: mha, 5: 3}]", "5 is no key"),
+        ("eval.decode.seeds=[0, 7]", "eval.decode.seeds=7: must be among the study's seeds [0]"),
+        ("train.tokens=100", "less than one batch"),
     ],
 )
 def test_wrong_values_are_told_in_words(override, says):
-    with pytest.raises(InputError) as caught:
-        study(override)
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert says in refusal(study, override)
 
 
 def test_overrides_of_a_given_list_name_variants_by_label_or_place():
@@ -202,23 +181,19 @@ def test_unknown_studies_and_broken_files_are_refused(tmp_path):
         find_study("qiuck")
     with pytest.raises(InputError, match="no study"):
         find_study("x" * 300)
-    for name, text in (("a", "train: {tokens: 1"), ("b", "[1, 2]"), ("c", ""), ("d", "\0"), ("e", "seeds: 2023-13-45")):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(InputError) as caught:
-            read_yaml(tmp_path / name)
-        assert "\n" not in str(caught.value)
+    broken = {"train: {tokens: 1": "not a YAML file", "[1, 2]": "must be a mapping", "": "must be a mapping"}
+    broken |= {"\0": "not a YAML file", "seeds: 2023-13-45": "not a YAML file"}
+    broken |= dict.fromkeys(("seeds: [0]\nseeds: [1]", "variants: [{arch: mha, arch: mqa}]"), "is given twice")
+    for text, message in broken.items():
+        (tmp_path / "study.yaml").write_text(text)
+        assert message in refusal(read_yaml, tmp_path / "study.yaml")
 
 
 def test_ffn_matching_brings_every_variant_within_half_a_percent():
     draw = random.Random(0)
     for _ in range(6):
-        heads = draw.choice([4, 8])
-        shape = {
-            "width": heads * draw.choice([16, 24, 32]),
-            "layers": draw.choice([2, 4, 6]),
-            "heads": heads,
-            "context": 32,
-        }
+        heads, size, layers = draw.choice([4, 8]), draw.choice([16, 24, 32]), draw.choice([2, 4, 6])
+        shape = {"width": heads * size, "layers": layers, "heads": heads, "context": 32}
         variants = [
             {"arch": arch, "label": f"{arch}{i}", **options}
             for arch, variant in VARIANTS.items()
@@ -239,13 +214,9 @@ def test_a_large_vocabulary_does_not_hide_a_difference(vocab_size):
         for v in resolve_variants(study(model=shape, variants=variants), vocab_size)
     )
     assert max(abs(params - first) for params in others) <= 0.005 * first
-
-
-def test_what_no_width_matches_is_refused_however_large_the_vocabulary():
-    shape = {"width": 64, "layers": 4, "heads": 4, "context": 32}
     variants = [{"arch": "mha"}, {"arch": "mla", "kv_rank": 256, "rope_dim": 16}]
     with pytest.raises(InputError, match="cannot bring the parameters"):
-        resolve_variants(study(model=shape, variants=variants), 200_019)
+        resolve_variants(study(model=shape, variants=variants), vocab_size)
 
 
 def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
@@ -339,10 +310,7 @@ def test_sizes_of_one_shape_are_told_apart_by_what_else_differs():
     ],
 )
 def test_lists_and_sizes_that_cannot_be_are_refused_in_one_line(data, tmp_path, sections, message):
-    with pytest.raises(InputError) as caught:
-        Plan(study(**sections), data, tmp_path)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in refusal(lambda: Plan(study(**sections), data, tmp_path))
 
 
 def test_the_matching_tables_show_what_each_rule_holds_and_what_it_costs():
@@ -427,11 +395,6 @@ def test_a_variant_in_a_file_of_the_users_own_is_found_beside_the_study_and_its_
     assert keys[0] == keys[1]
     assert keys[0][0] == keys[2][0]
     assert keys[0][1] != keys[2][1]
-
-
-def test_seeds_that_are_timed_are_seeds_of_the_study():
-    with pytest.raises(InputError, match=r"eval.decode.seeds=7: must be among the study's seeds \[0\]"):
-        study("eval.decode.seeds=[0, 7]")
 
 
 def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_path):

@@ -9,10 +9,10 @@ import pytest
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import refusal as refused
 
 from train import tokenizer as module
 from train.corpus import load_corpus
-from train.errors import InputError
 from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes, train_hf
 
 
@@ -30,10 +30,7 @@ def encodings(texts, tmp_path_factory):
 
 
 def refusal(*args):
-    with pytest.raises(InputError) as caught:
-        load_tokenizer(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refused(load_tokenizer, *args)
 
 
 @given(st.text() | st.text("ab \n'1<|é", max_size=300) | st.just("<|endoftext|>"))
@@ -43,12 +40,6 @@ def test_decoding_gives_the_text_back_and_no_text_gives_the_end_of_text(encoding
         assert encoding.decode(ids) == text
         assert encoding.eot_token not in ids
         assert token_bytes(encoding)[ids].sum() == len(text.encode())
-
-
-def test_bytes_are_the_bytes(encodings):
-    text = "naïve \U0001f600\n" * 3000
-    assert encodings[1].encode_ordinary(text) == list(text.encode())
-    assert encodings[1].n_vocab == 257
 
 
 def test_vocabulary_has_the_size_asked_for_and_the_end_of_text_last(encodings):
@@ -61,6 +52,8 @@ def test_vocabulary_has_the_size_asked_for_and_the_end_of_text_last(encodings):
         assert lengths[:256].tolist() == [1] * 256
         assert lengths[-1] == 0
         assert (lengths[256:-1] > 1).all()
+    text = "naïve \U0001f600\n" * 3000
+    assert encodings[1].encode_ordinary(text) == list(text.encode())
 
 
 def test_tiktoken_splits_and_merges_as_the_library_that_trained(texts):
@@ -82,17 +75,11 @@ def test_training_gives_the_same_ranks_with_any_number_of_threads(texts, tmp_pat
         "sample = t.pieces(open(sys.argv[1]).read())\n"
         "print(hashlib.sha256(t._ranks_text(t._train(sample, 2000))).hexdigest())"
     )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code, tmp_path / "sample.txt"],
-            env={**os.environ, "RAYON_NUM_THREADS": str(threads), "PYTHONHASHSEED": str(threads)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for threads in (1, 2, 5)
-    ]
-    assert len(set(runs)) == 1
+    command, runs = [sys.executable, "-c", code, tmp_path / "sample.txt"], set()
+    for threads in "125":
+        env = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        runs.add(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+    assert len(runs) == 1
 
 
 def test_a_vocabulary_is_trained_once_and_then_read(texts, tmp_path, monkeypatch):
@@ -116,7 +103,6 @@ def test_a_vocabulary_is_trained_once_and_then_read(texts, tmp_path, monkeypatch
         lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
         lambda data: data.replace(b" 270\n", b" 271\n"),
         lambda data: b"\xff" + data[1:],
-        lambda data: b"",
     ],
 )
 def test_a_damaged_cache_file_is_trained_anew(texts, tmp_path, damage):

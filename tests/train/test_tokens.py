@@ -2,8 +2,6 @@
 
 import json
 import multiprocessing
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +27,8 @@ def corpus():
 
 def documents(ids, tokenizer):
     ends = np.flatnonzero(ids == tokenizer.eot_token)
-    return [
-        tokenizer.decode(part.tolist())
-        for part in np.split(ids[ids != tokenizer.eot_token], ends - np.arange(len(ends)))
-    ]
+    parts = np.split(ids[ids != tokenizer.eot_token], ends - np.arange(len(ends)))
+    return [tokenizer.decode(part.tolist()) for part in parts]
 
 
 @pytest.mark.parametrize(("name", "size"), [("bytes", None), ("bpe", 300)])
@@ -43,30 +39,17 @@ def test_token_files_decode_to_the_documents_each_with_its_end(corpus, tmp_path,
     assert tokens.train[-1] == tokens.val[-1] == tokens.tokenizer.eot_token
     assert tokens.token_bytes[tokens.train].sum() + tokens.token_bytes[tokens.val].sum() == corpus.bytes
     assert tokens.n_vocab == (size or 257)
-
-
-def test_token_files_are_the_encoding_of_each_document(corpus, tmp_path):
-    tokens = prepare(corpus, "bpe", 300, tmp_path)
-    expected = [
-        id for text in corpus.train for id in [*tokens.tokenizer.encode_ordinary(text), tokens.tokenizer.eot_token]
-    ]
-    assert tokens.train.tolist() == expected
+    encoding, end = tokens.tokenizer.encode_ordinary, tokens.tokenizer.eot_token
+    assert tokens.train.tolist() == [id for text in corpus.train for id in [*encoding(text), end]]
     assert tokens.train.dtype == np.uint16
 
 
 def test_facts_are_what_results_json_wants(corpus, tmp_path):
     facts = prepare(corpus, "bytes", None, tmp_path).facts
     assert json.loads(json.dumps(facts)) == facts
-    count = corpus.bytes + len(corpus.train) + len(corpus.val)
-    assert facts["train_tokens"] + facts["val_tokens"] == count
-    assert facts == {
-        "name": "files",
-        "fingerprint": "f",
-        "bytes": corpus.bytes,
-        "train_tokens": facts["train_tokens"],
-        "val_tokens": facts["val_tokens"],
-        "bytes_per_token": corpus.bytes / count,
-    }
+    assert facts.pop("train_tokens") + facts.pop("val_tokens") == corpus.bytes + len(corpus.train) + len(corpus.val)
+    assert facts.pop("bytes_per_token") < 1
+    assert facts == {"name": "files", "fingerprint": "f", "bytes": corpus.bytes}
 
 
 def test_a_large_vocabulary_gets_wide_ids(corpus, tmp_path, monkeypatch):
@@ -181,8 +164,3 @@ def test_a_cache_folder_that_cannot_be_made_is_one_clear_line(corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"cannot make the cache folder .* set KVFRONTIER_CACHE"):
         prepare(corpus, "bytes", None, tmp_path / "file" / "cache")
-
-
-def test_reading_text_needs_neither_torch_nor_lightning():
-    code = "import sys, train.tokens; print({'torch', 'lightning', 'tokenizers', 'pyarrow'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
