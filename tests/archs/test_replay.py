@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archs import ops
 from archs.cache import with_tensors
-from archs.kernels.cpu.build import compiler
-from archs.kernels.cpu.build import PREPARE, bind
+from archs.kernels.cpu.build import PREPARE, bind, compiler
 from archs.kernels.replay import RecordedStep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
