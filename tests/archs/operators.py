@@ -1,6 +1,5 @@
-"""Arguments for each kernel of an operator, some that it supports and some that it does not, and how its result is
-compared with the formula. Shapes as in archs/ops.py.
-"""
+"""Arguments that each kernel supports and some that it does not, and the comparison of its result with the formula.
+Shapes as in archs/ops.py."""
 
 import contextlib
 import copy
@@ -34,17 +33,7 @@ ODD = [(7, 1, 16, 16), (6, 2, 20, 20), (6, 2, 10, 10), (4, 4, 7, 7), (48, 2, 20,
 DECODE_SHAPES = [*WIDE, *ODD, *MLA, (32, 1, 40, None)]
 TRITON_SHAPES = [(4, 4, 64, 64), (80, 1, 16, 16), (6, 2, 80, 20), (8, 1, 144, None), (3, 1, 30, None)]
 PROMPT_SHAPES = [(4, 4, 64, 67), (8, 2, 32, 32), (6, 2, 20, 23), (4, 4, 7, 10), (16, 1, 64, 64)]
-SITUATIONS = (
-    "fp64",
-    "bf16",
-    "autocast",
-    "meta",
-    "gradient",
-    "torch.func",
-    "forward_mode",
-    "torch.compile",
-    "no_compiler",
-)
+SITUATIONS = "fp64 bf16 autocast meta gradient torch.func forward_mode torch.compile no_compiler"
 
 
 class Case(NamedTuple):
@@ -57,9 +46,6 @@ class Case(NamedTuple):
     gradients: bool = False
     rtol: float = 2e-5  # of the largest number
     exact: torch.dtype = torch.float64
-
-
-# Arguments
 
 
 def gaps(r, *shape):
@@ -194,15 +180,11 @@ def step_inputs(r):
     return model, torch.randint(97, (2,)), cache
 
 
-def with_bf16_cache():
+def one_step(dtype=torch.float32, static=True):
     model = make("mha", {})
-    return model, torch.tensor([1]), model.new_cache(1, 4, torch.bfloat16)
-
-
-def not_static():
-    model, tokens, cache = make("mha", {}), torch.tensor([1]), make("mha", {}).new_cache(1, 4)
-    cache.static = False
-    return model, tokens, cache
+    cache = model.new_cache(1, 4, dtype)
+    cache.static = static
+    return model, torch.tensor([1]), cache
 
 
 def qkv(T=9, S=9, D=16, E=16):
@@ -267,7 +249,7 @@ CASES = {
             lambda: qkv(T=3),
             lambda: (*qkv(T=1), 4),
             lambda: qkv(T=1, E=12),
-            lambda: (torch.randn(0, 4, 1, 16), torch.randn(0, 4, 9, 16), torch.randn(0, 4, 9, 16), 0.2),
+            lambda: (*(x[:0] for x in qkv(T=1)[:3]), 0.2),
             lambda: (*(x[..., :8] for x in qkv(T=1)[:3]), 0.2),
             lambda: (qkv(T=1)[0], *(x.transpose(1, 2) for x in qkv(S=4, T=4)[1:3]), 0.2),
         ),
@@ -284,14 +266,14 @@ CASES = {
     ),
     fused.attention: Case(
         any_inputs,
-        (lambda: (torch.randn(0, 4, 9, 8), torch.randn(0, 4, 9, 8), torch.randn(0, 4, 9, 8), 0.2, 4),),
-        runs_in="fp64 bf16 autocast meta gradient torch.func forward_mode torch.compile no_compiler",
+        (lambda: (*torch.randn(3, 0, 4, 9, 8), 0.2, 4),),
+        runs_in=SITUATIONS,
         gradients=True,
     ),
     fused.masked_attention: Case(
         masked_inputs,
-        (lambda: (*(torch.randn(0, 4, 9, 8) for _ in range(3)), 0.2, torch.randn(0, 4, 9, 9)),),
-        runs_in="fp64 bf16 autocast meta gradient torch.func forward_mode torch.compile no_compiler",
+        (lambda: (*torch.randn(3, 0, 4, 9, 8), 0.2, torch.randn(0, 4, 9, 9)),),
+        runs_in=SITUATIONS,
         gradients=True,
     ),
     cpu_attention.paged_decode: Case(
@@ -331,17 +313,14 @@ CASES = {
     cpu.huge_pages: Case(
         lambda r: ((r.randint(1, 3), 10_001, r.randint(60, 70)), r.choice((torch.float32, torch.int64)), CPU),
         (lambda: ((2, 3), torch.float32, CPU),),
-        runs_in="fp64 bf16 autocast gradient torch.func forward_mode torch.compile no_compiler",
+        runs_in=SITUATIONS.replace(" meta", ""),
     ),
     cpu.read_all: Case(
         lambda r: (torch.randint(-3, 4, (r.randint(1, 3), 2**17)).float(),),
         (lambda: (torch.ones(2**17 + 1),), lambda: (torch.ones(2, 2**17 + 1)[:, 1:],)),
     ),
-    replay.decode_step: Case(step_inputs, (with_bf16_cache, not_static)),
+    replay.decode_step: Case(step_inputs, (lambda: one_step(torch.bfloat16), lambda: one_step(static=False))),
 }
-
-
-# Comparing a kernel with its formula
 
 
 def each_kernel(kernels=KERNELS):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import each_variant, make
+from helpers import assert_near, each_variant, make
 
 from archs import VARIANTS
 from archs.cache import FullCache, State
@@ -41,10 +41,6 @@ def poison(cache, sequence):
     for layer in cache.storages:
         for tensor in [layer.state] if isinstance(layer, State) else layer.tensors:
             tensor[sequence.blocks if type(layer) is FullCache else sequence.row] = math.nan
-
-
-def assert_near(logits, expected):
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("block_size", [BLOCK, 16])
@@ -91,8 +87,8 @@ def test_bytes_are_those_of_whole_blocks_and_no_block_is_in_two_tables(arch, opt
     assert cache.nbytes == 30 * BLOCK * token + 4 * constant
     sequences = [cache.admit() for _ in PROMPTS]
     together(model, cache, sequences, random_texts())
-    lengths = [sequence.length for sequence in sequences]
-    assert lengths == [prompt + LATER for prompt in PROMPTS]
+    lengths = [prompt + LATER for prompt in PROMPTS]
+    assert [sequence.length for sequence in sequences] == lengths
     held = sum(math.ceil(length / BLOCK) for length in lengths)
     assert cache.used_nbytes == held * BLOCK * token
     assert cache.wasted_nbytes == (held * BLOCK - sum(lengths)) * token < len(lengths) * BLOCK * token
@@ -136,7 +132,7 @@ def test_a_full_pool_says_so_and_nothing_changes():
 
     def state():
         storages = [tensor.clone() for layer in cache.storages for tensor in layer.tensors]
-        return [(s.length, list(s.blocks)) for s in (a, b)], list(cache.free_blocks), storages
+        return a.length, b.length, [a.blocks[:], b.blocks[:]], cache.free_blocks[:], storages
 
     before = state()
     message = "^1 blocks of 4 tokens are needed and 0 of 5 are free; free a sequence, or use blocks=6$"
@@ -144,9 +140,7 @@ def test_a_full_pool_says_so_and_nothing_changes():
         model.decode(torch.tensor([1]), cache.batch([b]))
     with pytest.raises(ValueError, match=message):
         model.prefill(torch.randint(97, (1, 5)), cache.batch([a]))
-    after = state()
-    assert before[:2] == after[:2]
-    assert all(torch.equal(*pair) for pair in zip(before[2], after[2], strict=True))
+    torch.testing.assert_close(state(), before, rtol=0, atol=0)
     with pytest.raises(ValueError, match="all 2 sequences are there; free one, or make the cache with sequences=3"):
         cache.admit()
     cache.free(b)

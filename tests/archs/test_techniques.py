@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CASES, CHOSEN, make
+from helpers import CASES, CHOSEN, assert_near, make
 
 from archs import VARIANTS
 from archs.cache import FullCache, State, Static
@@ -45,10 +45,6 @@ def run(model, tokens, cache, prompt=PROMPT):
     """Logits (1 + later, B, V) after the prompt and after each later token."""
     logits = [model.prefill(tokens[:, :prompt], cache)]
     return torch.stack(logits + [model.decode(token, cache) for token in tokens[:, prompt:].T])
-
-
-def assert_near(logits, expected):
-    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @each(ACTING)

@@ -235,9 +235,6 @@ def findings(study) -> list[str]:
     return [sentence for _, sentences in report.findings(study) for sentence in sentences]
 
 
-# -- files ----------------------------------------------------------------------------------------------------------
-
-
 def test_every_figure_comes_in_both_widths_with_fonts_of_type_42(five):
     for name in NAMES:
         assert (five / "figures" / f"{name}.csv").exists()
@@ -274,9 +271,6 @@ def test_tensorboard_shows_the_figures_and_the_table_of_the_last_drawing(five):
     assert (image.height, image.width) == matplotlib.image.imread(io.BytesIO(png)).shape[:2]
     (tensor,) = events.Tensors("results/text_summary")
     assert b"| mha |" in tensor.tensor_proto.string_val[0]
-
-
-# -- figures --------------------------------------------------------------------------------------------------------
 
 
 def test_frontier_csv_holds_the_points_and_the_front(five):
@@ -613,9 +607,6 @@ def test_bytes_are_written_in_powers_of_1024():
     assert texts == ["0 B", "512 B", "1 KiB", "1.5 KiB", "5 MiB"]
 
 
-# -- tables ---------------------------------------------------------------------------------------------------------
-
-
 def test_results_table_holds_exact_values(five):
     lines = (five / "tables" / "results.md").read_text().splitlines()
     row = "mha | mha | 917,632 | 384 | 4 KiB | 0 B | 0.002 | 2.0574 | 4.3205 | 8.8 | 909 | 74 % | 21,300 | 1"
@@ -782,9 +773,6 @@ def test_tables_that_results_no_longer_hold_do_not_stay_behind(tmp_path, monkeyp
     assert not list(tmp_path.glob("*/techniques*"))
 
 
-# -- report ---------------------------------------------------------------------------------------------------------
-
-
 def test_report_needs_nothing_but_itself(five, hostile):
     for directory in (five, hostile):
         page = (directory / "report.html").read_text()
@@ -880,9 +868,6 @@ def test_gaps_are_named_in_the_report_and_under_the_table(tmp_path):
     assert "and 8 more. Means and intervals are over the other runs alone." in page
     assert "% Without results: " in tex
     assert not any(r"\input" in line for line in tex.splitlines() if not line.startswith("%"))
-
-
-# -- errors ---------------------------------------------------------------------------------------------------------
 
 
 def broken(change, study: dict = FIVE) -> str:
