@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import byte_tokens
 
 from train.batches import TrainingBatches
-from train.corpus import Corpus
-from train.tokens import prepare
 
 TOKENS = np.arange(1003, dtype=np.uint16)
 
@@ -39,9 +38,7 @@ def test_targets_are_the_next_tokens_and_an_epoch_sees_each_sequence_once():
 
 @pytest.fixture
 def text(tmp_path):
-    words = [f"word {n} of däta\n" * 9 for n in range(30)]
-    corpus = Corpus("files", words[:20], words[20:], sum(len(w.encode()) for w in words), "f" * 16)
-    return prepare(corpus, "bytes", None, tmp_path)
+    return byte_tokens(tmp_path)
 
 
 def test_validation_predicts_each_token_once(text):
