@@ -32,7 +32,7 @@ def one_run(data, directory, **train):
 
 
 def train_runs(plan):
-    """Trains a plan in this process; the failures."""
+    """Trains a plan in this process; returns the failures."""
     with StudyProgress("training", 0) as progress:
         return train_with(InProcess(plan, progress), plan, progress)
 
