@@ -1,6 +1,9 @@
-"""A user's folder for tests of whole commands: texts, a study, a cache; and errors as a user sees them."""
+"""A user's folder for tests of whole commands (texts, a study, a cache), errors as a user sees them, and what two
+results files of one study must share however its runs were trained: all of it except times."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,28 @@ def byte_tokens(cache: Path) -> TokenSet:
     """Tokens of a small corpus in which a character may take two bytes, a third of it held out."""
     texts = [f"word {n} of däta\n" * 9 for n in range(30)]
     return prepare(Corpus("files", texts[:20], texts[20:], 1, "f" * 16), "bytes", None, cache)
+
+
+TIMES = re.compile("created|mfu|tokens_per_s|recompute|memory_bound|roof_.*|.*seconds|.*gb_s|(prefill|token)_ms.*")
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if not TIMES.fullmatch(key)}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def differences(a, b, at: str = "") -> list[str]:
+    """The paths at which two results differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [line for key in {**a, **b} for line in differences(a.get(key), b.get(key), f"{at}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [line for n, pair in enumerate(zip(a, b, strict=True)) for line in differences(*pair, f"{at}[{n}]")]
+    return [] if a == b else [f"{at}: {a!r} is not {b!r}"]
+
+
+def differ(one: Path, other: Path) -> list[str]:
+    return differences(*(without_times(json.loads(path.read_text())) for path in (one, other)))
 
 
 def kvf(*arguments) -> int:

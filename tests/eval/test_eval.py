@@ -130,10 +130,8 @@ def test_a_point_that_the_system_has_no_memory_for_is_left_out_and_the_others_ar
     new_cache = model.new_cache
 
     def limited(batch, *args):
-        if batch == 2:
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        if batch == 3:
-            raise RuntimeError("broken")
+        if batch in (2, 3):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) if batch == 2 else RuntimeError("broken")
         return new_cache(batch, *args)
 
     monkeypatch.setattr(model, "new_cache", limited)
@@ -150,7 +148,7 @@ def test_recomputing_a_long_prefix_takes_longer_than_a_cached_step():
     assert result["recomputed_ms"] > 3 * result["cached_ms"]
 
 
-def test_timing_leaves_out_warm_up_and_what_runs_before():
+def test_timing_leaves_out_warm_up_and_what_runs_before_and_a_roof_is_a_plausible_bandwidth():
     calls = []
 
     def step():
@@ -160,9 +158,6 @@ def test_timing_leaves_out_warm_up_and_what_runs_before():
     timing = timed(step, CPU, repeats=6, warmup=2, before=lambda: time.sleep(0.02))
     assert len(calls) == 8
     assert 95 < timing.median < 400
-
-
-def test_the_roof_is_a_plausible_bandwidth():
     assert 0.5 < measure_roof(CPU) < 10_000
 
 
@@ -220,11 +215,12 @@ def test_a_loss_that_is_not_finite_is_left_out_and_the_rest_is_compared():
 
 
 def test_the_change_of_the_gap_with_size_is_paired_by_seed_too():
-    records = []
-    for n, (size, gap) in enumerate({"s": 0.1, "m": 9.0, "l": 0.3}.items()):
-        for seed in (0, 1, 2):
-            records.append(record(f"a-{size}", seed, float(seed), size=size, params=n))
-            records.append(record(f"b-{size}", seed, seed + gap + 0.01 * seed * n, size=size, params=n))
+    records = [
+        record(f"{name}-{size}", seed, seed + is_b * (gap + 0.01 * seed * n), size=size, params=n)
+        for n, (size, gap) in enumerate({"s": 0.1, "m": 9.0, "l": 0.3}.items())
+        for seed in (0, 1, 2)
+        for is_b, name in enumerate("ab")
+    ]
     (change,) = gap_changes(records)
     assert (change["label"], change["baseline"], change["sizes"]) == ("b", "a", ["s", "l"])
     assert change["mean_diff"] == pytest.approx(0.22)
@@ -265,9 +261,8 @@ def test_the_crossing_is_interpolated_over_the_logarithm_of_the_bytes():
     assert crossing(curve, 0.95)["bytes_per_token"] == pytest.approx(2**7)
     beyond = crossing([(64, [0.31, 0.3])], 0.95)
     assert beyond == {"bytes_per_token": None, "low": 64, "high": None, "verdict": "not reached"}
-    assert crossing([(64, [0.3])], 0.95) == beyond | {"low": None}
-    unsure = crossing([(64, [0.3, -0.2])], 0.95)
-    assert unsure == beyond | {"low": None}
+    for unsure in ([0.3], [0.3, -0.2]):
+        assert crossing([(64, unsure)], 0.95) == beyond | {"low": None}
     at_most = crossing([(256, [-0.2, -0.2]), (512, [-0.3, -0.3])], 0.95)
     assert (at_most["bytes_per_token"], at_most["verdict"], at_most["high"]) == (256, "at most", 256)
 
@@ -403,12 +398,10 @@ def test_a_measure_is_a_module_of_the_package():
 
 
 def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_bytes_are():
-    texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
-    ones = torch.ones(300, dtype=torch.long).numpy()
-    facts = {"token_bytes": ones, "tokenizer": None, "n_vocab": 300}
+    facts = {"token_bytes": torch.ones(300, dtype=torch.long).numpy(), "tokenizer": None, "n_vocab": 300}
     data = SimpleNamespace(**facts, spread=lambda sequences, available: range(available))
     model = build("gqa", vocab_size=257, width=32, layers=3, heads=4, context=32, kv_heads=2).eval()
-    tokens = torch.tensor([list(text.encode()[:33]) for text in texts[:6]])
+    tokens = torch.tensor([list(f"the cat number {n} sat on the mat\n".encode()[:33]) for n in range(6)])
     nats = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).detach()
     found = Predictions(tokens[:, :-1], tokens[:, 1:], nats, nats > 0, 6 * 32)
     entries = [

@@ -99,6 +99,9 @@ WRONG = [
     ("variants=[{arch: mha, 5: 3}]", "5 is no key"),
     ("eval.decode.seeds=[0, 7]", "eval.decode.seeds=7: must be among the study's seeds [0]"),
     ("train.tokens=100", "less than one batch"),
+    ("eval.paging={sequences: 0}", "sequences=0"),
+    ("eval.paging={block_sizes: []}", "block_sizes"),
+    ("eval.paging={lengths: some}", "lengths"),
 ]
 
 
@@ -134,9 +137,8 @@ def test_what_no_model_can_be_is_refused_in_one_line(data, tmp_path, override, m
 
 
 def test_a_context_past_the_corpus_is_refused(data, tmp_path):
-    long = study("model.context=16384", "train.batch_tokens=16384")
-    message = "validation tokens, too few for one sequence of model.context=16384"
-    assert message in refusal(Plan, long, data, tmp_path)
+    message = refusal(Plan, study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
+    assert "validation tokens, too few for one sequence of model.context=16384" in message
 
 
 def test_a_merge_key_is_no_second_time(tmp_path):
@@ -200,7 +202,9 @@ def test_a_large_vocabulary_does_not_hide_a_difference(vocab_size):
     assert "cannot bring the parameters" in message
 
 
-def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
+def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters_and_no_matching_the_widths():
+    unmatched = resolve_variants(study(match="none"), 300)
+    assert len({variant.options["ffn_width"] for variant in unmatched}) == 1 < len({v.params for v in unmatched})
     variants = [{"arch": "mha"}, {"arch": "gqa", "kv_heads": 2}, {"arch": "mqa"}]
     first, *others = resolve_variants(study(match="heads", variants=variants), 300)
     mha = first.options
@@ -213,12 +217,6 @@ def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
     for heads in range(1, 16):
         off = abs(on_meta("mla", options | best | {"heads": heads}).count_params() - 100_000)
         assert off >= abs(on_meta("mla", options | best).count_params() - 100_000)
-
-
-def test_no_matching_leaves_the_widths():
-    resolved = resolve_variants(study(match="none"), 300)
-    assert len({variant.options["ffn_width"] for variant in resolved}) == 1
-    assert len({variant.params for variant in resolved}) > 1
 
 
 @pytest.mark.parametrize(
@@ -266,9 +264,8 @@ def test_lists_become_families_with_every_combination_and_sizes_multiply_them():
 
 
 def test_sizes_of_one_shape_are_told_apart_by_what_else_differs():
-    one = [{"arch": "mha"}]
     sizes = [{"width": 64}, {"width": 64, "tokens": 99_000}, {}]
-    labels = [v.label for v in resolve_variants(study(variants=one, sizes=sizes), 300)]
+    labels = [v.label for v in resolve_variants(study(variants=[{"arch": "mha"}], sizes=sizes), 300)]
     assert labels == [f"mha-64x4-tokens{study().train.tokens}", "mha-64x4-tokens99000", "mha-128x4-tokens360000"]
 
 
@@ -312,8 +309,8 @@ def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(d
     assert [rate["lr"] for rate in runs[0].settings["tuning"]["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
     assert not runs[0].settings["tuning"]["at_edge"]
     assert plan.look().ready == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
-    given = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
-    assert given.key == runs[0].key  # how a rate was found does not change the run
+    single = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
+    assert single.key == runs[0].key  # how a rate was found does not change the run
 
 
 def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from same import differ
 from texts import STUDY as MINIATURE
-from texts import kvf, refused, user_folder
+from texts import differ, kvf, refused, user_folder
 
 from train.store import states
 
