@@ -8,20 +8,14 @@ from archs import build
 from train.export import hf_config
 
 
-@pytest.mark.parametrize(("arch", "kv_heads"), [("mha", 4), ("mqa", 1)])
-def test_gqa_at_its_ends_is_mha_and_mqa(arch, kv_heads):
-    end, gqa = make(arch, {}), make("gqa", {"kv_heads": kv_heads})
-    gqa.load_state_dict(end.state_dict())
+@pytest.mark.parametrize(("arch", "kv_heads"), [("mha", 4), ("gqa", 2), ("mqa", 1)])
+def test_gqa_at_its_ends_is_mha_and_mqa_and_kv_heads_alone_are_cached(arch, kv_heads):
+    one, gqa = make(arch, {"kv_heads": 2} if arch == "gqa" else {}), make("gqa", {"kv_heads": kv_heads})
+    gqa.load_state_dict(one.state_dict())
     tokens = torch.randint(97, (2, 9))
-    assert torch.equal(end(tokens), gqa(tokens))
-    assert end.kv_bytes_per_token(torch.bfloat16) == gqa.kv_bytes_per_token(torch.bfloat16)
-
-
-@pytest.mark.parametrize(("arch", "options", "kv_heads"), [("mha", {}, 4), ("gqa", {"kv_heads": 2}, 2), ("mqa", {}, 1)])
-def test_keys_and_values_are_cached_for_kv_heads_alone(arch, options, kv_heads):
-    head_dim = SHAPE["width"] // SHAPE["heads"]
-    for layer in make(arch, options).new_cache(3, 10).layers:
-        assert [tuple(t.shape) for t in layer.tensors] == [(3, kv_heads, 10, head_dim)] * 2
+    assert torch.equal(one(tokens), gqa(tokens))
+    for layer in one.new_cache(3, 10).layers:
+        assert [tuple(t.shape) for t in layer.tensors] == [(3, kv_heads, 10, SHAPE["width"] // SHAPE["heads"])] * 2
 
 
 def test_a_subclass_with_other_layers_is_not_exported_as_its_parent(tmp_path):

@@ -14,9 +14,8 @@ from archs import VARIANTS
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {"archs": set(), "train": {"archs"}, "eval": {"archs", "train"}, "plots": set()}
 MAY_IMPORT |= {"kvfrontier": {*MAY_IMPORT}, "bench": {*MAY_IMPORT, "kvfrontier"}}
-FILES = sorted(
-    file for package in MAY_IMPORT for file in (*ROOT.glob(f"{package}.py"), *ROOT.glob(f"{package}/**/*.py"))
-)
+PATTERNS = [pattern for name in MAY_IMPORT for pattern in (f"{name}.py", f"{name}/**/*.py")]
+FILES = sorted(file for pattern in PATTERNS for file in ROOT.glob(pattern))
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES}
 
 

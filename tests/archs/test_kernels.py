@@ -1,5 +1,4 @@
-"""How kernels are built: once for all processes, for any processor, or not at all; and Triton's for a GPU that is not
-here."""
+"""How kernels are built: once for all processes, for any processor, or not at all; and Triton's without a GPU."""
 
 import os
 import random

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import make
+from helpers import SHAPE, make
 
 from archs import build
 from archs.kv import KV, View
@@ -38,28 +38,22 @@ def test_decode_is_absorbed_and_a_long_prompt_is_materialised(monkeypatch):
     assert used == ["materialised", "absorbed", "absorbed", "absorbed"]  # one token alone leaves the last layer
 
 
-def first_latent(model, tokens):
-    cache = model.new_cache(1, 5)
-    model.prefill(tokens, cache)
-    (cached,) = cache.layers[0].tensors
-    return cached
-
-
 def test_the_normed_latent_and_the_rotary_key_that_is_not_normed_are_cached():
     model, tokens = make("mla", LATENT), torch.randint(97, (1, 5))
-    cached = first_latent(model, tokens)
+    caches = [model.new_cache(1, 5) for _ in range(2)]
+    for cache in caches:
+        model.prefill(tokens, cache)
+        with torch.no_grad():
+            model.blocks[0].attention.kv_down.weight[24:] *= 2
+    (cached,), (doubled,) = (cache.layers[0].tensors for cache in caches)
     assert cached.shape == (1, 1, 5, 30)
     torch.testing.assert_close(cached[..., :24].square().mean(-1), torch.ones(1, 1, 5), rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        model.blocks[0].attention.kv_down.weight[24:] *= 2
-    doubled = first_latent(model, tokens)
     torch.testing.assert_close(doubled[..., 24:], 2 * cached[..., 24:])
     torch.testing.assert_close(doubled[..., :24], cached[..., :24])
 
 
 def test_the_cache_of_deepseek_v2():
     """DeepSeek-V2 technical report, Table 9: 60 layers of 576 elements are 34.6K elements a token."""
-    shape = {"vocab_size": 8, "width": 64, "layers": 60, "heads": 4, "context": 8, "head_dim": 16}
     with torch.device("meta"):
-        model = build("mla", **shape, kv_rank=512, rope_dim=64)
+        model = build("mla", **SHAPE | {"layers": 60}, kv_rank=512, rope_dim=64)
     assert model.kv_bytes_per_token(torch.bfloat16) == 2 * 34_560

@@ -53,9 +53,8 @@ def test_compiled_parts_have_the_same_loss_and_gradients(arch, own):
 
 
 def test_fewer_sequences_than_pieces_go_one_by_one():
-    tokens = torch.randint(257, (3, 17))
     whole, pieces = (LanguageModel("mha", OPTIONS, tokens=100, seed=0, pieces=pieces) for pieces in (1, 8))
-    batch = tokens[:, :-1], tokens[:, 1:]
+    batch = torch.randint(257, (2, 3, 16)).unbind()
     torch.testing.assert_close(pieces.mean_nats(*batch), whole.mean_nats(*batch))
 
 
@@ -74,19 +73,15 @@ def test_a_long_run_is_compiled_and_the_step_that_compiles_is_not_timed(data, mo
     assert all(block._compiled_call_impl is None for block in model.model.blocks)  # decode would compile each length
 
 
-def test_the_rate_warms_up_and_falls_to_a_tenth():
+def test_the_rate_warms_up_and_falls_to_a_tenth(data, tmp_path):
     model = LanguageModel("mha", OPTIONS, tokens=10_000, lr=1.0, warmup_tokens=1000)
     rates = [model.rate(tokens) for tokens in range(0, 10_001, 100)]
     assert rates[0] < 0.01
     assert max(rates) == rates[10] == pytest.approx(1.0)
     assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
     assert rates[-1] == pytest.approx(0.1)
-
-
-def test_a_short_run_reaches_its_rate(data, tmp_path):
-    """Whatever the warm-up of the study, which may be meant for longer ones."""
-    module = make_module(*one_run(data, tmp_path, warmup_tokens=10**9), tokens=2000, pieces=1)
-    assert max(map(module.rate, range(2001))) == 1.0
+    short = make_module(*one_run(data, tmp_path, warmup_tokens=10**9), tokens=2000, pieces=1)
+    assert max(map(short.rate, range(2001))) == 1.0  # a warm-up that is meant for longer runs is shortened
 
 
 def test_checkpoints_are_no_training_time(data, tmp_path, monkeypatch):
@@ -121,8 +116,7 @@ def test_the_last_step_is_validated_and_the_budget_kept(tokens, points):
 
 
 def test_a_run_that_was_killed_before_its_record_was_written_gets_one(data, tmp_path):
-    plan = Plan(tiny_study(), data, tmp_path)
-    run = plan.look().runs[0]
+    plan, run = one_run(data, tmp_path)
     train_runs(plan)
     record = run.record()
     assert [row["tokens"] for row in record["curve"]] == [128 * n for n in (6, 12, 18, 24)]
@@ -175,6 +169,6 @@ def test_every_variant_of_a_seed_sees_the_same_batches(data, tmp_path, monkeypat
 
 
 def test_bf16_trains_too(data, tmp_path):
-    plan = Plan(tiny_study(precision="bf16"), data, tmp_path)
-    assert train_runs(plan) == []
-    assert plan.look().runs[0].record()["precision"] == "bf16"
+    plan, run = one_run(data, tmp_path, precision="bf16")
+    train(plan, run)
+    assert run.record()["precision"] == "bf16"
