@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from operators import (
     CASES,
     CPU,
+    DECLINED,
     KERNELS,
     SITUATIONS,
     assert_close,
@@ -61,11 +62,10 @@ def test_kernels_equal_their_formulas(kernel, seed):
         assert_equals_formula(kernel, arguments)
 
 
-@each_kernel([kernel for kernel in KERNELS if CASES[kernel].declined])
+@each_kernel(DECLINED)
 @torch.no_grad()
 def test_shapes_and_layouts_that_a_kernel_declines_are_computed_all_the_same(kernel):
-    for make_arguments in CASES[kernel].declined:
-        arguments = make_arguments()
+    for arguments in DECLINED[kernel]():
         assert not supports(kernel, arguments)
         expected = KERNELS[kernel].formula(*converted(arguments, torch.clone))
         assert_close(KERNELS[kernel](*arguments), expected, 1e-5)
