@@ -218,9 +218,8 @@ SUBSTITUTIONS = {
     aten.mm.default: (
         lambda r: (torch.randn(r.randint(0, 32), K := r.randint(16, 90)), torch.randn(r.randint(16, 90), K).t()),
         [
-            *((torch.randn(rows, 16), torch.randn(columns, 16).t()) for rows, columns in ((33, 16), (4, 15))),
-            (torch.randn(4, 16), torch.randn(16, 20)),
-            (torch.randn(16, 4).t(), torch.randn(20, 16).t()),
+            (torch.randn(33, 16), torch.randn(16, 16).t()), (torch.randn(4, 16), torch.randn(15, 16).t()),
+            (torch.randn(4, 16), torch.randn(16, 20)), (torch.randn(16, 4).t(), torch.randn(20, 16).t()),
         ],
     ),
     aten.embedding.default: (
@@ -236,7 +235,7 @@ SUBSTITUTIONS = {
         lambda r: (CACHE, 2, torch.tensor([r.randint(0, 6)]), torch.randn(2, 1, 4, 5)[:, :, :3].transpose(1, 2)),
         [(CACHE, 2, torch.tensor([1, 2]), CACHE[:, :, :2]), (CACHE.mT, 2, torch.tensor([1]), CACHE[..., :1].mT)],
     ),
-}
+}  # fmt: skip
 
 
 @on_cpu

@@ -26,12 +26,7 @@ from plots.results import TechniqueResult, load
 
 FIVE = json.loads((Path(__file__).parent / "five.json").read_text())
 NAMES = ["frontier", "cache_bytes", "decode", "curves", "recompute"]  # the figures of five.json
-HOSTILE = [
-    "a_b%&",
-    r"\input{x}$^~#",
-    "<script>alert(1)</script>",
-    "_with | pipe* and a name too long for a legend, `x`",
-]
+HOSTILE = ["a_b%&", r"\input{x}$^~#", "<script>alert(1)</script>", "_with | pipe* and a name long for legends, `x`"]
 
 
 def relabelled(study: dict, names: list[str]) -> dict:

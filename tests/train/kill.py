@@ -1,13 +1,8 @@
-"""Kills kvfrontier at random places, gives the same command again until it ends, and compares with a straight run.
+"""Kills kvfrontier at random places, gives the same command again until it ends, and compares with a straight run:
+weights, metrics.jsonl, TensorBoard's curves and, of a study, results.json must be the same to the bit, times apart.
+docs/when-something-goes-wrong.md shows the arguments.
 
-    uv run python tests/train/kill.py --kills 50                  # `train` of each variant at random steps
-    uv run python tests/train/kill.py --kills 50 --signal TERM    # which writes a checkpoint, and exits with 143
-    uv run python tests/train/kill.py --signal KILL TERM          # the one, then the other
-    uv run python tests/train/kill.py --kills 50 --study          # `run` of all variants at random moments
-
-Weights, metrics.jsonl, TensorBoard's curves and, of a study, results.json must be the same to the bit, times apart.
-Children are forked from this process, which has imported everything and has one thread.
-"""
+Children are forked from this process, which has imported everything and has one thread."""
 
 import argparse
 import json

@@ -141,12 +141,6 @@ def test_a_context_past_the_corpus_is_refused(data, tmp_path):
     assert "validation tokens, too few for one sequence of model.context=16384" in message
 
 
-def test_a_merge_key_is_no_second_time(tmp_path):
-    path = tmp_path / "study.yaml"
-    path.write_text("a:\n- &m {<<: &b {arch: mha, heads: 4}, heads: 2}\nb: {<<: *m}\n")
-    assert read_yaml(path) == {"a": [{"arch": "mha", "heads": 2}], "b": {"arch": "mha", "heads": 2}}
-
-
 def test_overrides_reach_every_place():
     changed = study("train.tokens=100_000", "train.lr=1e-3", "variants.gqa.kv_heads=1", "seeds=[3, 4]")
     assert (changed.train.tokens, changed.train.lr, changed.seeds) == (100_000, 1e-3, [3, 4])
@@ -170,9 +164,12 @@ def test_unknown_studies_and_broken_files_are_refused(tmp_path):
     broken = {"train: {tokens: 1": "not a YAML file", "[1, 2]": "must be a mapping", "": "must be a mapping"}
     broken |= {"\0": "not a YAML file", "seeds: 2023-13-45": "not a YAML file"}
     broken |= dict.fromkeys(("seeds: [0]\nseeds: [1]", "variants: [{arch: mha, arch: mqa}]"), "is given twice")
+    path = tmp_path / "study.yaml"
     for text, message in broken.items():
-        (tmp_path / "study.yaml").write_text(text)
-        assert message in refusal(read_yaml, tmp_path / "study.yaml")
+        path.write_text(text)
+        assert message in refusal(read_yaml, path)
+    path.write_text("a:\n- &m {<<: &b {arch: mha, heads: 4}, heads: 2}\nb: {<<: *m}\n")  # a merge is no second time
+    assert read_yaml(path) == {"a": [{"arch": "mha", "heads": 2}], "b": {"arch": "mha", "heads": 2}}
 
 
 def test_ffn_matching_brings_every_variant_within_half_a_percent():
@@ -229,6 +226,8 @@ def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters_and_no_m
         ("seeds=[7]", "all", "all"),
         ("variants.gqa.label=other", set(), {"gqa"}),
         ("match=none", {"mqa", "gqa"}, "all"),
+        *((f"train.{how}", set(), set()) for how in ("checkpoint_seconds=5", "checkpoint_steps=7", "devices=2")),
+        ("train.strategy=ddp", set(), set()),
     ],
 )
 def test_a_changed_value_changes_the_keys_of_what_it_touches(data, tmp_path, override, retrained, reevaluated):
@@ -326,13 +325,6 @@ def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
     assert whole.look().runs[0].key == run.key  # how long rates were tried does not change the run
     short = "train.tuning_tokens=10"
     assert f"{short} is less than one batch" in refusal(lambda: Plan(study(*settings, short), data, tmp_path))
-
-
-@pytest.mark.parametrize("setting", ["checkpoint_seconds=5", "checkpoint_steps=7", "devices=2", "strategy=ddp"])
-def test_how_a_run_is_trained_does_not_change_which_run_it_is(setting, data, tmp_path):
-    settings = "train.lr=1e-3", "variants=[{arch: mha}]"
-    one, other = (Plan(study(*settings, *more), data, tmp_path).look().runs[0] for more in ((), (f"train.{setting}",)))
-    assert one.key == other.key
 
 
 def test_a_variant_in_a_file_of_the_users_own_is_found_beside_the_study_and_its_source_decides_its_key(data, tmp_path):
