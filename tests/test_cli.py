@@ -16,8 +16,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from texts import STUDY as MINIATURE
-from texts import kvf, refused, user_folder
+from texts import MINIATURE, kvf, refused, user_folder
 
 import kvfrontier
 import plots

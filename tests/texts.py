@@ -14,7 +14,7 @@ from train.corpus import Corpus
 from train.errors import InputError
 from train.tokens import TokenSet, prepare
 
-STUDY = {  # miniature: so small a model cannot be matched to half a percent
+MINIATURE = {  # so small a model cannot be matched to half a percent
     "corpus": {"files": ["texts/*.txt"]},
     "tokenizer": {"name": "bytes"},
     "model": {"width": 32, "layers": 2, "heads": 4, "context": 16},

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import each_variant
 from texts import byte_tokens
 
 import eval
-from archs import VARIANTS, build
+from archs import build
 from archs.cache import State
 from eval import loss, recall, speed, techniques
 from eval.compare import NotComparable, compare, gap_changes, t_cdf, t_interval, t_quantile
@@ -30,7 +31,6 @@ from train.study import parse_study
 
 SHAPE = {"vocab_size": 258, "width": 32, "layers": 2, "heads": 4, "context": 16}
 CPU = torch.device("cpu")
-EACH = [(arch, options) for arch, variant in VARIANTS.items() for options in variant.examples]
 
 
 def subject(model, data=None, overrides=("eval.loss_tokens=1_000_000",), measured=None):
@@ -38,7 +38,7 @@ def subject(model, data=None, overrides=("eval.loss_tokens=1_000_000",), measure
     return EvalContext(model, data, config, torch.float32, 10.0, lambda _: None, measured or {})
 
 
-@pytest.mark.parametrize(("arch", "options"), EACH)
+@each_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_variant_holds_what_its_formula_says(arch, options, dtype):
     model = build(arch, **SHAPE, **options).to(dtype).eval()

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import each_variant
 from texts import refusal
 
-from archs import VARIANTS, build
+from archs import build
 from eval import capacity, paging
 from eval.memory import BytesDiffer
 from train.study import parse_study
 
 SHAPE = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 4, "context": 16}
-EACH = [(arch, options) for arch, variant in VARIANTS.items() for options in variant.examples]
 STUDY = "eval.paging={lengths: uniform, max_tokens: 200, sequences: 9, block_sizes: [8, 32]}"
 
 
@@ -22,7 +22,7 @@ def subject(model, override, data=None):
     return SimpleNamespace(model=model, config=config, dtype=torch.float32, data=data, show=lambda line: None)
 
 
-@pytest.mark.parametrize(("arch", "options"), EACH)
+@each_variant
 def test_every_variant_wastes_what_the_definitions_say(arch, options):
     model = build(arch, **SHAPE, **options).eval()
     rows = paging.measure(subject(model, STUDY))["paging"]

@@ -1,5 +1,6 @@
-"""Kills kvfrontier at random places, gives the same command again until it ends, and compares with a straight run:
-weights, metrics.jsonl, TensorBoard's curves and, of a study, results.json must be the same to the bit, times apart.
+"""Kills kvfrontier at random places, repeats the command until it ends, and compares with a straight run.
+
+Weights, metrics.jsonl, TensorBoard's curves and, of a study, results.json must be the same to the bit, times apart.
 docs/when-something-goes-wrong.md shows the arguments.
 
 Children are forked from this process, which has imported everything and has one thread."""
@@ -25,7 +26,7 @@ tune_process()
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from texts import STUDY, differ, kvf, without_times, write_texts
+from texts import MINIATURE, differ, kvf, without_times, write_texts
 
 import eval.evaluate
 import eval.speed
@@ -34,8 +35,8 @@ from train.callbacks import CheckpointAndStop
 from train.checkpoints import checkpoints
 
 BATCH = 128
-SETTINGS = STUDY | {
-    "model": STUDY["model"] | {"dropout": 0.1},
+SETTINGS = MINIATURE | {
+    "model": MINIATURE["model"] | {"dropout": 0.1},
     "variants": [{"arch": arch, **variant.examples[0]} for arch, variant in VARIANTS.items()],
     "eval": {"loss_tokens": 256, "decode": {"batch": [1], "context": [8]}},
 }

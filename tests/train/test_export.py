@@ -3,7 +3,7 @@
 import pytest
 import tiktoken
 import torch
-from texts import STUDY, kvf, refused, user_folder
+from texts import MINIATURE, kvf, refused, user_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.evaluate import load_model
@@ -26,7 +26,7 @@ TEXT = "def f(x_1):\n    return [1234567, 'caf\xe9 \u4e2d', \"  \"]  # the quick
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    settings = STUDY | {
+    settings = MINIATURE | {
         "tokenizer": {"name": "bpe", "vocab_size": 300},
         "model": {"width": 48, "layers": 2, "heads": 4, "context": 32},
         "variants": VARIANTS,

@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage, man
     assert ("no checkpoint is whole; the run starts over" in messages) == (many == KEPT)
     straight, expected = one_run(data, tmp_path / "straight")
     train_runs(straight)
-    assert (metrics(run), run.record()["curve"]) == (metrics(expected), expected.record()["curve"])
+    assert (metrics(run.directory), run.record()["curve"]) == (metrics(expected.directory), expected.record()["curve"])
     assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(expected).values(), strict=True))
 
 
@@ -142,7 +142,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(stopped, capsys):
     assert [int(path.stem.split("-")[1]) for path in checkpoints(run.directory)] == [11, 10]
     assert not list(run.directory.rglob("*.tmp"))
     assert train_runs(plan) == []
-    assert metrics(run)[-1]["tokens"] == 128 * 24
+    assert metrics(run.directory)[-1]["tokens"] == 128 * 24
 
 
 def break_step(monkeypatch, broken, on_gpu=True):
@@ -205,7 +205,7 @@ def test_a_gpus_memory_that_does_not_hold_a_batch(data, tmp_path, capsys):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory; each batch now goes through the model in" in capsys.readouterr().err
-    whole, small = (metrics(plan.look().runs[0]) for plan in plans)
+    whole, small = (metrics(plan.look().runs[0].directory) for plan in plans)
     assert [row["tokens"] for row in whole] == [row["tokens"] for row in small]
 
 
@@ -227,7 +227,7 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data,
     assert train_runs(plan) == []
     assert "out of memory; each batch now goes through the model in 4 pieces" in capsys.readouterr().err
     (run,), (expected,) = plan.look().runs, whole.look().runs
-    for a, b in zip(metrics(run), metrics(expected), strict=True):
+    for a, b in zip(metrics(run.directory), metrics(expected.directory), strict=True):
         assert a.keys() == b.keys()
         assert a["tokens"] == b["tokens"]
         for tag in {"train/loss", "train/grad_norm", "val/loss"} & a.keys():

@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-from texts import STUDY as MINIATURE
-from texts import kvf, refused, user_folder
+from texts import MINIATURE, kvf, refused, user_folder
 
 from archs import build
 from archs.techniques import dmc, technique

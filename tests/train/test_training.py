@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from helpers import each_variant
 from lightning.pytorch.loggers import CSVLogger
 from miniature import one_run, tiny_study, train, train_runs
 
-from archs import VARIANTS
 from train.data import DataModule
 from train.errors import Interrupted
 from train.files import write_atomic
@@ -35,10 +35,10 @@ def test_works_with_a_plain_trainer_and_learns(data, tmp_path):
     assert validated["val/bpb"] == pytest.approx(validated["val/loss"] / math.log(2), rel=0.01)  # a byte is a token
 
 
-@pytest.mark.parametrize(("arch", "own"), [(arch, own) for arch, made in VARIANTS.items() for own in made.examples])
-def test_compiled_parts_have_the_same_loss_and_gradients(arch, own):
+@each_variant
+def test_compiled_parts_have_the_same_loss_and_gradients(arch, options):
     """What a GPU runs, up to the code that inductor makes of it; one graph a block, without breaks."""
-    plain, compiled = (LanguageModel(arch, OPTIONS | own | {"heads": 4}, tokens=1) for _ in range(2))
+    plain, compiled = (LanguageModel(arch, OPTIONS | options | {"heads": 4}, tokens=1) for _ in range(2))
     names = list(compiled.state_dict())
     torch.compiler.reset()
     compiled.compile_parts(backend="aot_eager", fullgraph=True)

@@ -1,7 +1,6 @@
 """Runs side by side, on a Ray cluster and on two devices: the same results as one after the other."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -11,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from texts import STUDY as MINIATURE
-from texts import differ, kvf, refused, user_folder
+from miniature import metrics
+from texts import MINIATURE, differ, kvf, refused, user_folder
 
 from train.store import states
 
@@ -134,15 +133,11 @@ def test_two_devices_train_as_one_does(plain, folder, capsys):
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert "interrupted: step" in states(out)["mha seed 0"]
     assert kvf(*train) == 0
-    one, two = (rows(directory / "runs" / "mha" / "seed-0") for directory in (plain, out))
+    one, two = (metrics(directory / "runs" / "mha" / "seed-0") for directory in (plain, out))
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
     for a, b in zip(one, two, strict=True):
         for tag in {"train/loss", "train/grad_norm", "train/lr", "val/loss", "val/bpb"} & a.keys():
             assert b[tag] == pytest.approx(a[tag], rel=1e-4)
-
-
-def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_by_name_is_the_unit(plain, folder, capsys):
