@@ -356,10 +356,10 @@ def test_transforms_are_seen_by_the_compiler():
     model, tokens = make("mha", {}), torch.randint(97, (3, 20))
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
 
-    def change(weights):
-        def mean(weights):
-            return torch.func.functional_call(model, weights, (tokens,)).logsumexp(-1).mean()
+    def mean(weights):
+        return torch.func.functional_call(model, weights, (tokens,)).logsumexp(-1).mean()
 
+    def change(weights):
         return torch.func.jvp(mean, (weights,), ({name: weight.sin() for name, weight in weights.items()},))[1]
 
     with sdpa_kernel(SDPBackend.MATH):

@@ -143,18 +143,17 @@ def test_wrong_batches_are_named():
     cache = PagedCache(model, sequences=3, blocks=9, block_size=BLOCK)
     a, b = cache.admit(), cache.admit()
     model.prefill(torch.randint(97, (1, 3)), cache.batch([a]))
-    with pytest.raises(ValueError, match="different lengths take one token at a time; prefill them one by one"):
-        model.prefill(torch.randint(97, (2, 2)), cache.batch([a, b]))
-    with pytest.raises(ValueError, match="tokens for 3 sequences, but the cache was made for 2"):
-        model.decode(torch.tensor([1, 2, 3]), cache.batch([a, b]))
-    with pytest.raises(ValueError, match="a sequence is twice in the batch"):
-        cache.batch([a, a])
-    with pytest.raises(ValueError, match="a batch of no sequences"):
-        cache.batch([])
     batch = cache.batch([a, b])
-    cache.free(b)
-    for wrong in (lambda: cache.free(b), lambda: cache.batch([b]), lambda: model.decode(torch.tensor([1, 2]), batch)):
-        with pytest.raises(ValueError, match="a sequence is not in this cache; it was freed, or is another cache's"):
+    gone = "a sequence is not in this cache; it was freed, or is another cache's"
+    for wrong, message in (
+        (lambda: model.prefill(torch.randint(97, (2, 2)), batch), "one token at a time; prefill them one by one"),
+        (lambda: model.decode(torch.tensor([1, 2, 3]), batch), "tokens for 3 sequences, but the cache was made for 2"),
+        (lambda: cache.batch([a, a]), "a sequence is twice in the batch"),
+        (lambda: cache.batch([]), "a batch of no sequences"),
+        (lambda: PagedCache(model, 1, 1, 0), "block_size=0: must be at least 1"),
+        (lambda: cache.free(b) or cache.free(b), gone),
+        (lambda: cache.batch([b]), gone),
+        (lambda: model.decode(torch.tensor([1, 2]), batch), gone),
+    ):
+        with pytest.raises(ValueError, match=message):
             wrong()
-    with pytest.raises(ValueError, match="block_size=0: must be at least 1"):
-        PagedCache(model, 1, 1, 0)

@@ -106,17 +106,12 @@ def test_the_best_at_equal_bytes_fits_and_nothing_that_fits_is_better(seeds, met
             assert entry["chosen_from"] == len(kind)
 
 
-def test_a_cache_a_little_over_the_bytes_fits_and_one_further_over_does_not():
+def test_a_cache_a_little_over_the_bytes_fits_and_one_further_over_or_of_another_size_does_not():
     for over, fits in ((1.009, True), (1.011, False)):
         runs = records(bytes_of=(("a", 100), ("b", 100 * over)))
         assert (("a", "b", "full") in {(e["baseline"], e["label"], e["kind"]) for e in equal_bytes(runs)}) == fits
-
-
-def test_only_variants_of_one_size_meet():
-    runs = records(bytes_of=(("a", 1000), ("b", 500)))
-    for run in runs:
-        run["size"] = run["label"]
-    assert all(entry["label"] == entry["baseline"] for entry in equal_bytes(runs))
+    sized = equal_bytes([run | {"size": run["label"]} for run in records(bytes_of=(("a", 1000), ("b", 500)))])
+    assert {entry["label"] == entry["baseline"] for entry in sized} == {True}
 
 
 def test_one_seed_gives_no_interval_and_no_technique_no_difference():

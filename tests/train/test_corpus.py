@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 import pytest
 from texts import refusal
 
-from train.corpus import load_corpus
+from train.corpus import _stdlib, load_corpus
 
 
 def write(folder, texts):
@@ -37,8 +37,6 @@ def test_stdlib_is_large_sane_and_the_same_at_every_call():
 
 
 def test_stdlib_holds_no_tests_and_nothing_of_this_machine():
-    from train.corpus import _stdlib
-
     names = [document.name for document in _stdlib()]
     assert names == sorted(names)
     folders = {folder for name in names for folder in PurePosixPath(name).parts[:-1]}
@@ -68,8 +66,10 @@ def test_fingerprint_tells_any_change(tmp_path, change):
     assert before.fingerprint != loaded(tmp_path / "after", texts)[0].fingerprint
 
 
-def test_whole_documents_are_held_out_of_many(tmp_path):
-    corpus, texts = loaded(tmp_path, many())
+def test_whole_documents_are_held_out_of_many_and_a_part_of_a_huge_one(tmp_path):
+    huge, _ = loaded(tmp_path / "huge", {"huge.txt": "x" * 1_000_000} | {f"{i}.txt": "small\n" for i in range(50)})
+    assert 0.09 < sum(map(len, huge.val)) / huge.bytes < 0.11
+    corpus, texts = loaded(tmp_path / "many", many())
     assert sorted(texts) == sorted(many().values())
     assert 0.05 <= sum(map(len, corpus.val)) / corpus.bytes <= 0.1
 
@@ -122,12 +122,6 @@ def test_jsonl_gives_a_document_a_line_and_text_comes_back_unchanged(tmp_path):
 )
 def test_text_comes_back_as_utf8_can_write_it(tmp_path, name, content, text):
     assert "".join(loaded(tmp_path, {name: content})[1]) == text
-
-
-def test_one_huge_document_among_small_ones_is_split_too(tmp_path):
-    texts = {"huge.txt": "x" * 1_000_000} | {f"{i}.txt": "small\n" for i in range(50)}
-    corpus, _ = loaded(tmp_path, texts)
-    assert 0.09 < sum(map(len, corpus.val)) / corpus.bytes < 0.11
 
 
 def test_parquet_gives_a_document_a_row(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from texts import byte_tokens, refusal
+from texts import refusal
 
 from train.batches import IGNORED, TrainingBatches
 from train.mqar import BLANK, RecallTask
@@ -34,32 +34,27 @@ def test_targets_are_the_next_tokens_and_an_epoch_sees_each_sequence_once():
     assert len({tuple(inputs.flatten().tolist()) for inputs in batches}) == 16
 
 
-@pytest.fixture
-def text(tmp_path):
-    return byte_tokens(tmp_path)
-
-
-def test_validation_predicts_each_token_once(text):
-    data = text.validation(context=16, batch_size=3, limit=10**9)
-    targets = torch.cat([targets.flatten() for _, targets, _ in data]).tolist()
-    assert targets == text.val[1 : (len(text.val) - 1) // 16 * 16 + 1].tolist()
+def test_validation_predicts_each_token_once(data):
+    batches = data.validation(context=16, batch_size=3, limit=10**9)
+    targets = torch.cat([targets.flatten() for _, targets, _ in batches]).tolist()
+    assert targets == data.val[1 : (len(data.val) - 1) // 16 * 16 + 1].tolist()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10**9, None), (64, 64), (70, 64), (1, 16)])
-def test_a_sample_of_validation_is_spread_out_and_its_bytes_are_counted(text, limit, expected):
-    data = text.validation(context=16, batch_size=3, limit=limit)
-    inputs, targets = (torch.cat([batch[n] for batch in data]) for n in (0, 1))
-    assert targets.numel() == (expected or (len(text.val) - 1) // 16 * 16)
-    assert sum(n for *_, n in data) == (targets != text.tokenizer.eot_token).sum()  # one byte a token, end none
+def test_a_sample_of_validation_is_spread_out_and_its_bytes_are_counted(data, limit, expected):
+    batches = data.validation(context=16, batch_size=3, limit=limit)
+    inputs, targets = (torch.cat([batch[n] for batch in batches]) for n in (0, 1))
+    assert targets.numel() == (expected or (len(data.val) - 1) // 16 * 16)
+    assert sum(n for *_, n in batches) == (targets != data.tokenizer.eot_token).sum()  # one byte a token, end none
     if expected == 64:
-        quarter = len(text.val) // 4
+        quarter = len(data.val) // 4
         for n, row in enumerate(inputs.tolist()):
             near = range(max(0, n * quarter - 64), n * quarter + 64)
-            assert any(text.val[i : i + 16].tolist() == row for i in near)
+            assert any(data.val[i : i + 16].tolist() == row for i in near)
 
 
-def test_too_few_tokens_are_refused(text):
-    short = dataclasses.replace(text, val=text.val[:16])
+def test_too_few_tokens_are_refused(data):
+    short = dataclasses.replace(data, val=data.val[:16])
     for make in (lambda: TrainingBatches(TOKENS[:16], 16, 1, 0), lambda: short.validation(16, 1, 9)):
         with pytest.raises(ValueError, match="too few for context=16"):
             make()

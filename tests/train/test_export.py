@@ -15,7 +15,6 @@ from train.tokenizer import as_hf, load_tokenizer
 VARIANTS = [
     {"arch": "mha"},
     {"arch": "mqa"},
-    {"arch": "gqa", "kv_heads": 2},
     {"arch": "mla", "kv_rank": 16, "rope_dim": 6},
     {"label": "mla-q", "arch": "mla", "kv_rank": 16, "rope_dim": 6, "q_rank": 12, "nope_dim": 10, "v_dim": 14},
     {"label": "untied", "arch": "gqa", "kv_heads": 1, "tie_embeddings": False, "rope_base": 500.0},
@@ -81,7 +80,6 @@ def test_what_cannot_be_exported_is_one_line(study, tmp_path, capsys):
 def test_tokenizers_without_merges_and_with_ids_that_are_not_in_use():
     encoding = load_tokenizer("bytes", None, [], None)
     assert as_hf(encoding).encode(TEXT).ids == encoding.encode_ordinary(TEXT)
-    holes = tiktoken.Encoding(
-        "x", pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks, special_tokens={"<|endoftext|>": 300}
-    )
+    ranks, end = {"mergeable_ranks": encoding._mergeable_ranks}, {"special_tokens": {"<|endoftext|>": 300}}
+    holes = tiktoken.Encoding("x", pat_str=encoding._pat_str, **ranks, **end)
     assert as_hf(holes).encode("a<|endoftext|>").ids == [ord("a"), 300]

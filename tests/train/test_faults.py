@@ -213,7 +213,7 @@ def test_a_gpus_memory_that_does_not_hold_a_batch(data, tmp_path, capsys):
 def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data, tmp_path, monkeypatch, capsys):
     """The same steps at the same places, and up to rounding the same losses (with dropout: other masks)."""
     settings = tiny_study().model_dump() | {"variants": [{"arch": "mha"}]}
-    settings["model"] = settings["model"] | {"dropout": dropout}
+    settings["model"] |= {"dropout": dropout}
     whole, plan = (Plan(parse_study(settings), data, tmp_path / name) for name in ("whole", "small"))
     train_runs(whole)
     last_hidden_state = Decoder.last_hidden_state
@@ -236,8 +236,8 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data,
 
 def test_a_run_that_another_process_saw_fail_is_not_tried_again(data, tmp_path):
     plan, run = one_run(data, tmp_path)
+    failed = {"key": run.key, "failed": "x", "diverged": True, "failed_at": 1.0}
     with StudyProgress("training", 1) as progress:
-        failed = {"key": run.key, "failed": "x", "diverged": True, "failed_at": 1.0}
         write_json(run.directory / "record.json", failed)
         train_if_needed(plan, run, progress, {})
         assert run.record() == failed
