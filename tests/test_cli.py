@@ -20,7 +20,7 @@ from texts import MINIATURE, kvf, refused, user_folder
 
 import kvfrontier
 import plots
-from archs import VARIANTS
+from archs import VARIANTS, Decoder
 from train.files import lock
 
 ROOT = Path(kvfrontier.__file__).parent
@@ -251,8 +251,6 @@ def test_help_answers_in_under_a_second_and_without_torch():
 
 
 def test_what_a_cache_holds_beside_its_formula_fails_the_run_and_the_command(folder, monkeypatch, capsys):
-    from archs.decoder import Decoder
-
     study, out = write_study(folder, "broken.yaml", variants=STUDY["variants"][:2]), folder / "broken"
     assert kvf("train", study, "--out", out) == 0
     wrong_label, label = (variant["label"] for variant in STUDY["variants"][:2])

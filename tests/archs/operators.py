@@ -46,20 +46,16 @@ class Case(NamedTuple):
     exact: torch.dtype = torch.float64
 
 
-def gaps(r, *shape):
-    """Rows with or without gaps between them."""
-    return randn(*shape[:-1], shape[-1] + r.choice((0, 3)))[..., : shape[-1]]
-
-
 def heads_of_projection(r, B, H, T, D):
     """(B, H, T, D) as a projection to more heads lays them out."""
     return randn(B, T, H + r.choice((0, 2)), D).transpose(1, 2)[:, :H]
 
 
 def norm_inputs(r):
-    shape = r.randint(0, 4), *(r.randint(1, 4) for _ in range(r.randint(0, 2)))
-    x = gaps(r, *shape, r.randint(1, 300)).mul_(10)
-    return x, r.choice((None, randn(x.shape[-1])))
+    """Rows with or without gaps between them."""
+    *shape, D = r.randint(0, 4), *(r.randint(1, 4) for _ in range(r.randint(0, 2))), r.randint(1, 300)
+    x = randn(*shape, D + r.choice((0, 3)))[..., :D].mul_(10)
+    return x, r.choice((None, randn(D)))
 
 
 def swiglu_inputs(r):
