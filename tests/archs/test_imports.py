@@ -84,7 +84,7 @@ def test_a_variant_is_named_in_its_file_and_in_the_registry_alone(variant):
 
 
 def test_models_ask_for_no_device_and_no_compiler():
-    predicates = re.compile(r"\b(?:is_cuda|is_cpu|is_compiling|compiler\(|supports\()")
+    predicates = re.compile(r"\b(?:is_cuda|is_cpu|is_compiling|compiler\(|usable\(|supports\()")
     models = [m for m, file in MODULES.items() if file.parent == ROOT / "archs" and m != "archs.ops"]
     assert {m: names for m in models if (names := predicates.findall(ast.unparse(code(MODULES[m]))))} == {}
 
