@@ -335,6 +335,7 @@ def test_streaming_llms_positions_are_those_within_the_cache():
     [
         ("h2p", {}, "unknown technique 'h2p'; allowed are full, streaming-llm, h2o"),
         ("h2o", {"budget": 0}, "budget=0: must be a share above 0.0 and up to 1.0, or 1 token or more"),
+        ("h2o", {"budget": 1.5}, "budget=1.5: must be a share"),
         ("h2o", {"size": 3}, "h2o: unknown option 'size'; allowed: budget, recent"),
         ("h2o", {"recent": 1.0}, "recent=1.0: must be a number of at least 0 and below 1"),
         ("h2o", {"budget": True}, "budget=True: must be a whole number or a number"),
