@@ -40,7 +40,7 @@ def user_folder(factory: pytest.TempPathFactory, name: str, study: dict) -> Path
 
 def byte_tokens(cache: Path) -> TokenSet:
     """Tokens of a small corpus in which a character may take two bytes, a third of it held out."""
-    texts = [f"word {n} of däta\n" * 9 for n in range(30)]
+    texts = [f"w\xf6rd {n} of w\xf6rd {n}\n" * 9 for n in range(30)]
     return prepare(Corpus("files", texts[:20], texts[20:], 1, "f" * 16), "bytes", None, cache)
 
 

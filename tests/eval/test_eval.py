@@ -397,7 +397,7 @@ def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_byt
     facts = {"token_bytes": torch.ones(300, dtype=torch.long).numpy(), "tokenizer": None, "n_vocab": 300}
     data = SimpleNamespace(**facts, spread=lambda sequences, available: range(available))
     model = build("gqa", vocab_size=257, width=32, layers=3, heads=4, context=32, kv_heads=2).eval()
-    tokens = torch.tensor([list(f"the cat number {n} sat on the mat\n".encode()[:33]) for n in range(6)])
+    tokens = torch.tensor([list(f"the cat number {n} sat down on the mat\n".encode()[:33]) for n in range(6)])
     nats = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).detach()
     found = Predictions(tokens[:, :-1], tokens[:, 1:], nats, nats > 0, 6 * 32)
     entries = [

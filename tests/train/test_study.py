@@ -131,8 +131,8 @@ def test_what_no_model_can_be_is_refused_in_one_line(data, tmp_path, override, m
 
 
 def test_a_context_past_the_corpus_is_refused(data, tmp_path):
-    message = refusal(Plan, study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
-    assert "validation tokens, too few for one sequence of model.context=16384" in message
+    message = refusal(Plan, study("model.context=2048", "train.batch_tokens=2048"), data, tmp_path)
+    assert "validation tokens, too few for one sequence of model.context=2048" in message
 
 
 def test_overrides_reach_every_place():
