@@ -1,8 +1,7 @@
 """What tests of models share: the cases that laws run over, models whose attention is far from uniform, cached logits.
+The cases are those of one variant in a file of its own where `--variant file.py:Class` is given."""
 
-`pytest tests/archs/test_laws.py --variant my_file.py:MyVariant` puts a variant outside the registry under the laws.
-"""
-
+import contextlib
 import os
 
 import pytest
@@ -26,6 +25,21 @@ def make(arch, options, seed=0, **shape):
             if parameter.dim() > 1:
                 parameter.mul_(4)
     return model
+
+
+@contextlib.contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_near(logits, expected):
+    """To 1e-5 of the largest."""
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def cached_logits(model, tokens, chunks, cache):

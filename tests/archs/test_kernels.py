@@ -1,5 +1,4 @@
-"""How kernels are built: once for all processes, for any processor, or not at all; and Triton's for a GPU that is not
-here."""
+"""How kernels are built: once for all processes, for any processor, or not at all; and Triton's without a GPU."""
 
 import os
 import random
@@ -36,10 +35,10 @@ def test_a_compiler_that_fails_is_warned_of_once(monkeypatch, tmp_path, cache_cl
 
 
 def test_without_a_compiler_the_loss_has_the_same_gradients(monkeypatch):
+    arguments = torch.randn(2, 9, 8), torch.randn(30, 8), torch.randint(30, (2, 9))
     with without_compiler(monkeypatch):
         assert build() is None
-        x, weight, targets = torch.randn(2, 9, 8), torch.randn(30, 8), torch.randint(30, (2, 9))
-        assert_equals_formula(layers.unembed_cross_entropy, (x, weight, targets))
+        assert_equals_formula(layers.unembed_cross_entropy, arguments)
 
 
 @needs_compiler

@@ -1,7 +1,6 @@
 """Laws that every variant keeps, over the option sets that the variant names itself.
 
-`pytest tests/archs/test_laws.py --variant my_file.py:MyVariant` runs them over a variant outside the registry.
-"""
+`pytest tests/archs/test_laws.py --variant my_file.py:MyVariant` runs them over a variant outside the registry."""
 
 import copy
 import random
@@ -84,8 +83,7 @@ def test_a_large_prompt_is_prefilled_a_few_sequences_at_a_time(arch, options, mo
         expected = cached_logits(model, tokens, [9, 4], model.new_cache(5, 20))
         monkeypatch.setattr("archs.kernels.fused.TOKENS_AT_ONCE", {"cpu": 2 * 9})
         got = cached_logits(model, tokens, [9, 4], model.new_cache(5, 20))
-    for t, logits in got.items():
-        torch.testing.assert_close(logits, expected[t], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @each_variant
@@ -96,8 +94,8 @@ def test_sequences_of_a_batch_do_not_mix(arch, options):
         together = cached_logits(model, tokens, [9, 4], model.new_cache(3, 20))
         for row in range(3):
             alone = cached_logits(model, tokens[row : row + 1], [9, 4], model.new_cache(1, 20))
-            for t, logits in alone.items():
-                torch.testing.assert_close(logits[0], together[t][row], rtol=1e-4, atol=1e-5)
+            expected = {t: logits[row : row + 1] for t, logits in together.items()}
+            torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
 
 
 @each_variant
@@ -117,11 +115,11 @@ def test_a_cache_is_allocated_once(arch, options):
     """Neither prefill nor decode replaces or adds a storage."""
     model = make(arch, options)
     cache = model.new_cache(1, 40)
-    addresses = [], []
-    with_tensors(cache.layers, lambda t: addresses[0].append(t.data_ptr()) or t)
+    before, after = [], []
+    with_tensors(cache.layers, lambda t: before.append(t.data_ptr()) or t)
     cached_logits(model, torch.randint(97, (1, 40)), [11, 9], cache)
-    with_tensors(cache.layers, lambda t: addresses[1].append(t.data_ptr()) or t)
-    assert addresses[0] == addresses[1]
+    with_tensors(cache.layers, lambda t: after.append(t.data_ptr()) or t)
+    assert before == after
     assert cache.length == 40
 
 
@@ -135,10 +133,8 @@ def test_more_than_max_tokens_is_a_clear_error_and_changes_nothing(arch, options
     model.prefill(tokens[:, :9], cache)
     with pytest.raises(ValueError, match="10 tokens"):
         model.prefill(tokens[:, 9:], cache)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model.decode(tokens[:, 9], cache), model(tokens[:, :10])[:, -1], rtol=1e-4, atol=1e-4
-        )
+    expected = model(tokens[:, :10])[:, -1]
+    torch.testing.assert_close(model.decode(tokens[:, 9], cache), expected.detach(), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="10 of at most 10"):
         model.decode(tokens[:, 10], cache)
     with pytest.raises(ValueError, match="made for 1"):
@@ -155,9 +151,8 @@ def test_a_reset_cache_is_as_good_as_new(arch, options):
     cached_logits(model, torch.randint(97, (2, 30)), [20], cache)
     cache.reset()
     tokens = torch.randint(97, (2, 30))
-    again = cached_logits(model, tokens, [13], cache)
     fresh = cached_logits(model, tokens, [13], model.new_cache(2, 30))
-    assert all(torch.equal(again[t], fresh[t]) for t in fresh)
+    torch.testing.assert_close(cached_logits(model, tokens, [13], cache), fresh, rtol=0, atol=0)
 
 
 @each_variant
@@ -216,11 +211,12 @@ def test_parameters_are_counted_once(arch, options):
 
 
 @each_variant
-def test_gradients_reach_every_parameter_also_with_dropout_and_one_token(arch, options):
+def test_gradients_reach_every_parameter_with_dropout_and_any_shape_has_logits(arch, options):
     model = make(arch, options, dropout=0.1).train()
     model(torch.randint(97, (2, 33))).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert model(torch.randint(97, (2, 1))).shape == (2, 1, 97)
+    for shape in ((2, 1), (0, 5)):
+        assert model(torch.zeros(shape, dtype=torch.long)).shape == (*shape, 97)
 
 
 @each_variant
@@ -253,11 +249,6 @@ def test_weights_that_are_assigned_stay_tied(arch, options):
 
 
 @each_variant
-def test_no_sequence_has_no_logits(arch, options):
-    assert make(arch, options)(torch.zeros(0, 5, dtype=torch.long)).shape == (0, 5, 97)
-
-
-@each_variant
 def test_initialisation_scales_residual_projections(arch, options):
     torch.manual_seed(0)
     model = build(arch, **SHAPE | {"width": 128, "layers": 8}, **options)
@@ -269,14 +260,11 @@ def test_initialisation_scales_residual_projections(arch, options):
 
 WRONG = [
     ("mha", {"heads": 3}, "heads=3 must divide width=64, or give head_dim"),
-    ("mha", {"heads": 0}, "heads=0: must be a whole number of at least 1"),
     ("mha", {"vocab_size": 10**30}, "and below 2147483648"),
-    ("mha", {"width": -8}, "width=-8"),
+    ("mha", {"width": -8}, "width=-8: must be a whole number of at least 1"),
     ("mha", {"layers": 2.0}, "layers=2.0: must be a whole number"),
-    ("mha", {"layers": True}, "layers=True"),
     ("mha", {"head_dim": 5}, "head_dim=5: must be even"),
     ("mha", {"context": None}, "context=None"),
-    ("mha", {"ffn_width": 0}, "ffn_width=0"),
     ("mha", {"dropout": 1.0}, "dropout=1.0: must be a number of at least 0 and below 1"),
     ("mha", {"rope_base": float("nan")}, "rope_base=nan"),
     ("mha", {"rope_base": "1e4"}, "rope_base='1e4'"),
@@ -368,10 +356,10 @@ def test_transforms_are_seen_by_the_compiler():
     model, tokens = make("mha", {}), torch.randint(97, (3, 20))
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
 
-    def change(weights):
-        def mean(weights):
-            return torch.func.functional_call(model, weights, (tokens,)).logsumexp(-1).mean()
+    def mean(weights):
+        return torch.func.functional_call(model, weights, (tokens,)).logsumexp(-1).mean()
 
+    def change(weights):
         return torch.func.jvp(mean, (weights,), ({name: weight.sin() for name, weight in weights.items()},))[1]
 
     with sdpa_kernel(SDPBackend.MATH):

@@ -1,8 +1,5 @@
 """The law of operators: each kernel equals its operator's formula in fp64, with gradients where it has them, on all
-that it supports, and it declines everything else, so that the formula runs.
-
-The Triton kernels run in Triton's interpreter where there is no GPU.
-"""
+that it supports, and it declines everything else. Without a GPU, Triton's kernels run in its interpreter."""
 
 import contextlib
 import gc
@@ -12,11 +9,13 @@ import random
 
 import pytest
 import torch
+from helpers import threads
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from operators import (
     CASES,
     CPU,
+    DECLINED,
     KERNELS,
     SITUATIONS,
     assert_close,
@@ -46,16 +45,6 @@ def triton_for_any_device():
         yield
 
 
-@contextlib.contextmanager
-def number_of_threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_every_kernel_of_every_operator_is_under_the_law():
     assert set(CASES) == set(KERNELS)
 
@@ -69,21 +58,20 @@ def test_kernels_equal_their_formulas(kernel, seed):
     arguments = CASES[kernel].make(random.Random(seed))
     with torch.set_grad_enabled(CASES[kernel].gradients):
         assert supports(kernel, arguments)
-    with number_of_threads(1 + seed % 3):
+    with threads(1 + seed % 3):
         assert_equals_formula(kernel, arguments)
 
 
-@each_kernel([kernel for kernel in KERNELS if CASES[kernel].declined])
+@each_kernel(DECLINED)
 @torch.no_grad()
 def test_shapes_and_layouts_that_a_kernel_declines_are_computed_all_the_same(kernel):
-    for make_arguments in CASES[kernel].declined:
-        arguments = make_arguments()
+    for arguments in DECLINED[kernel]():
         assert not supports(kernel, arguments)
         expected = KERNELS[kernel].formula(*converted(arguments, torch.clone))
         assert_close(KERNELS[kernel](*arguments), expected, 1e-5)
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("situation", SITUATIONS.split())
 @each_kernel()
 def test_kernels_decline_situations_that_they_do_not_know(kernel, situation, monkeypatch):
     arguments, answers = CASES[kernel].make(random.Random(0)), []
@@ -119,12 +107,10 @@ def test_kernels_decline_situations_that_they_do_not_know(kernel, situation, mon
     assert set(answers[1:]) == {situation in CASES[kernel].runs_in}
 
 
-# What else kernels promise
+COUNTED = cpu_attention.decode, cpu_attention.paged_decode, cpu_attention.causal, cpu.head_linear, cpu.retention_step
 
 
-@each_kernel(
-    [cpu_attention.decode, cpu_attention.paged_decode, cpu_attention.causal, cpu.head_linear, cpu.retention_step]
-)
+@each_kernel(COUNTED)
 @torch.no_grad()
 def test_flops_of_a_kernel_are_those_of_its_formula(kernel):
     arguments = CASES[kernel].make(random.Random(3))
@@ -143,9 +129,9 @@ def test_flops_of_attention_backward_are_five_products():
     q, k, v, scale = qkv()
     with FlopCounterMode(display=False) as counter:
         forward = cpu_attention.causal(q.requires_grad_(), k, v, scale)
-        before = counter.get_total_flops()
+        two_products = counter.get_total_flops()
         forward.sum().backward()
-    assert counter.get_total_flops() == before * 7 / 2
+    assert counter.get_total_flops() == two_products * 7 / 2
 
 
 @needs_compiler

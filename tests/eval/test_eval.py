@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import each_variant
+from texts import byte_tokens
 
 import eval
-from archs import VARIANTS, build
+from archs import build
 from archs.cache import State
 from eval import loss, recall, speed, techniques
 from eval.compare import NotComparable, compare, gap_changes, t_cdf, t_interval, t_quantile
@@ -23,15 +25,12 @@ from eval.memory import CONTEXTS, BytesDiffer, measure_memory
 from eval.speed import measure_decode, measure_recompute, measure_roof, timed
 from eval.subject import EvalContext, Predictions
 from train.batches import IGNORED
-from train.corpus import Corpus
 from train.module import token_nats
 from train.mqar import RecallTask
 from train.study import parse_study
-from train.tokens import prepare
 
 SHAPE = {"vocab_size": 258, "width": 32, "layers": 2, "heads": 4, "context": 16}
 CPU = torch.device("cpu")
-EACH = [(arch, options) for arch, variant in VARIANTS.items() for options in variant.examples]
 
 
 def subject(model, data=None, overrides=("eval.loss_tokens=1_000_000",), measured=None):
@@ -39,7 +38,7 @@ def subject(model, data=None, overrides=("eval.loss_tokens=1_000_000",), measure
     return EvalContext(model, data, config, torch.float32, 10.0, lambda _: None, measured or {})
 
 
-@pytest.mark.parametrize(("arch", "options"), EACH)
+@each_variant
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_variant_holds_what_its_formula_says(arch, options, dtype):
     model = build(arch, **SHAPE, **options).to(dtype).eval()
@@ -55,26 +54,22 @@ def test_a_window_longer_than_the_shortest_measurement_is_filled_first():
     assert measure_memory(model, torch.float32)["constant_bytes"] == 2 * 2 * 8 * 300 * 4
 
 
-@pytest.mark.parametrize("wrong", [lambda right: right + 1, lambda right: 2 * right], ids=["constant", "per token"])
-def test_a_formula_that_is_not_true_is_an_error(wrong, monkeypatch):
+@pytest.mark.parametrize("name", ["constant", "per token", "hidden buffer"])
+def test_a_formula_that_is_not_true_is_an_error(name, monkeypatch):
     model = build("gqa", **SHAPE, kv_heads=2)
-    right = model.kv_stored_elements
-    monkeypatch.setattr(model, "kv_stored_elements", lambda context: wrong(right(context)))
+    right, layers = model.kv_stored_elements, model.new_layers
+    wrong = {
+        "constant": ("kv_stored_elements", lambda context: right(context) + 1),
+        "per token": ("kv_stored_elements", lambda context: 2 * right(context)),
+        "hidden buffer": ("new_layers", lambda make: [*layers(make), State(torch.zeros(4, make.max_tokens))]),
+    }
+    monkeypatch.setattr(model, *wrong[name])
     with pytest.raises(BytesDiffer, match="the formulas"):
         measure_memory(model, torch.float32)
 
 
-def test_a_variant_that_hides_a_buffer_is_found_out(monkeypatch):
-    model = build("mha", **SHAPE)
-    layers = model.new_layers
-    monkeypatch.setattr(model, "new_layers", lambda make: [*layers(make), State(torch.zeros(4, make.max_tokens))])
-    with pytest.raises(BytesDiffer):
-        measure_memory(model, torch.float32)
-
-
 def test_loss_is_the_mean_over_held_out_tokens_in_bits_of_their_text(tmp_path):
-    words = [f"word {n} of däta\n" * 9 for n in range(30)]
-    text = prepare(Corpus("files", words[:20], words[20:], 1, "f" * 16), "bytes", None, tmp_path)
+    text = byte_tokens(tmp_path)
     model = build("mha", **SHAPE | {"vocab_size": 257}).eval()
     measured = loss.measure(subject(model, text))["loss"]
     nats, n_bytes, tokens = 0.0, 0, 0
@@ -108,10 +103,8 @@ def test_of_two_rounds_the_faster_stands():
     slow = {"token_ms": 1e9, "token_ms_iqr": 1.0, "prefill_ms": 0.0, "prefill_ms_iqr": 2.0, "tokens_per_s": 0.0}
     slow |= {"roof_gb_s": 4.0, "roof_fraction": 1.0, "memory_bound": True}
     fast = slow | {"token_ms": 0.0, "prefill_ms": 1e9}
-    before = {
-        "decode": [{"batch": 1, "context": 8} | slow, {"batch": 1, "context": 16} | fast],
-        "recompute": {"cached_ms": 0.0, "recomputed_ms": 1e9},
-    }
+    before = {"decode": [{"batch": 1, "context": 8} | slow, {"batch": 1, "context": 16} | fast]}
+    before |= {"recompute": {"cached_ms": 0.0, "recomputed_ms": 1e9}}
     best = speed.measure(subject(model, None, ["eval.decode={batch: [1], context: [8, 16]}"], before))
     first, second = best["decode"]
     assert 0 < first["token_ms"] < 1e9
@@ -137,10 +130,8 @@ def test_a_point_that_the_system_has_no_memory_for_is_left_out_and_the_others_ar
     new_cache = model.new_cache
 
     def limited(batch, *args):
-        if batch == 2:
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        if batch == 3:
-            raise RuntimeError("broken")
+        if batch in (2, 3):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) if batch == 2 else RuntimeError("broken")
         return new_cache(batch, *args)
 
     monkeypatch.setattr(model, "new_cache", limited)
@@ -157,7 +148,7 @@ def test_recomputing_a_long_prefix_takes_longer_than_a_cached_step():
     assert result["recomputed_ms"] > 3 * result["cached_ms"]
 
 
-def test_timing_leaves_out_warm_up_and_what_runs_before():
+def test_timing_leaves_out_warm_up_and_what_runs_before_and_a_roof_is_a_plausible_bandwidth():
     calls = []
 
     def step():
@@ -167,17 +158,12 @@ def test_timing_leaves_out_warm_up_and_what_runs_before():
     timing = timed(step, CPU, repeats=6, warmup=2, before=lambda: time.sleep(0.02))
     assert len(calls) == 8
     assert 95 < timing.median < 400
-
-
-def test_the_roof_is_a_plausible_bandwidth():
     assert 0.5 < measure_roof(CPU) < 10_000
-
-
-# Student's t and its quantiles: tables of any textbook, to the digits printed there
 
 
 @pytest.mark.parametrize(("df", "value"), [(1, 12.706), (2, 4.303), (4, 2.776), (7, 2.365), (30, 2.042), (120, 1.980)])
 def test_t_quantiles_are_those_of_the_tables(df, value):
+    """To the digits that textbooks print."""
     assert t_quantile(0.975, df) == pytest.approx(value, abs=6e-4)
     assert t_cdf(t_quantile(0.9, df), df) == pytest.approx(0.9, abs=1e-10)
 
@@ -229,11 +215,12 @@ def test_a_loss_that_is_not_finite_is_left_out_and_the_rest_is_compared():
 
 
 def test_the_change_of_the_gap_with_size_is_paired_by_seed_too():
-    records = []
-    for n, (size, gap) in enumerate({"s": 0.1, "m": 9.0, "l": 0.3}.items()):
-        for seed in (0, 1, 2):
-            records.append(record(f"a-{size}", seed, float(seed), size=size, params=n))
-            records.append(record(f"b-{size}", seed, seed + gap + 0.01 * seed * n, size=size, params=n))
+    records = [
+        record(f"{name}-{size}", seed, seed + is_b * (gap + 0.01 * seed * n), size=size, params=n)
+        for n, (size, gap) in enumerate({"s": 0.1, "m": 9.0, "l": 0.3}.items())
+        for seed in (0, 1, 2)
+        for is_b, name in enumerate("ab")
+    ]
     (change,) = gap_changes(records)
     assert (change["label"], change["baseline"], change["sizes"]) == ("b", "a", ["s", "l"])
     assert change["mean_diff"] == pytest.approx(0.22)
@@ -254,26 +241,19 @@ def test_gaps_are_to_the_studys_baseline_alone():
 
 def test_each_size_has_a_baseline_of_its_own():
     bpb = {"a-s": 1.0, "b-s": 1.5, "a-l": 0.5, "b-l": 0.6}
-    records = [
-        record(label, s, x, size=label[2:], baseline=f"a{label[1:]}") for label, x in bpb.items() for s in (0, 1)
-    ]
-    main, _ = compare(records)
-    assert {c["label"]: (c["baseline"], round(c["mean_diff"], 3)) for c in main} == {
-        "b-s": ("a-s", 0.5),
-        "b-l": ("a-l", 0.1),
-    }
+    main, _ = compare(
+        [record(label, s, x, size=label[2:], baseline=f"a{label[1:]}") for label, x in bpb.items() for s in (0, 1)]
+    )
+    differences = {c["label"]: (c["baseline"], round(c["mean_diff"], 3)) for c in main}
+    assert differences == {"b-s": ("a-s", 0.5), "b-l": ("a-l", 0.1)}
 
 
 @pytest.mark.parametrize(
-    ("field", "other"),
-    [("corpus_fingerprint", "g"), ("tokenizer", {"name": "bpe"}), ("match", "none")],
+    ("field", "other"), [("corpus_fingerprint", "g"), ("tokenizer", {"name": "bpe"}), ("match", "none")]
 )
 def test_what_differs_in_more_than_the_variant_is_never_compared(field, other):
     with pytest.raises(NotComparable, match=rf"{field} is .* for a and .* for b"):
         compare([record("a", 0, 1.0), record("b", 0, 1.0, **{field: other})])
-
-
-# The bytes that a family needs for the baseline's loss
 
 
 def test_the_crossing_is_interpolated_over_the_logarithm_of_the_bytes():
@@ -281,9 +261,8 @@ def test_the_crossing_is_interpolated_over_the_logarithm_of_the_bytes():
     assert crossing(curve, 0.95)["bytes_per_token"] == pytest.approx(2**7)
     beyond = crossing([(64, [0.31, 0.3])], 0.95)
     assert beyond == {"bytes_per_token": None, "low": 64, "high": None, "verdict": "not reached"}
-    assert crossing([(64, [0.3])], 0.95) == beyond | {"low": None}
-    unsure = crossing([(64, [0.3, -0.2])], 0.95)
-    assert unsure == beyond | {"low": None}
+    for unsure in ([0.3], [0.3, -0.2]):
+        assert crossing([(64, unsure)], 0.95) == beyond | {"low": None}
     at_most = crossing([(256, [-0.2, -0.2]), (512, [-0.3, -0.3])], 0.95)
     assert (at_most["bytes_per_token"], at_most["verdict"], at_most["high"]) == (256, "at most", 256)
 
@@ -337,9 +316,6 @@ def test_a_family_is_read_at_its_own_bytes_and_the_baselines_own_family_reaches_
     assert (c["bytes_per_token"], c["verdict"]) == (None, "not reached")
 
 
-# Recall
-
-
 def test_a_recall_hit_ends_a_pair_that_stood_in_the_context_before():
     draw = random.Random(2)
     tokens = torch.tensor([[draw.randrange(4) for _ in range(40)] for _ in range(5)])
@@ -350,9 +326,7 @@ def test_a_recall_hit_ends_a_pair_that_stood_in_the_context_before():
 
 
 def test_hits_rest_and_places_make_up_the_whole_loss(tmp_path):
-    words = [f"word {n} of word {n}\n" * 9 for n in range(30)]
-    text = prepare(Corpus("files", words[:20], words[20:], 1, "f" * 16), "bytes", None, tmp_path)
-    measured = subject(build("mha", **SHAPE | {"vocab_size": 257}).eval(), text)
+    measured = subject(build("mha", **SHAPE | {"vocab_size": 257}).eval(), byte_tokens(tmp_path))
     whole, split = loss.measure(measured)["loss"], recall.measure(measured)["loss"]
     assert split["hit_tokens"] + split["rest_tokens"] == whole["tokens"]
     assert split["hit_tokens"] > 0
@@ -363,29 +337,31 @@ def test_hits_rest_and_places_make_up_the_whole_loss(tmp_path):
 
 
 class Oracle(torch.nn.Module):
-    """Answers every query of at most `known` pairs right, by looking."""
+    """Answers every query of at most four pairs right, by looking."""
 
-    def __init__(self, known):
-        super().__init__()
-        self.options = SimpleNamespace(context=32)
-        self.embed = torch.nn.Embedding(1, 1)
-        self.known = known
+    options, embed = SimpleNamespace(context=32), torch.nn.Embedding(1, 1)
 
     def forward(self, inputs):
         logits = torch.zeros(*inputs.shape, 64)
         for b, row in enumerate(inputs.tolist()):
             pairs = next(n for n in range(1, 17) if row[2 * n] == 0 or row[2 * n] in row[0 : 2 * n : 2])
             for t in range(2 * pairs, 32):
-                if row[t] and pairs <= self.known:
+                if row[t] and pairs <= 4:
                     logits[b, t, row[row.index(row[t]) + 1]] = 9.0
         return logits
 
 
 def test_accuracy_counts_queries_by_the_number_of_pairs():
-    measured = recall.measure(subject(Oracle(4), RecallTask([2, 4, 8], 64), ["eval.loss_tokens=3072"]))["loss"]
+    measured = recall.measure(subject(Oracle(), RecallTask([2, 4, 8], 64), ["eval.loss_tokens=3072"]))["loss"]
     assert measured["accuracy_at"]["2"] == measured["accuracy_at"]["4"] == 1.0
     assert measured["accuracy_at"]["8"] < 0.2
     assert measured["accuracy"] == pytest.approx((2 + 4 + 8 * measured["accuracy_at"]["8"]) / 14)
+
+
+def recall_subject(pairs, loss_tokens, technique_tokens):
+    model = build("mha", **SHAPE | {"vocab_size": 64, "context": 32}).eval()
+    settings = f"loss_tokens={loss_tokens}", f"technique_tokens={technique_tokens}", "techniques=[{technique: full}]"
+    return subject(model, RecallTask(pairs, 64), [f"eval.{setting}" for setting in settings])
 
 
 @pytest.mark.parametrize("pairs", [[1, 2], [1, 2, 3], [1, 2, 3, 4]])
@@ -393,11 +369,7 @@ def test_techniques_see_every_number_of_pairs_equally_often(pairs, monkeypatch):
     seen = []
     found = techniques.token_nats
     monkeypatch.setattr(techniques, "token_nats", lambda x, wanted: seen.append(wanted) or found(x, wanted))
-    model = build("mha", vocab_size=64, width=32, layers=2, heads=4, context=32).eval()
-    settings = [
-        f"eval.{key}" for key in ("loss_tokens=6400", "technique_tokens=1600", "techniques=[{technique: full}]")
-    ]
-    measured = techniques.measure(subject(model, RecallTask(pairs, 64), settings))["techniques"][0]
+    (measured,) = techniques.measure(recall_subject(pairs, 6400, 1600))["techniques"]
     (wanted,) = seen
     sequences = RecallTask(pairs, 64).validation(32, 1000, 6400)[0][1][: len(wanted)]
     asked = (sequences != IGNORED).sum(1).tolist()
@@ -408,11 +380,9 @@ def test_techniques_see_every_number_of_pairs_equally_often(pairs, monkeypatch):
 
 @torch.inference_mode()
 def test_without_a_query_there_is_no_accuracy():
-    model = build("mha", vocab_size=64, width=32, layers=2, heads=4, context=32).eval()
-    settings = [f"eval.{key}" for key in ("loss_tokens=32", "technique_tokens=32", "techniques=[{technique: full}]")]
-    of = subject(model, RecallTask([1], 64), settings)
-    of.predictions.targets_NT[:, 15:] = IGNORED
-    (measured,) = techniques.measure(of)["techniques"]
+    context = recall_subject([1], 32, 32)
+    context.predictions.targets_NT[:, 15:] = IGNORED
+    (measured,) = techniques.measure(context)["techniques"]
     assert [measured[name] for name in ("accuracy", "val_nats", "val_bpb")] == [None] * 3
 
 
@@ -423,16 +393,11 @@ def test_a_measure_is_a_module_of_the_package():
     assert set(eval.measure_names()) == have_measure >= {"loss", "memory", "recall", "speed"}
 
 
-# Techniques on the cache
-
-
 def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_bytes_are():
-    texts = [f"the cat number {n} sat on the mat\n" * 20 for n in range(40)]
-    ones = torch.ones(300, dtype=torch.long).numpy()
-    facts = {"token_bytes": ones, "tokenizer": None, "n_vocab": 300}
+    facts = {"token_bytes": torch.ones(300, dtype=torch.long).numpy(), "tokenizer": None, "n_vocab": 300}
     data = SimpleNamespace(**facts, spread=lambda sequences, available: range(available))
     model = build("gqa", vocab_size=257, width=32, layers=3, heads=4, context=32, kv_heads=2).eval()
-    tokens = torch.tensor([list(text.encode()[:33]) for text in texts[:6]])
+    tokens = torch.tensor([list(f"the cat number {n} sat on the mat\n".encode()[:33]) for n in range(6)])
     nats = token_nats(model(tokens[:, :-1]), tokens[:, 1:]).detach()
     found = Predictions(tokens[:, :-1], tokens[:, 1:], nats, nats > 0, 6 * 32)
     entries = [
@@ -441,14 +406,8 @@ def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_byt
         {"technique": "h2o", "budget": [0.5, 12]},
         {"technique": "snapkv", "budget": 0.5, "window": 8},
     ]
-    subject = SimpleNamespace(
-        model=model,
-        data=data,
-        predictions=found,
-        config=parse_study({"eval": {"techniques": entries}}).eval,
-        dtype=torch.float32,
-        show=print,
-    )
+    config = parse_study({"eval": {"techniques": entries}}).eval
+    subject = SimpleNamespace(model=model, data=data, predictions=found, config=config, dtype=torch.float32, show=print)
     packed, full, half, twelve, snapkv = techniques.measure(subject)["techniques"]
     expected = nats[:, 15:].mean().item()
     assert full["val_nats"] == pytest.approx(expected, rel=1e-5)

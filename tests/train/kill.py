@@ -1,13 +1,9 @@
-"""Kills kvfrontier at random places, gives the same command again until it ends, and compares with a straight run.
-
-    uv run python tests/train/kill.py --kills 50                  # `train` of each variant at random steps
-    uv run python tests/train/kill.py --kills 50 --signal TERM    # which writes a checkpoint, and exits with 143
-    uv run python tests/train/kill.py --signal KILL TERM          # the one, then the other
-    uv run python tests/train/kill.py --kills 50 --study          # `run` of all variants at random moments
+"""Kills kvfrontier at random places, repeats the command until it ends, and compares with a straight run.
 
 Weights, metrics.jsonl, TensorBoard's curves and, of a study, results.json must be the same to the bit, times apart.
-Children are forked from this process, which has imported everything and has one thread.
-"""
+docs/when-something-goes-wrong.md shows the arguments.
+
+Children are forked from this process, which has imported everything and has one thread."""
 
 import argparse
 import json
@@ -29,22 +25,18 @@ tune_process()
 
 import torch
 import yaml
-from same import differ, without_times
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from texts import MINIATURE, differ, kvf, without_times, write_texts
 
 import eval.evaluate
 import eval.speed
 from archs import VARIANTS
-from kvfrontier import main
 from train.callbacks import CheckpointAndStop
 from train.checkpoints import checkpoints
 
 BATCH = 128
-SETTINGS = {
-    "corpus": {"files": ["texts/*.txt"]},
-    "tokenizer": {"name": "bytes"},
-    "model": {"width": 32, "layers": 2, "heads": 4, "context": 16, "dropout": 0.1},
-    "match": "none",
+SETTINGS = MINIATURE | {
+    "model": MINIATURE["model"] | {"dropout": 0.1},
     "variants": [{"arch": arch, **variant.examples[0]} for arch, variant in VARIANTS.items()],
     "eval": {"loss_tokens": 256, "decode": {"batch": [1], "context": [8]}},
 }
@@ -82,11 +74,10 @@ def fork(arguments: list) -> int:
     """Starts a kvfrontier command, which prints nothing, in a child; returns its process id."""
     if child := os.fork():
         return child
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     try:
-        os._exit(main([str(argument) for argument in arguments]))
+        os._exit(kvf(*arguments))
     finally:
         os._exit(70)
 
@@ -137,7 +128,7 @@ def kill_runs(folder: Path, kills: int, signals: list[signal.Signals]) -> bool:
         arch = variant["arch"]
         study = write_study(folder, arch, steps, variants=[variant])
         straight = folder / "straight" / arch
-        well &= main(["train", str(study), "--out", str(straight)]) == 0
+        well &= kvf("train", study, "--out", straight) == 0
         for signum in signals:
             killed = folder / signum.name / arch
             expected = -signum if signum == signal.SIGKILL else 128 + signum
@@ -146,8 +137,8 @@ def kill_runs(folder: Path, kills: int, signals: list[signal.Signals]) -> bool:
             well &= in_child(["train", study, "--out", killed], math.inf, signum) == 0
             differing = compare(straight, killed)
             well &= not differing and died == kills
-            said = f"not the same: {', '.join(differing)}" if differing else "the same"
-            print(f"{arch}: {said} after {died} times {signum.name}", flush=True)
+            result = f"not the same: {', '.join(differing)}" if differing else "the same"
+            print(f"{arch}: {result} after {died} times {signum.name}", flush=True)
     return well
 
 
@@ -179,9 +170,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
-        (folder / "texts").mkdir()
-        for n in range(40):
-            (folder / "texts" / f"{n}.txt").write_text(f"the cat number {n} sat on the mat\n" * 20)
+        write_texts(folder)
         if args.study:
             well = kill_study(folder, args.kills)
         else:

@@ -32,7 +32,7 @@ def one_run(data, directory, **train):
 
 
 def train_runs(plan):
-    """Trains a plan in this process; the failures."""
+    """Trains a plan in this process; returns the failures."""
     with StudyProgress("training", 0) as progress:
         return train_with(InProcess(plan, progress), plan, progress)
 
@@ -46,7 +46,7 @@ def weights(run):
     return newest_whole(run.directory, pytest.fail)[1]["state_dict"]
 
 
-def metrics(run):
+def metrics(directory):
     """The lines of metrics.jsonl, times left out."""
-    rows = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("train/tokens_per_s", "train/mfu")} for row in rows]

@@ -5,9 +5,9 @@ import sys
 from pathlib import PurePosixPath
 
 import pytest
-from texts import refusal as refused
+from texts import refusal
 
-from train.corpus import load_corpus
+from train.corpus import _stdlib, load_corpus
 
 
 def write(folder, texts):
@@ -18,12 +18,14 @@ def write(folder, texts):
     return folder
 
 
-def many(count=200):
-    return {f"part-{i % 3}/{i}.txt": f"document {i}\n" * (1 + i % 7) for i in range(count)}
+def many():
+    return {f"part-{i % 3}/{i}.txt": f"document {i}\n" * (1 + i % 7) for i in range(200)}
 
 
-def refusal(*args, **kwargs):
-    return refused(load_corpus, *args, **kwargs)
+def loaded(folder, texts, *patterns):
+    """The corpus of the files of a folder that match, after the texts were written there; and all of its text."""
+    corpus = load_corpus(files=patterns or ["**/*"], relative_to=[write(folder, texts)])
+    return corpus, corpus.train + corpus.val
 
 
 def test_stdlib_is_large_sane_and_the_same_at_every_call():
@@ -35,8 +37,6 @@ def test_stdlib_is_large_sane_and_the_same_at_every_call():
 
 
 def test_stdlib_holds_no_tests_and_nothing_of_this_machine():
-    from train.corpus import _stdlib
-
     names = [document.name for document in _stdlib()]
     assert names == sorted(names)
     folders = {folder for name in names for folder in PurePosixPath(name).parts[:-1]}
@@ -56,38 +56,36 @@ def test_split_and_fingerprint_do_not_depend_on_where_the_files_lie(tmp_path):
 @pytest.mark.parametrize("change", ["text", "name", "split"])
 def test_fingerprint_tells_any_change(tmp_path, change):
     texts = many()
-    before = load_corpus(files=[f"{write(tmp_path / 'before', texts)}/**/*"])
+    before, _ = loaded(tmp_path / "before", texts)
     if change == "text":
         texts["part-0/0.txt"] += "."
     elif change == "name":
         texts["part-0/new.txt"] = texts.pop("part-0/0.txt")
     else:
         texts["part-0/0.txt"] = "huge " * 1_000_000
-    after = load_corpus(files=[f"{write(tmp_path / 'after', texts)}/**/*"])
-    assert before.fingerprint != after.fingerprint
+    assert before.fingerprint != loaded(tmp_path / "after", texts)[0].fingerprint
 
 
-def test_whole_documents_are_held_out_of_many(tmp_path):
-    texts = many()
-    corpus = load_corpus(files=["**/*"], relative_to=[write(tmp_path, texts)])
-    assert sorted(corpus.train + corpus.val) == sorted(texts.values())
+def test_whole_documents_are_held_out_of_many_and_a_part_of_a_huge_one(tmp_path):
+    huge, _ = loaded(tmp_path / "huge", {"huge.txt": "x" * 1_000_000} | {f"{i}.txt": "small\n" for i in range(50)})
+    assert 0.09 < sum(map(len, huge.val)) / huge.bytes < 0.11
+    corpus, texts = loaded(tmp_path / "many", many())
+    assert sorted(texts) == sorted(many().values())
     assert 0.05 <= sum(map(len, corpus.val)) / corpus.bytes <= 0.1
 
 
 def test_a_document_is_held_out_whatever_its_text_says(tmp_path):
     """The split goes by names: editing a document does not move it to the other side."""
     texts = {f"{i}.txt": f"{i:03}\n" for i in range(100)}
-    before = load_corpus(files=["*"], relative_to=[write(tmp_path / "a", texts)])
-    after = load_corpus(
-        files=["*"], relative_to=[write(tmp_path / "b", {k: v.upper() + "!" for k, v in texts.items()})]
-    )
+    before, _ = loaded(tmp_path / "a", texts)
+    after, _ = loaded(tmp_path / "b", {name: text + "!" for name, text in texts.items()})
     assert [text + "!" for text in before.val] == after.val
 
 
 @pytest.mark.parametrize("count", [1, 5, 19])
 def test_few_documents_give_their_last_tenths(tmp_path, count):
     texts = {f"{i:02}.txt": "".join(f"line {i} {j}\n" for j in range(100)) for i in range(count)}
-    corpus = load_corpus(files=["*"], relative_to=[write(tmp_path, texts)])
+    corpus, _ = loaded(tmp_path, texts)
     assert [train + val for train, val in zip(corpus.train, corpus.val, strict=True)] == list(texts.values())
     assert all(text.endswith("\n") for text in corpus.train)
     assert 0.08 < sum(map(len, corpus.val)) / corpus.bytes < 0.13
@@ -97,9 +95,8 @@ def test_the_first_folder_in_which_a_pattern_matches_wins(tmp_path):
     first, second = write(tmp_path / "1", {"a.txt": "first\n" * 20}), write(tmp_path / "2", {"a.txt": "second\n" * 20})
     write(second, {"only.txt": "only\n" * 20})
     both = load_corpus(files=["a.txt", "only.txt"], relative_to=[first, second])
-    assert "".join(both.train + both.val).count("first") == 20
-    assert "".join(both.train + both.val).count("only") == 20
-    assert "second" not in "".join(both.train + both.val)
+    text = "".join(both.train + both.val)
+    assert [text.count(word) for word in ("first", "only", "second")] == [20, 20, 0]
 
 
 def test_patterns_are_relative_to_the_current_folder_by_default(tmp_path, monkeypatch):
@@ -110,8 +107,8 @@ def test_patterns_are_relative_to_the_current_folder_by_default(tmp_path, monkey
 def test_jsonl_gives_a_document_a_line_and_text_comes_back_unchanged(tmp_path):
     texts = [f"document {i}\u2028 \U0001f600\n" for i in range(30)]
     lines = "\n".join(json.dumps({"id": i, "text": text}, ensure_ascii=i % 2) for i, text in enumerate(texts))
-    corpus = load_corpus(files=["a.jsonl"], relative_to=[write(tmp_path, {"a.jsonl": lines + "\n\n"})])
-    assert sorted(corpus.train + corpus.val) == sorted(texts)
+    corpus, documents = loaded(tmp_path, {"a.jsonl": lines + "\n\n"})
+    assert sorted(documents) == sorted(texts)
     assert corpus.bytes == sum(len(text.encode()) for text in texts)
 
 
@@ -124,14 +121,7 @@ def test_jsonl_gives_a_document_a_line_and_text_comes_back_unchanged(tmp_path):
     ],
 )
 def test_text_comes_back_as_utf8_can_write_it(tmp_path, name, content, text):
-    corpus = load_corpus(files=[name], relative_to=[write(tmp_path, {name: content})])
-    assert "".join(corpus.train + corpus.val) == text
-
-
-def test_one_huge_document_among_small_ones_is_split_too(tmp_path):
-    texts = {"huge.txt": "x" * 1_000_000} | {f"{i}.txt": "small\n" for i in range(50)}
-    corpus = load_corpus(files=["*"], relative_to=[write(tmp_path, texts)])
-    assert 0.09 < sum(map(len, corpus.val)) / corpus.bytes < 0.11
+    assert "".join(loaded(tmp_path, {name: content})[1]) == text
 
 
 def test_parquet_gives_a_document_a_row(tmp_path, monkeypatch):
@@ -140,35 +130,32 @@ def test_parquet_gives_a_document_a_row(tmp_path, monkeypatch):
 
     texts = [f"document {i}\n" for i in range(30)]
     parquet.write_table(pyarrow.table({"text": texts, "id": list(range(30))}), tmp_path / "a.parquet")
-    corpus = load_corpus(files=["a.parquet"], relative_to=[tmp_path])
-    assert sorted(corpus.train + corpus.val) == sorted(texts)
+    assert sorted(loaded(tmp_path, {})[1]) == sorted(texts)
     parquet.write_table(pyarrow.table({"body": texts, "id": list(range(30))}), tmp_path / "b.parquet")
-    assert "body, id" in refusal(files=["b.parquet"], relative_to=[tmp_path])
-    (tmp_path / "c.parquet").write_bytes(b"no parquet")
-    assert "c.parquet is not a parquet file" in refusal(files=["c.parquet"], relative_to=[tmp_path])
+    assert "body, id" in refusal(loaded, tmp_path, {}, "b.parquet")
+    assert "c.parquet is not a parquet file" in refusal(loaded, tmp_path, {"c.parquet": b"no parquet"}, "c.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "uv sync --extra data" in refusal(files=["a.parquet"], relative_to=[tmp_path])
+    assert "uv sync --extra data" in refusal(loaded, tmp_path, {}, "a.parquet")
 
 
 def test_mistakes_are_one_line_that_names_the_place(tmp_path):
-    texts = {"latin.txt": "déjà".encode("latin-1"), "empty.txt": "", "one.txt": "x", "list.jsonl": "[1]"}
-    texts |= {"broken.jsonl": '{"text": "a"}\n{"text": \n', "textless.jsonl": '{"text": "a"}\n\n{"body": "b"}\n'}
-    write(tmp_path, texts)
-    at = {"relative_to": [tmp_path]}
-    assert "'wikipedia'" in refusal("wikipedia")
-    assert "stdlib" in refusal("wikipedia")
-    assert "both" in refusal("stdlib", files=["a.txt"])
-    assert "neither" in refusal()
-    elsewhere = refusal(files=["no/*.txt"], relative_to=[tmp_path, tmp_path / "studies"])
+    for name, content, message in (
+        ("latin.txt", b"d\xe9j\xe0", "latin.txt is not UTF-8 text (byte offset 1)"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl:2 is not JSON"),
+        ("textless.jsonl", '{"text": "a"}\n\n{"body": "b"}\n', 'textless.jsonl:3 has no string "text"'),
+        ("list.jsonl", "[1]", "list.jsonl:1"),
+        ("empty.txt", "", "empty"),
+        ("one.txt", "x", "empty"),
+    ):
+        assert message in refusal(loaded, tmp_path, {name: content}, name)
+    assert "'wikipedia'" in (message := refusal(load_corpus, "wikipedia"))
+    assert "stdlib" in message
+    assert "both" in refusal(load_corpus, "stdlib", files=["a.txt"])
+    assert "neither" in refusal(load_corpus)
+    elsewhere = refusal(load_corpus, files=["no/*.txt"], relative_to=[tmp_path, tmp_path / "studies"])
     assert "'no/*.txt'" in elsewhere
     assert f"{tmp_path} or {tmp_path / 'studies'}" in elsewhere
-    assert f"{tmp_path}/no.txt" in refusal(files=[f"{tmp_path}/no.txt"])
-    assert "latin.txt is not UTF-8 text (byte offset 1)" in refusal(files=["latin.txt"], **at)
-    assert "broken.jsonl:2 is not JSON" in refusal(files=["broken.jsonl"], **at)
-    assert 'textless.jsonl:3 has no string "text"' in refusal(files=["textless.jsonl"], **at)
-    assert "list.jsonl:1" in refusal(files=["list.jsonl"], **at)
-    assert "empty" in refusal(files=["empty.txt"], **at)
-    assert "empty" in refusal(files=["one.txt"], **at)
+    assert f"{tmp_path}/no.txt" in refusal(load_corpus, files=[f"{tmp_path}/no.txt"])
 
 
 def test_environment_is_the_text_of_installed_packages(tmp_path, monkeypatch):
@@ -180,16 +167,13 @@ def test_environment_is_the_text_of_installed_packages(tmp_path, monkeypatch):
         "a/left.json": "{}",
         "a.dist-info/LICENSE.md": "free " * 40,
     } | {f"c/{n}.rst": f"text number {n} " * 9 for n in range(30)}
-    for name, text in texts.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    write(tmp_path, texts)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     corpus = load_corpus("environment")
     assert corpus.name == "environment"
-    held = corpus.train + corpus.val
-    assert len(held) == 33
-    assert held.count("# x\n" * 50) == 1
-    assert any("\xe9" in text for text in held)
+    documents = corpus.train + corpus.val
+    assert (len(documents), documents.count("# x\n" * 50)) == (33, 1)
+    assert any("\xe9" in text for text in documents)
     assert load_corpus("environment") == corpus
     (tmp_path / "c" / "0.rst").write_text("another text")
     assert load_corpus("environment").fingerprint != corpus.fingerprint

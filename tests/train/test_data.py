@@ -1,4 +1,4 @@
-"""Batch k of seed s is a pure function of (s, k), and validation predicts each token once."""
+"""Batch k of seed s is a pure function of (s, k), and validation predicts each token once; also of the recall task."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import refusal
 
-from train.batches import TrainingBatches
-from train.corpus import Corpus
-from train.tokens import prepare
+from train.batches import IGNORED, TrainingBatches
+from train.mqar import BLANK, RecallTask
 
 TOKENS = np.arange(1003, dtype=np.uint16)
 
@@ -23,11 +23,6 @@ def test_a_batch_depends_on_seed_and_number_alone(seed, ks):
         assert all(map(torch.equal, used[k], fresh[k]))
 
 
-def test_seeds_and_batches_differ():
-    batches = (TrainingBatches(TOKENS, 16, 4, seed)[k][0] for seed in range(4) for k in range(4))
-    assert len({tuple(inputs.flatten().tolist()) for inputs in batches}) == 16
-
-
 def test_targets_are_the_next_tokens_and_an_epoch_sees_each_sequence_once():
     data = TrainingBatches(TOKENS, context=10, batch_size=5, seed=3)
     batches = zip(*(data[k] for k in range(20)), strict=True)  # 100 sequences of 10 in 1002 tokens
@@ -35,36 +30,68 @@ def test_targets_are_the_next_tokens_and_an_epoch_sees_each_sequence_once():
     assert (targets == inputs + 1).all()
     assert len(set(inputs.flatten().tolist())) == 1000
     assert not torch.equal(inputs, torch.cat([data[k][0] for k in range(20, 40)]))
+    batches = (TrainingBatches(TOKENS, 16, 4, seed)[k][0] for seed in range(4) for k in range(4))
+    assert len({tuple(inputs.flatten().tolist()) for inputs in batches}) == 16
 
 
-@pytest.fixture
-def text(tmp_path):
-    words = [f"word {n} of däta\n" * 9 for n in range(30)]
-    corpus = Corpus("files", words[:20], words[20:], sum(len(w.encode()) for w in words), "f" * 16)
-    return prepare(corpus, "bytes", None, tmp_path)
-
-
-def test_validation_predicts_each_token_once(text):
-    data = text.validation(context=16, batch_size=3, limit=10**9)
-    targets = torch.cat([targets.flatten() for _, targets, _ in data]).tolist()
-    assert targets == text.val[1 : (len(text.val) - 1) // 16 * 16 + 1].tolist()
+def test_validation_predicts_each_token_once(data):
+    batches = data.validation(context=16, batch_size=3, limit=10**9)
+    targets = torch.cat([targets.flatten() for _, targets, _ in batches]).tolist()
+    assert targets == data.val[1 : (len(data.val) - 1) // 16 * 16 + 1].tolist()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10**9, None), (64, 64), (70, 64), (1, 16)])
-def test_a_sample_of_validation_is_spread_out_and_its_bytes_are_counted(text, limit, expected):
-    data = text.validation(context=16, batch_size=3, limit=limit)
-    inputs, targets = (torch.cat([batch[n] for batch in data]) for n in (0, 1))
-    assert targets.numel() == (expected or (len(text.val) - 1) // 16 * 16)
-    assert sum(n for *_, n in data) == (targets != text.tokenizer.eot_token).sum()  # one byte a token, end none
+def test_a_sample_of_validation_is_spread_out_and_its_bytes_are_counted(data, limit, expected):
+    batches = data.validation(context=16, batch_size=3, limit=limit)
+    inputs, targets = (torch.cat([batch[n] for batch in batches]) for n in (0, 1))
+    assert targets.numel() == (expected or (len(data.val) - 1) // 16 * 16)
+    assert sum(n for *_, n in batches) == (targets != data.tokenizer.eot_token).sum()  # one byte a token, end none
     if expected == 64:
-        quarter = len(text.val) // 4
+        quarter = len(data.val) // 4
         for n, row in enumerate(inputs.tolist()):
             near = range(max(0, n * quarter - 64), n * quarter + 64)
-            assert any(text.val[i : i + 16].tolist() == row for i in near)
+            assert any(data.val[i : i + 16].tolist() == row for i in near)
 
 
-def test_too_few_tokens_are_refused(text):
-    short = dataclasses.replace(text, val=text.val[:16])
+def test_too_few_tokens_are_refused(data):
+    short = dataclasses.replace(data, val=data.val[:16])
     for make in (lambda: TrainingBatches(TOKENS[:16], 16, 1, 0), lambda: short.validation(16, 1, 9)):
         with pytest.raises(ValueError, match="too few for context=16"):
             make()
+
+
+def test_each_key_is_asked_once_and_its_value_is_the_target():
+    task = RecallTask([2, 4, 8], 64)
+    inputs, targets = task.training(context=32, batch_size=30, seed=3)[2]
+    for n, (row, wanted) in enumerate(zip(inputs.tolist(), targets.tolist(), strict=True)):
+        pairs = (2, 4, 8)[n % 3]
+        keys, values = row[0 : 2 * pairs : 2], row[1 : 2 * pairs : 2]
+        assert len(set(keys)) == pairs
+        assert all(0 < key < 32 <= value < 64 for key, value in zip(keys, values, strict=True))
+        asked = {row[t]: wanted[t] for t in range(32) if wanted[t] != IGNORED}
+        assert asked == dict(zip(keys, values, strict=True))
+        assert all(row[t] == BLANK for t in range(2 * pairs, 32) if wanted[t] == IGNORED)
+
+
+def test_a_sequence_depends_on_seed_and_number_alone():
+    task = RecallTask([2, 4], 64)
+    whole, _ = task.training(context=16, batch_size=8, seed=0)[0]
+    halves = [task.training(context=16, batch_size=4, seed=0)[k][0] for k in (0, 1)]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(whole, task.training(context=16, batch_size=8, seed=1)[0][0])
+
+
+def test_validation_is_the_same_for_all_and_has_every_number_of_pairs_equally_often():
+    task = RecallTask([2, 4, 8], 300)
+    batches = list(task.validation(context=32, batch_size=7, limit=32 * 29))
+    targets = torch.cat([targets for _, targets, _ in batches])
+    asked = (targets != IGNORED).sum(1)
+    assert [int((asked == n).sum()) for n in (2, 4, 8)] == [10, 10, 10]
+    assert sum(n_bytes for *_, n_bytes in batches) == 2 * asked.sum()  # 300 symbols take two bytes each
+
+
+def test_settings_decide_the_fingerprint_and_what_does_not_fit_is_refused():
+    prints = {RecallTask(pairs, size).facts["fingerprint"] for pairs in ([2], [2, 4]) for size in (64, 128)}
+    assert len(prints) == 4
+    assert "take 32 tokens, more than model.context=31" in refusal(RecallTask([8], 64).training, 31, 1, 0)
+    assert "each from 1 to 31" in refusal(RecallTask, [32], 64)

@@ -3,10 +3,11 @@
 import pytest
 import tiktoken
 import torch
-from texts import user_folder
+from texts import MINIATURE, kvf, refused, user_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import kvfrontier
+from eval.evaluate import load_model
+from train.plan import Plan
 from train.store import read_plan
 from train.study import load_data, parse_study
 from train.tokenizer import as_hf, load_tokenizer
@@ -14,7 +15,6 @@ from train.tokenizer import as_hf, load_tokenizer
 VARIANTS = [
     {"arch": "mha"},
     {"arch": "mqa"},
-    {"arch": "gqa", "kv_heads": 2},
     {"arch": "mla", "kv_rank": 16, "rope_dim": 6},
     {"label": "mla-q", "arch": "mla", "kv_rank": 16, "rope_dim": 6, "q_rank": 12, "nope_dim": 10, "v_dim": 14},
     {"label": "untied", "arch": "gqa", "kv_heads": 1, "tie_embeddings": False, "rope_base": 500.0},
@@ -25,30 +25,24 @@ TEXT = "def f(x_1):\n    return [1234567, 'caf\xe9 \u4e2d', \"  \"]  # the quick
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    settings = {
-        "corpus": {"files": ["texts/*.txt"]},
+    settings = MINIATURE | {
         "tokenizer": {"name": "bpe", "vocab_size": 300},
         "model": {"width": 48, "layers": 2, "heads": 4, "context": 32},
-        "match": "none",
         "variants": VARIANTS,
         "train": {"tokens": 1280, "batch_tokens": 64, "val_tokens": 64, "val_points": 2, "precision": "fp32"},
     }
     folder = user_folder(tmp_path_factory, "export", settings)
-    assert kvfrontier.main(["train", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
+    assert kvf("train", folder / "study.yaml", "--out", folder / "out") == 0
     return folder / "out"
 
 
 @pytest.mark.parametrize("label", [v.get("label", v["arch"]) for v in VARIANTS if v["arch"] != "yoco"])
 def test_transformers_computes_the_same(study, label, tmp_path):
-    from eval.evaluate import load_model
-    from train.plan import Plan
-
-    plan = read_plan(study)
-    parsed = parse_study(plan["settings"])
+    parsed = parse_study(read_plan(study)["settings"])
     data = load_data(parsed, study.parent / "study.yaml")
     run = next(run for run in Plan(parsed, data, study).look().runs if run.variant.label == label)
     ours = load_model(run)
-    assert kvfrontier.main(["export", str(run.directory), str(tmp_path / "hf")]) == 0
+    assert kvf("export", run.directory, tmp_path / "hf") == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert sum(p.numel() for p in theirs.parameters()) == ours.count_params()
     tokens = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -74,22 +68,18 @@ def test_transformers_computes_the_same(study, label, tmp_path):
 def test_what_cannot_be_exported_is_one_line(study, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    for run, out, says in (
+    for run, out, message in (
         ("runs/yoco/seed-0", "new", "yoco cannot be exported: transformers has no class that computes YOCO"),
         ("runs/mha", "new", "is no run's directory"),
         ("runs/mha/seed-0", "full", "is there already: give an empty or a new directory"),
     ):
-        assert kvfrontier.main(["export", str(study / run), str(tmp_path / out)]) == 2
-        said = capsys.readouterr().err.strip()
-        assert says in said
-        assert said.count("\n") == 0
+        assert message in refused(capsys, "export", study / run, tmp_path / out)
     assert not (tmp_path / "new").exists()
 
 
 def test_tokenizers_without_merges_and_with_ids_that_are_not_in_use():
     encoding = load_tokenizer("bytes", None, [], None)
     assert as_hf(encoding).encode(TEXT).ids == encoding.encode_ordinary(TEXT)
-    holes = tiktoken.Encoding(
-        "x", pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks, special_tokens={"<|endoftext|>": 300}
-    )
+    ranks, end = {"mergeable_ranks": encoding._mergeable_ranks}, {"special_tokens": {"<|endoftext|>": 300}}
+    holes = tiktoken.Encoding("x", pat_str=encoding._pat_str, **ranks, **end)
     assert as_hf(holes).encode("a<|endoftext|>").ids == [ord("a"), 300]

@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from texts import user_folder
+from texts import MINIATURE, kvf, refused, user_folder
 
-import kvfrontier
 from archs import build
 from archs.techniques import dmc, technique
 from train.checkpoints import newest_whole
@@ -21,11 +20,8 @@ DMCS = [
     {"technique": "dmc", "budget": 0.25, "train_tokens": 2048},
 ]
 SHORT = "dmc-0.25-tokens-2048-lr-0.001"
-STUDY = {
-    "corpus": {"files": ["texts/*.txt"]},
-    "tokenizer": {"name": "bytes"},
-    "model": {"width": 32, "layers": 2, "heads": 4, "context": 32},
-    "match": "none",
+STUDY = MINIATURE | {
+    "model": MINIATURE["model"] | {"context": 32},
     "variants": [{"arch": "mha"}, {"arch": "mla", "kv_rank": 8, "rope_dim": 4}],
     "train": {"tokens": 20_480, "batch_tokens": 512, "lr": 0.005, "warmup_tokens": 1024, "checkpoint_steps": 50}
     | {"val_tokens": 512, "val_points": 2},
@@ -40,7 +36,7 @@ STUDY = {
 @pytest.fixture(scope="module")
 def out(tmp_path_factory, two_figures):
     folder = user_folder(tmp_path_factory, "retrofit", STUDY)
-    assert kvfrontier.main(["run", str(folder / "study.yaml"), "--out", str(folder / "out")]) == 0
+    assert kvf("run", folder / "study.yaml", "--out", folder / "out") == 0
     return folder / "out"
 
 
@@ -64,7 +60,7 @@ def test_retrofits_are_runs_like_others(out, capsys):
     assert set(states(out).values()) == {"done"}
     record = out / "retrofits" / "mha" / "seed-0" / SHORT / "record.json"
     written = record.stat().st_mtime_ns, (out / "results.json").stat().st_mtime_ns
-    assert kvfrontier.main(["run", str(out)]) == 0
+    assert kvf("run", out) == 0
     assert (record.stat().st_mtime_ns, (out / "results.json").stat().st_mtime_ns) == written
     assert "all 2 runs are trained" in capsys.readouterr().err
 
@@ -77,7 +73,7 @@ def test_an_interrupted_retrofit_goes_on_to_the_same_weights(out):
     path.unlink()  # as if it had been killed after the checkpoint before
     (run / "record.json").unlink()
     assert newest_whole(run, print)[1]["seen"]["tokens_seen"] < whole["seen"]["tokens_seen"]
-    assert kvfrontier.main(["train", str(out)]) == 0
+    assert kvf("train", out) == 0
     again = newest_whole(run, print)[1]["state_dict"]
     assert all(torch.equal(weight, again[name]) for name, weight in whole["state_dict"].items())
     assert [line for line in (run / "metrics.jsonl").read_text().splitlines() if "val/loss" in line] == losses
@@ -88,15 +84,15 @@ def test_a_retrofit_that_failed_is_left_out_until_it_is_trained(out):
     trained = json.loads((run / "record.json").read_text())
     failed = {"key": trained["key"], "failed": "no disk", "diverged": False, "oom": False}
     (run / "record.json").write_text(json.dumps(failed))
-    assert kvfrontier.main(["eval", str(out)]) == 0
+    assert kvf("eval", out) == 0
     assert measured(out, "mha")[4]["skipped"] == "its training failed: no disk"
-    assert [kvfrontier.main([stage, str(out)]) for stage in ("train", "eval")] == [0, 0]
+    assert [kvf(stage, out) for stage in ("train", "eval")] == [0, 0]
     assert "bytes_held" in measured(out, "mha")[4]
 
 
 def test_what_waits_for_a_retrofit_is_named(out, capsys):
     asked = "eval.techniques=[{technique: dmc, budget: 0.25, train_tokens: 1024}]"
-    assert kvfrontier.main(["eval", str(out), "--set", asked]) == 1
+    assert kvf("eval", out, "--set", asked) == 1
     assert "mha seed 0 is not evaluated: its retrofits (eval.techniques) are not trained yet" in capsys.readouterr().err
 
 
@@ -128,6 +124,5 @@ def test_it_starts_as_the_model_that_was_trained(out, monkeypatch):
 
 def test_a_retrofit_alone_waits_for_its_base(out, capsys):
     shutil.rmtree(out / "runs" / "mha")
-    study = str(out.parent / "study.yaml")
-    assert kvfrontier.main(["train", study, "--out", str(out), "--run", f"mha seed 0 {SHORT}"]) == 2
-    assert "goes on from mha seed 0, which is not trained yet" in capsys.readouterr().err
+    message = refused(capsys, "train", out.parent / "study.yaml", "--out", out, "--run", f"mha seed 0 {SHORT}")
+    assert "goes on from mha seed 0, which is not trained yet" in message

@@ -9,7 +9,6 @@ from texts import refusal
 
 from archs import VARIANTS
 from eval.results import matching_tables
-from train.errors import InputError
 from train.files import write_json
 from train.plan import Plan
 from train.store import STUDIES, find_study
@@ -49,7 +48,6 @@ WRONG = [
     ({"eval": {"decode": {"batches": [1]}}}, "unknown key 'eval.decode.batches'"),
     ({"model": {"widht": 64}}, "unknown key 'model.widht'; allowed: width"),
     ({"train": {"tokens": "many"}}, "train.tokens='many': must be a whole number of at least 1"),
-    ({"train": {"tokens": 0}}, "train.tokens=0: must be"),
     ({"train": {"lr": -1.0}}, "train.lr=-1.0: must be a number above 0 or a list, each a number above 0"),
     ({"train": {"lr": [1e-3, 0]}}, "train.lr=[0.001, 0]: must be a number above 0"),
     ({"train": {"lr": [1e-3, 1e-3]}}, "train.lr: 0.001 stands twice"),
@@ -63,9 +61,7 @@ WRONG = [
     ({"train": {"precision": "fp8"}}, "train.precision='fp8': must be one of auto, bf16, fp32"),
     ({"train": {"strategy": "fsdp"}}, "train.strategy='fsdp': must be one of auto, ddp,"),
     ({"train": {"devices": 3}}, "train.devices=3 and train.num_nodes=1 must divide the batch's 8 sequences"),
-    ({"train": 7}, "train: must be a mapping"),
     ({"seeds": []}, "seeds: at least one is needed"),
-    ({"seeds": [1, 1]}, "seeds: 1 stands twice"),
     ({"seeds": [-1]}, "seeds=-1: must be a list, each a whole number of at least 0"),
     ({"seeds": [10**22]}, "and below 4294967296"),
     ({"seeds": None}, "needs the key 'seeds'"),
@@ -79,13 +75,10 @@ WRONG = [
     ({"variants": [{"arch": "mha", "label": ".."}]}, "names a folder"),
     ({"variants": [{"arch": "mha", "vocab_size": 9}]}, "set tokenizer.vocab_size"),
     ({"variants": [{"arch": "mha", "context": 8}]}, "context is the same for all of them; set model.context"),
-    ({"eval": {"techniques": [{"technique": "h2p"}]}}, "eval.techniques: unknown technique 'h2p'"),
     ({"eval": {"techniques": [{"budget": 0.5}]}}, "eval.techniques: unknown technique None"),
-    ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 1.1]}]}}, "budget=1.1"),
     ({"eval": {"techniques": [{"technique": "snapkv", "budget": 0.25}]}}, "window=32 is longer than the budget of 16"),
     ({"eval": {"techniques": [{"technique": "h2o", "budget": []}]}}, "eval.techniques: h2o: budget is an empty list"),
     ({"eval": {"techniques": [{"technique": "dmc", "lr": 1}]}}, "lr=1"),
-    ({"eval": {"techniques": [{"technique": "h2o", "name": 1}]}}, "h2o: unknown option 'name'"),
     ({"eval": {"techniques": [{"technique": "h2o", "budget": [0.5, 0.5]}]}}, "stands twice in the study"),
     ({"eval": {"techniques": [{"technique": "dmc", "train_tokens": 9}]}}, "train_tokens=9 is less than one batch"),
     ({"model": {"context": None}, "eval": {"techniques": [{"technique": "full"}]}}, "model: context=None: must be"),
@@ -94,75 +87,60 @@ WRONG = [
     ({"tokenizer": "bytes"}, "tokenizer='bytes': must be a mapping with the keys name, vocab_size"),
     ({"corpus": None}, "needs the key 'corpus'"),
     ({"corpus": {"a": 1}}, "unknown key 'corpus.a'; allowed: name, files"),
+    ("train.lr=.inf", "train.lr=inf: must be a number above 0"),
+    ("train.tokens=100k", "train.tokens='100k': must be a whole number"),
+    ("train.tokens=1.5", "train.tokens=1.5: must be a whole number"),
+    ("seeds=3", "seeds=3: must be a list, each a whole number"),
+    ("tokenizer.name=3", "tokenizer.name=3: must be text"),
+    ("variants=[{arch: mha, 5: 3}]", "5 is no key"),
+    ("eval.decode.seeds=[0, 7]", "eval.decode.seeds=7: must be among the study's seeds [0]"),
+    ("train.tokens=100", "less than one batch"),
+    ("eval.paging={sequences: 0}", "sequences=0"),
+    ("eval.paging={block_sizes: []}", "block_sizes"),
+    ("eval.paging={lengths: some}", "lengths"),
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), WRONG, ids=[m for _, m in WRONG])
-def test_a_wrong_study_is_refused_in_one_line(given, message):
-    assert message in refusal(parse_study, given)
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_wrong_study_or_override_is_refused_in_one_line(wrong, message):
+    assert message in refusal(parse_study, *(({}, [wrong]) if isinstance(wrong, str) else (wrong,)))
 
 
-SHAPES = [
-    ({"width": 30, "heads": 4}, [{"arch": "mha"}], "mha: heads=4 must divide width=30"),
-    ({}, [{"arch": "gqa", "kv_heads": 3}], "gqa: kv_heads=3 must divide heads=4"),
-    ({}, [{"arch": "mla", "kv_rank": 8, "rope_dim": 3}], "rope_dim=3: must be even"),
-    ({}, [{"arch": "mla", "kv_rank": 8}], "needs the option 'rope_dim'"),
-    ({"layers": 3}, [{"arch": "yoco", "kv_heads": 4}], "layers=3: must be even"),
-    ({}, [{"arch": "mlaa"}], "unknown architecture 'mlaa'"),
-    ({}, [{"arch": "mha", "kv_heads": 2}], "option 'kv_heads'"),
-    ({}, [{"arch": "mine.py:Mine", "label": "mine"}], "mine.py"),
-    ({}, [{"arch": "mha"}, {"arch": "mqa", "ffn_width": 64}], "match: ffn sets ffn_width"),
-    ({"width": 8, "heads": 4}, [{"arch": "mha"}, {"arch": "mla", "kv_rank": 999, "rope_dim": 2}], "cannot bring"),
-    ({"context": 100}, [{"arch": "mha"}], "must be a multiple of model.context=100"),
-    ({"context": 0}, [{"arch": "mha"}], "context=0: must be"),
-    ({"context": 2**20}, [{"arch": "mha"}], "batch_tokens"),
+IMPOSSIBLE = [
+    ("model.heads=7", "mha: heads=7 must divide width="),
+    ("variants=[{arch: gqa, kv_heads: 3}]", "gqa: kv_heads=3 must divide heads=4"),
+    ("variants=[{arch: mlaa}]", "unknown architecture 'mlaa'"),
+    ("variants=[{arch: mha, kv_heads: 2}]", "option 'kv_heads'"),
+    ("variants=[{arch: 'mine.py:Mine', label: mine}]", "mine.py"),
+    ("variants=[{arch: mha}, {arch: mqa, ffn_width: 64}]", "match: ffn sets ffn_width"),
+    ("variants=[{arch: mha}, {arch: mla, kv_rank: 9999, rope_dim: 2}]", "cannot bring"),
+    ("model.context=100", "must be a multiple of model.context=100"),
+    ("model.context=1048576", "batch_tokens"),
+    ("variants=[{arch: gqa, kv_heads: []}]", "gqa: kv_heads is an empty list"),
+    ("variants=[{arch: gqa, kv_heads: [2, 2]}]", "'gqa-2' stands twice"),
+    ("variants=[{arch: gqa, kv_heads: [2, 3]}]", "gqa-3: kv_heads=3 must divide"),
+    ("sizes=[{width: 64}, {width: 64}]", "'mha-64x4' stands twice"),
+    ("sizes=[{width: 64, tokens: 3}]", "sizes: tokens=3 is less than one batch"),
+    (f"variants=[{{arch: gqa, kv_heads: [2, 1], label: {'x' * 63}}}]", "names a folder"),
 ]
 
 
-@pytest.mark.parametrize(("model", "variants", "message"), SHAPES, ids=[m for *_, m in SHAPES])
-def test_an_impossible_shape_is_refused_in_one_line(data, tmp_path, model, variants, message):
-    assert message in refusal(lambda: Plan(study(model=model, variants=variants), data, tmp_path))
+@pytest.mark.parametrize(("override", "message"), IMPOSSIBLE, ids=[message for _, message in IMPOSSIBLE])
+def test_what_no_model_can_be_is_refused_in_one_line(data, tmp_path, override, message):
+    assert message in refusal(lambda: Plan(study(override), data, tmp_path))
 
 
 def test_a_context_past_the_corpus_is_refused(data, tmp_path):
-    with pytest.raises(InputError, match=r"validation tokens, too few for one sequence of model.context=16384"):
-        Plan(study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
-
-
-def test_a_merge_key_is_no_second_time(tmp_path):
-    path = tmp_path / "study.yaml"
-    path.write_text("a:\n- &m {<<: &b {arch: mha, heads: 4}, heads: 2}\nb: {<<: *m}\n")
-    assert read_yaml(path) == {"a": [{"arch": "mha", "heads": 2}], "b": {"arch": "mha", "heads": 2}}
+    message = refusal(Plan, study("model.context=16384", "train.batch_tokens=16384"), data, tmp_path)
+    assert "validation tokens, too few for one sequence of model.context=16384" in message
 
 
 def test_overrides_reach_every_place():
-    changed = study(
-        "train.tokens=100_000", "train.lr=1e-3", "variants.gqa.kv_heads=1", "variants.0.label=base", "seeds=[3, 4]"
-    )
+    changed = study("train.tokens=100_000", "train.lr=1e-3", "variants.gqa.kv_heads=1", "seeds=[3, 4]")
     assert (changed.train.tokens, changed.train.lr, changed.seeds) == (100_000, 1e-3, [3, 4])
-    with pytest.raises(InputError, match="variants: entry 0 needs an arch"):
-        study("variants=[{label: x}]")
     whole = study("train.tokens=2e4", "seeds=[1e0, 2]", "train.checkpoint_steps=1e2", "eval.decode.seeds=[2e0]")
     assert (whole.train.tokens, whole.seeds, whole.train.checkpoint_steps) == (20_000, [1, 2], 100)
     assert {type(number) for number in (whole.train.tokens, *whole.seeds, *whole.eval.decode.seeds)} == {int}
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("train.lr=.inf", "train.lr=inf: must be a number above 0"),
-        ("train.tokens=100k", "train.tokens='100k': must be a whole number"),
-        ("train.tokens=1.5", "train.tokens=1.5: must be a whole number"),
-        ("seeds=3", "seeds=3: must be a list, each a whole number"),
-        ("eval.decode.seeds=1", "eval.decode.seeds=1: must be a list, each a whole number"),
-        ("tokenizer.name=3", "tokenizer.name=3: must be text"),
-        ("variants=[{arch: mha, 5: 3}]", "5 is no key"),
-        ("eval.decode.seeds=[0, 7]", "eval.decode.seeds=7: must be among the study's seeds [0]"),
-        ("train.tokens=100", "less than one batch"),
-    ],
-)
-def test_wrong_values_are_told_in_words(override, says):
-    assert says in refusal(study, override)
 
 
 def test_overrides_of_a_given_list_name_variants_by_label_or_place():
@@ -170,23 +148,22 @@ def test_overrides_of_a_given_list_name_variants_by_label_or_place():
     by_label, by_place = (parse_study(given, [f"variants.{at}.kv_heads=1"]) for at in ("grouped", "1"))
     assert by_label.variants[1]["kv_heads"] == by_place.variants[1]["kv_heads"] == 1
     for wrong in ("variants.nobody.kv_heads=1", "train.tokens", "seeds.0.x=3", "train.tokens.x=1", "seeds=2023-13-45"):
-        with pytest.raises(InputError, match="--set"):
-            parse_study(given, [wrong])
-    with pytest.raises(InputError, match="--set variants"):
-        parse_study({"variants": ["mha"]}, ["variants.mha.kv_heads=1"])
+        assert "--set" in refusal(parse_study, given, [wrong])
+    assert "--set variants" in refusal(parse_study, {"variants": ["mha"]}, ["variants.mha.kv_heads=1"])
 
 
 def test_unknown_studies_and_broken_files_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no study 'qiuck': give the path of a YAML file or one of .*quick"):
-        find_study("qiuck")
-    with pytest.raises(InputError, match="no study"):
-        find_study("x" * 300)
+    assert "no study 'qiuck': give the path of a YAML file or one of " in refusal(find_study, "qiuck")
+    assert "no study" in refusal(find_study, "x" * 300)
     broken = {"train: {tokens: 1": "not a YAML file", "[1, 2]": "must be a mapping", "": "must be a mapping"}
     broken |= {"\0": "not a YAML file", "seeds: 2023-13-45": "not a YAML file"}
     broken |= dict.fromkeys(("seeds: [0]\nseeds: [1]", "variants: [{arch: mha, arch: mqa}]"), "is given twice")
+    path = tmp_path / "study.yaml"
     for text, message in broken.items():
-        (tmp_path / "study.yaml").write_text(text)
-        assert message in refusal(read_yaml, tmp_path / "study.yaml")
+        path.write_text(text)
+        assert message in refusal(read_yaml, path)
+    path.write_text("a:\n- &m {<<: &b {arch: mha, heads: 4}, heads: 2}\nb: {<<: *m}\n")  # a merge is no second time
+    assert read_yaml(path) == {"a": [{"arch": "mha", "heads": 2}], "b": {"arch": "mha", "heads": 2}}
 
 
 def test_ffn_matching_brings_every_variant_within_half_a_percent():
@@ -194,11 +171,8 @@ def test_ffn_matching_brings_every_variant_within_half_a_percent():
     for _ in range(6):
         heads, size, layers = draw.choice([4, 8]), draw.choice([16, 24, 32]), draw.choice([2, 4, 6])
         shape = {"width": heads * size, "layers": layers, "heads": heads, "context": 32}
-        variants = [
-            {"arch": arch, "label": f"{arch}{i}", **options}
-            for arch, variant in VARIANTS.items()
-            for i, options in enumerate(variant.examples)
-        ]
+        examples = [(arch, options) for arch, variant in VARIANTS.items() for options in variant.examples]
+        variants = [{"arch": arch, "label": f"{arch}{n}", **options} for n, (arch, options) in enumerate(examples)]
         first, *others = resolve_variants(study(model=shape, variants=variants), 300)
         for variant in others:
             assert abs(variant.params - first.params) <= 0.005 * first.params, variant.options
@@ -215,11 +189,13 @@ def test_a_large_vocabulary_does_not_hide_a_difference(vocab_size):
     )
     assert max(abs(params - first) for params in others) <= 0.005 * first
     variants = [{"arch": "mha"}, {"arch": "mla", "kv_rank": 256, "rope_dim": 16}]
-    with pytest.raises(InputError, match="cannot bring the parameters"):
-        resolve_variants(study(model=shape, variants=variants), vocab_size)
+    message = refusal(resolve_variants, study(model=shape, variants=variants), vocab_size)
+    assert "cannot bring the parameters" in message
 
 
-def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
+def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters_and_no_matching_the_widths():
+    unmatched = resolve_variants(study(match="none"), 300)
+    assert len({variant.options["ffn_width"] for variant in unmatched}) == 1 < len({v.params for v in unmatched})
     variants = [{"arch": "mha"}, {"arch": "gqa", "kv_heads": 2}, {"arch": "mqa"}]
     first, *others = resolve_variants(study(match="heads", variants=variants), 300)
     mha = first.options
@@ -234,12 +210,6 @@ def test_heads_matching_holds_query_plus_kv_heads_and_so_the_parameters():
         assert off >= abs(on_meta("mla", options | best).count_params() - 100_000)
 
 
-def test_no_matching_leaves_the_widths():
-    resolved = resolve_variants(study(match="none"), 300)
-    assert len({variant.options["ffn_width"] for variant in resolved}) == 1
-    assert len({variant.params for variant in resolved}) > 1
-
-
 @pytest.mark.parametrize(
     ("override", "retrained", "reevaluated"),
     [
@@ -250,20 +220,19 @@ def test_no_matching_leaves_the_widths():
         ("seeds=[7]", "all", "all"),
         ("variants.gqa.label=other", set(), {"gqa"}),
         ("match=none", {"mqa", "gqa"}, "all"),
+        *((f"train.{how}", set(), set()) for how in ("checkpoint_seconds=5", "checkpoint_steps=7", "devices=2")),
+        ("train.strategy=ddp", set(), set()),
     ],
 )
 def test_a_changed_value_changes_the_keys_of_what_it_touches(data, tmp_path, override, retrained, reevaluated):
-    variants = [{"arch": "mha"}, {"arch": "mqa"}, {"arch": "gqa", "kv_heads": 2}]
-    before, after = (Plan(study(*o, variants=variants), data, tmp_path).look() for o in ((), (override,)))
+    three = f"variants={THREE}"
+    before, after = (Plan(study(three, *more), data, tmp_path).look() for more in ((), (override,)))
     everything = {run.variant.label for run in before.runs}
     pairs = list(zip(before.runs, after.runs, strict=True))
     changed = {a.variant.label for a, b in pairs if a.key != b.key}
     remeasured = {a.variant.label for a, b in pairs if before.eval_key(a) != after.eval_key(b)}
     assert changed == (everything if retrained == "all" else retrained)
     assert remeasured == (everything if reevaluated == "all" else reevaluated)
-
-
-# Lists, sizes and learning rates
 
 
 def test_lists_become_families_with_every_combination_and_sizes_multiply_them():
@@ -288,29 +257,9 @@ def test_lists_become_families_with_every_combination_and_sizes_multiply_them():
 
 
 def test_sizes_of_one_shape_are_told_apart_by_what_else_differs():
-    one = [{"arch": "mha"}]
     sizes = [{"width": 64}, {"width": 64, "tokens": 99_000}, {}]
-    labels = [v.label for v in resolve_variants(study(variants=one, sizes=sizes), 300)]
+    labels = [v.label for v in resolve_variants(study(variants=[{"arch": "mha"}], sizes=sizes), 300)]
     assert labels == [f"mha-64x4-tokens{study().train.tokens}", "mha-64x4-tokens99000", "mha-128x4-tokens360000"]
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"variants": [{"arch": "gqa", "kv_heads": []}]}, "gqa: kv_heads is an empty list"),
-        ({"variants": [{"arch": "gqa", "kv_heads": [2, 2]}]}, "'gqa-2' stands twice"),
-        ({"variants": [{"arch": "gqa", "kv_heads": [2, 3]}]}, "gqa-3: kv_heads=3 must divide"),
-        (
-            {"variants": [{"arch": "gqa", "kv_heads": 2, "label": "x" * 60}], "sizes": [{"width": 100}]},
-            "names a folder",
-        ),
-        ({"sizes": [{"width": 64}, {"width": 64}]}, "'mha-64x4' stands twice"),
-        ({"sizes": [{"width": 64, "tokens": 3}]}, "sizes: tokens=3 is less than one batch"),
-        ({"sizes": [{"width": "wide"}]}, "width='wide': must be a whole number"),
-    ],
-)
-def test_lists_and_sizes_that_cannot_be_are_refused_in_one_line(data, tmp_path, sections, message):
-    assert message in refusal(lambda: Plan(study(**sections), data, tmp_path))
 
 
 def test_the_matching_tables_show_what_each_rule_holds_and_what_it_costs():
@@ -353,8 +302,8 @@ def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(d
     assert [rate["lr"] for rate in runs[0].settings["tuning"]["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
     assert not runs[0].settings["tuning"]["at_edge"]
     assert plan.look().ready == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
-    given = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
-    assert given.key == runs[0].key  # how a rate was found does not change the run
+    single = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
+    assert single.key == runs[0].key  # how a rate was found does not change the run
 
 
 def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
@@ -368,15 +317,8 @@ def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
     whole = Plan(study(*settings), data, tmp_path / "whole")
     tried(whole, lambda label, lr: 2 + abs(math.log(lr / 2e-3)))
     assert whole.look().runs[0].key == run.key  # how long rates were tried does not change the run
-    with pytest.raises(InputError, match=r"train.tuning_tokens=10 is less than one batch"):
-        Plan(study(*settings, "train.tuning_tokens=10"), data, tmp_path)
-
-
-@pytest.mark.parametrize("setting", ["checkpoint_seconds=5", "checkpoint_steps=7", "devices=2", "strategy=ddp"])
-def test_how_a_run_is_trained_does_not_change_which_run_it_is(setting, data, tmp_path):
-    settings = "train.lr=1e-3", "variants=[{arch: mha}]"
-    one, other = (Plan(study(*settings, *more), data, tmp_path).look().runs[0] for more in ((), (f"train.{setting}",)))
-    assert one.key == other.key
+    short = "train.tuning_tokens=10"
+    assert f"{short} is less than one batch" in refusal(lambda: Plan(study(*settings, short), data, tmp_path))
 
 
 def test_a_variant_in_a_file_of_the_users_own_is_found_beside_the_study_and_its_source_decides_its_key(data, tmp_path):
@@ -428,5 +370,4 @@ def test_a_generated_task_needs_its_own_tokenizer():
         {"corpus": {"name": "mqar", "pairs": [2, 2]}},
         {"corpus": {"name": "stdlib", "pairs": [2]}},
     ):
-        with pytest.raises(InputError, match="pairs"):
-            load_data(study(**sections | wrong), Path("x.yaml"))
+        assert "pairs" in refusal(lambda wrong=wrong: load_data(study(**sections | wrong), Path("x.yaml")))

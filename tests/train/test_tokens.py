@@ -2,15 +2,16 @@
 
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from texts import refusal
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from train import tokens as module
 from train.corpus import Corpus
-from train.errors import InputError
 from train.tokenizer import PATTERN, _encoding
 from train.tokens import default_cache_dir, prepare
 
@@ -80,18 +81,14 @@ def test_another_corpus_or_tokenizer_has_files_of_its_own(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
-@pytest.mark.parametrize("damage", ["cut", "remove", "garbage"])
-def test_damaged_files_are_made_again(corpus, tmp_path, name, damage):
+def test_damaged_files_are_made_again(corpus, tmp_path, name):
     before = prepare(corpus, "bytes", None, tmp_path).train.tolist()
     (path,) = tmp_path.glob(f"*/{name}")
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-1])
-    elif damage == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(b"[]")
-    assert prepare(corpus, "bytes", None, tmp_path).train.tolist() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.parent.name]
+    damages = (lambda: path.write_bytes(path.read_bytes()[:-1])), path.unlink, (lambda: path.write_bytes(b"[]"))
+    for damage in damages:
+        damage()
+        assert prepare(corpus, "bytes", None, tmp_path).train.tolist() == before
+        assert [entry.name for entry in tmp_path.iterdir()] == [path.parent.name]
 
 
 def test_an_interrupted_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
@@ -145,9 +142,8 @@ def test_a_million_of_one_character_is_encoded_in_seconds_and_unchanged(tmp_path
 
 
 def test_a_corpus_without_one_of_its_splits_is_refused(tmp_path):
-    for train, val in ((["text"], []), ([], ["text"])):
-        with pytest.raises(InputError, match="no documents"):
-            prepare(corpus_of(train, val), "bytes", None, tmp_path)
+    for documents in ((["text"], []), ([], ["text"])):
+        assert "no documents" in refusal(prepare, corpus_of(*documents), "bytes", None, tmp_path)
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -162,5 +158,5 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_a_cache_folder_that_cannot_be_made_is_one_clear_line(corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"cannot make the cache folder .* set KVFRONTIER_CACHE"):
-        prepare(corpus, "bytes", None, tmp_path / "file" / "cache")
+    message = refusal(prepare, corpus, "bytes", None, tmp_path / "file" / "cache")
+    assert re.search("cannot make the cache folder .* set KVFRONTIER_CACHE", message)

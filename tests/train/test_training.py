@@ -8,12 +8,10 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from helpers import each_variant
 from lightning.pytorch.loggers import CSVLogger
-from miniature import metrics, one_run, tiny_study, train, train_runs, weights
+from miniature import one_run, tiny_study, train, train_runs
 
-from archs import VARIANTS
-from train.callbacks import CheckpointAndStop
-from train.checkpoints import checkpoints
 from train.data import DataModule
 from train.errors import Interrupted
 from train.files import write_atomic
@@ -28,8 +26,8 @@ OPTIONS = {"vocab_size": 257, "width": 32, "layers": 2, "heads": 2, "context": 1
 def test_works_with_a_plain_trainer_and_learns(data, tmp_path):
     model = LanguageModel("gqa", OPTIONS | {"kv_heads": 1}, tokens=60 * 256, lr=1e-2, warmup_tokens=1000)
     batches = DataModule(data, context=16, batch_size=16, val_tokens=512)
-    often = {"max_steps": 60, "log_every_n_steps": 10, "val_check_interval": 30, "check_val_every_n_epoch": None}
-    trainer = L.Trainer(accelerator="cpu", logger=CSVLogger(tmp_path), **often, **QUIET)
+    often = {"log_every_n_steps": 10, "val_check_interval": 30, "check_val_every_n_epoch": None}
+    trainer = L.Trainer(max_steps=60, accelerator="cpu", logger=CSVLogger(tmp_path), **often, **QUIET)
     trainer.fit(model, batches)
     assert model.tokens_seen == 60 * 256
     (validated,) = trainer.validate(model, batches, verbose=False)
@@ -37,10 +35,10 @@ def test_works_with_a_plain_trainer_and_learns(data, tmp_path):
     assert validated["val/bpb"] == pytest.approx(validated["val/loss"] / math.log(2), rel=0.01)  # a byte is a token
 
 
-@pytest.mark.parametrize(("arch", "own"), [(arch, own) for arch, made in VARIANTS.items() for own in made.examples])
-def test_compiled_parts_have_the_same_loss_and_gradients(arch, own):
+@each_variant
+def test_compiled_parts_have_the_same_loss_and_gradients(arch, options):
     """What a GPU runs, up to the code that inductor makes of it; one graph a block, without breaks."""
-    plain, compiled = (LanguageModel(arch, OPTIONS | own | {"heads": 4}, tokens=1) for _ in range(2))
+    plain, compiled = (LanguageModel(arch, OPTIONS | options | {"heads": 4}, tokens=1) for _ in range(2))
     names = list(compiled.state_dict())
     torch.compiler.reset()
     compiled.compile_parts(backend="aot_eager", fullgraph=True)
@@ -55,9 +53,8 @@ def test_compiled_parts_have_the_same_loss_and_gradients(arch, own):
 
 
 def test_fewer_sequences_than_pieces_go_one_by_one():
-    tokens = torch.randint(257, (3, 17))
     whole, pieces = (LanguageModel("mha", OPTIONS, tokens=100, seed=0, pieces=pieces) for pieces in (1, 8))
-    batch = tokens[:, :-1], tokens[:, 1:]
+    batch = torch.randint(257, (2, 3, 16)).unbind()
     torch.testing.assert_close(pieces.mean_nats(*batch), whole.mean_nats(*batch))
 
 
@@ -76,19 +73,15 @@ def test_a_long_run_is_compiled_and_the_step_that_compiles_is_not_timed(data, mo
     assert all(block._compiled_call_impl is None for block in model.model.blocks)  # decode would compile each length
 
 
-def test_the_rate_warms_up_and_falls_to_a_tenth():
+def test_the_rate_warms_up_and_falls_to_a_tenth(data, tmp_path):
     model = LanguageModel("mha", OPTIONS, tokens=10_000, lr=1.0, warmup_tokens=1000)
     rates = [model.rate(tokens) for tokens in range(0, 10_001, 100)]
     assert rates[0] < 0.01
     assert max(rates) == rates[10] == pytest.approx(1.0)
     assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
     assert rates[-1] == pytest.approx(0.1)
-
-
-def test_a_short_run_reaches_its_rate(data, tmp_path):
-    """Whatever the warm-up of the study, which may be meant for longer ones."""
-    module = make_module(*one_run(data, tmp_path, warmup_tokens=10**9), tokens=2000, pieces=1)
-    assert max(map(module.rate, range(2001))) == 1.0
+    short = make_module(*one_run(data, tmp_path, warmup_tokens=10**9), tokens=2000, pieces=1)
+    assert max(map(short.rate, range(2001))) == 1.0  # a warm-up that is meant for longer runs is shortened
 
 
 def test_checkpoints_are_no_training_time(data, tmp_path, monkeypatch):
@@ -122,43 +115,11 @@ def test_the_last_step_is_validated_and_the_budget_kept(tokens, points):
     assert tokens * 0.5 < steps * 128 <= tokens
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 6, 13])  # 6: a step that is validated
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(data, tmp_path, monkeypatch, stop_at):
-    (plan, straight), (broken_plan, broken) = (one_run(data, tmp_path / name) for name in ("straight", "broken"))
-    train(plan, straight)
-    original = CheckpointAndStop.on_train_batch_end
-
-    def interrupt(self, trainer, *args):
-        if trainer.global_step == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-        original(self, trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointAndStop, "on_train_batch_end", interrupt)
-        with pytest.raises(Interrupted):
-            train(broken_plan, broken)
-    assert "train" not in broken.record()
-    train(broken_plan, broken)
-    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(broken).values(), strict=True))
-    assert metrics(straight) == metrics(broken)
-    assert straight.record()["curve"] == broken.record()["curve"]
-    assert [row["tokens"] for row in broken.record()["curve"]] == [128 * n for n in (6, 12, 18, 24)]
-
-
-def test_trained_runs_are_left_alone(data, tmp_path):
-    plan = Plan(tiny_study(), data, tmp_path)
-    runs = plan.look().runs
-    assert train_runs(plan) == []
-    before = [checkpoints(run.directory)[0].stat().st_mtime_ns for run in runs]
-    assert train_runs(plan) == []
-    assert before == [checkpoints(run.directory)[0].stat().st_mtime_ns for run in runs]
-
-
 def test_a_run_that_was_killed_before_its_record_was_written_gets_one(data, tmp_path):
-    plan = Plan(tiny_study(), data, tmp_path)
-    run = plan.look().runs[0]
+    plan, run = one_run(data, tmp_path)
     train_runs(plan)
     record = run.record()
+    assert [row["tokens"] for row in record["curve"]] == [128 * n for n in (6, 12, 18, 24)]
     (run.directory / "record.json").unlink()
     assert train_runs(plan) == []
     assert run.record()["curve"] == record["curve"]
@@ -208,6 +169,6 @@ def test_every_variant_of_a_seed_sees_the_same_batches(data, tmp_path, monkeypat
 
 
 def test_bf16_trains_too(data, tmp_path):
-    plan = Plan(tiny_study(precision="bf16"), data, tmp_path)
-    assert train_runs(plan) == []
-    assert plan.look().runs[0].record()["precision"] == "bf16"
+    plan, run = one_run(data, tmp_path, precision="bf16")
+    train(plan, run)
+    assert run.record()["precision"] == "bf16"

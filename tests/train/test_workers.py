@@ -1,7 +1,6 @@
 """Runs side by side, on a Ray cluster and on two devices: the same results as one after the other."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -11,17 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from same import differ
-from texts import user_folder
+from miniature import metrics
+from texts import MINIATURE, differ, kvf, refused, user_folder
 
-import kvfrontier
 from train.store import states
 
-STUDY = {
-    "corpus": {"files": ["texts/*.txt"]},
-    "tokenizer": {"name": "bytes"},
-    "model": {"width": 32, "layers": 2, "heads": 4, "context": 16},
-    "match": "none",
+STUDY = MINIATURE | {
     "variants": [{"arch": "mha"}, {"arch": "yoco", "kv_heads": 1, "window": 8}],
     "train": {"tokens": 9600, "batch_tokens": 64, "val_tokens": 64, "val_points": 3, "precision": "fp32"},
     "eval": {"loss_tokens": 128, "decode": {"batch": [1], "context": [8]}},
@@ -41,14 +35,14 @@ def plain(folder):
 def evaluated(folder, name, *how):
     """Trained and evaluated; nothing is drawn, which takes long."""
     for command in (["train", *how], ["eval"]):
-        assert kvfrontier.main([*command, str(folder / "study.yaml"), "--out", str(folder / name)]) == 0
+        assert kvf(*command, folder / "study.yaml", "--out", folder / name) == 0
     return folder / name
 
 
 def test_runs_side_by_side_give_the_same_results_and_stop_on_sigterm(plain, folder, capsys):
     out = folder / "two"
     with sigterm_when(lambda: running(out)):
-        assert kvfrontier.main(["train", str(folder / "study.yaml"), "--out", str(out), "--workers", "2"]) == 143
+        assert kvf("train", folder / "study.yaml", "--out", out, "--workers", 2) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert not any(state.startswith(("running", "failed")) for state in states(out).values())
     assert any("interrupted: step" in state for state in states(out).values())
@@ -99,8 +93,7 @@ def test_a_ray_cluster_gives_the_same_results_though_a_node_is_killed(plain, fol
     try:
         with ThreadPoolExecutor(1) as pool:
             died = pool.submit(other_dies)
-            train = ["train", str(folder / "study.yaml"), "--out", str(out), "--ray", cluster.address]
-            assert kvfrontier.main(train) == 0
+            assert kvf("train", folder / "study.yaml", "--out", out, "--ray", cluster.address) == 0
             died.result()
     finally:
         cluster.shutdown()
@@ -134,31 +127,26 @@ def test_two_devices_train_as_one_does(plain, folder, capsys):
     out = folder / "ddp"
     settings = "train.devices=2", "train.strategy=ddp", "variants=[{arch: mha}]"
     overrides = [word for setting in settings for word in ("--set", setting)]
-    train = ["train", str(folder / "study.yaml"), "--out", str(out), *overrides]
+    train = ["train", folder / "study.yaml", "--out", out, *overrides]
     with sigterm_when(lambda: running(out)):
-        assert kvfrontier.main(train) == 143
+        assert kvf(*train) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert "interrupted: step" in states(out)["mha seed 0"]
-    assert kvfrontier.main(train) == 0
-    one, two = (rows(directory / "runs" / "mha" / "seed-0") for directory in (plain, out))
+    assert kvf(*train) == 0
+    one, two = (metrics(directory / "runs" / "mha" / "seed-0") for directory in (plain, out))
     assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
     for a, b in zip(one, two, strict=True):
         for tag in {"train/loss", "train/grad_norm", "train/lr", "val/loss", "val/bpb"} & a.keys():
             assert b[tag] == pytest.approx(a[tag], rel=1e-4)
 
 
-def rows(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_by_name_is_the_unit(plain, folder, capsys):
-    study, out = str(folder / "study.yaml"), folder / "one"
-    assert kvfrontier.main(["train", study, "--out", str(out), "--run", "yoco seed 0"]) == 0
+    out = folder / "one"
+    assert kvf("train", folder / "study.yaml", "--out", out, "--run", "yoco seed 0") == 0
     assert states(out) == {"mha seed 0": "missing", "yoco seed 0": "trained, not evaluated"}
-    assert kvfrontier.main(["train", str(out), "--run", "yoco seed 1"]) == 2
-    assert "there are mha seed 0, yoco seed 0" in capsys.readouterr().err
-    changed = ["--set", "train.lr=1e-3", "--run", "yoco seed 0"]
-    assert kvfrontier.main(["train", str(out), *changed]) == 2
-    assert "has other settings here than in" in capsys.readouterr().err
-    assert kvfrontier.main(["train", str(out), "--set", "train.num_nodes=2"]) == 2
-    assert "train.num_nodes=2: runs on several machines are started one by one" in capsys.readouterr().err
+    for arguments, message in (
+        (["--run", "yoco seed 1"], "there are mha seed 0, yoco seed 0"),
+        (["--set", "train.lr=1e-3", "--run", "yoco seed 0"], "has other settings here than in"),
+        (["--set", "train.num_nodes=2"], "train.num_nodes=2: runs on several machines are started one by one"),
+    ):
+        assert message in refused(capsys, "train", out, *arguments)
