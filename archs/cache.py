@@ -84,7 +84,7 @@ class State:
             self.state.copy_(state)
 
 
-class Static:
+class Allocator:
     """Allocates what layers attend to: for `batch_size` sequences of up to `max_tokens` tokens. ValueError if either is
     below 1."""
 

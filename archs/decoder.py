@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from archs import ops
-from archs.cache import Cache, Static
+from archs.cache import Allocator, Cache
 from archs.costs import Costs
 from archs.kv import KV, Training
 from archs.settings import Settings, Size
@@ -179,7 +179,7 @@ class Decoder(Costs, nn.Module):
     ) -> Cache:
         """An empty cache for up to `max_tokens` a sequence; dtype and device default to the model's."""
         weight = self.embed.weight
-        make = Static(batch_size, max_tokens, dtype or weight.dtype, device or weight.device)
+        make = Allocator(batch_size, max_tokens, dtype or weight.dtype, device or weight.device)
         return Cache(self.new_layers(make), batch_size, max_tokens)
 
     def hidden(self, x_BTW: Tensor, cache: Cache | None = None, start: int | Tensor = 0) -> Tensor:
@@ -199,7 +199,7 @@ class Decoder(Costs, nn.Module):
         o, weight = self.options, self.embed.weight
         positions = start if isinstance(start, Tensor) else start + torch.arange(tokens, device=weight.device)
         turns = ops.frequencies(o.rotary_dim, o.rope_base, weight.device, weight.dtype)
-        return Chunk(start, *ops.rope(positions, turns), queries=tokens)
+        return Chunk(start, *ops.rope_table(positions, turns), queries=tokens)
 
     # To be defined by a variant
 
@@ -208,7 +208,7 @@ class Decoder(Costs, nn.Module):
 
     def new_layers(self, make: Any) -> list:
         """What each layer attends to, by `make.full(heads, key_size)`, `make.ring(window, heads, head_dim)` or
-        `make.state(*shape)` (see archs/kv.py and `Static` in archs/cache.py)."""
+        `make.state(*shape)` (see archs/kv.py and `Allocator` in archs/cache.py)."""
         raise NotImplementedError
 
     def add_modules(self) -> None:

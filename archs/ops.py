@@ -96,7 +96,7 @@ def frequencies(dim: int, base: float, device: torch.device, dtype: torch.dtype 
 
 
 @accelerated(cpu.rope)
-def rope(position: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def rope_table(position: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (..., dim/2) of the angles at positions (...) (RoFormer, arXiv 2104.09864, section 3)."""
     angle = position[..., None] * frequencies
     return angle.cos(), angle.sin()

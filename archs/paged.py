@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from archs import ops
-from archs.cache import Cache, FullCache, Ring, State, Static
+from archs.cache import Allocator, Cache, FullCache, Ring, State
 from archs.decoder import Decoder
 from archs.kv import KV, View
 
@@ -51,8 +51,8 @@ class PagedCache:
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.device, dtype = model.embed.weight.device, dtype or model.embed.weight.dtype
-        rows = Static(sequences, blocks * block_size, dtype, self.device)
-        pool = Static(blocks, block_size, dtype, self.device)
+        rows = Allocator(sequences, blocks * block_size, dtype, self.device)
+        pool = Allocator(blocks, block_size, dtype, self.device)
         self.storages = model.new_layers(SimpleNamespace(full=pool.full, ring=rows.ring, state=rows.state))
         self.nbytes, self.block_size, self.block_count = Cache(self.storages, 1, 1).nbytes, block_size, blocks
         full = dict.fromkeys(layer for layer in self.storages if type(layer) is FullCache)

@@ -23,7 +23,7 @@ from archs.ops import at_least_fp32, merge_heads, retention_step, rms_norm, self
 from archs.settings import Size
 
 DECAY_TEMPERATURE = 16  # tau in the paper's equation for gamma
-CHUNK = 64
+CHUNK = 32
 
 
 class YOCOOptions(Options):
@@ -47,12 +47,16 @@ def retention_chunkwise(
     T = q_BHTD.shape[2]
     C = min(chunk, T)
     tail = -T % C  # zeros, which leave the state as it is
-    q, k, v = (F.pad(x, (0, 0, 0, tail)).unflatten(2, (-1, C)) for x in (q_BHTD, k_BHTD, v_BHTD))
-    total_BHNC = F.pad(log_decay_BHT, (0, tail)).unflatten(2, (-1, C)).cumsum(-1)
+    inputs = q_BHTD, k_BHTD, v_BHTD, log_decay_BHT[..., None]
+    if tail:
+        inputs = [F.pad(x, (0, 0, 0, tail)) for x in inputs]
+    q, k, v, log_decay = (x.unflatten(2, (-1, C)) for x in inputs)
+    total_BHNC = log_decay[..., 0].cumsum(-1)
     whole_BHN1 = total_BHNC[..., -1:]
     not_before = torch.ones(C, C, dtype=torch.bool, device=q.device).triu()
-    decay_BHNCC = (total_BHNC[..., :, None] - total_BHNC[..., None, :]).masked_fill(not_before, float("-inf")).exp()
-    out_BHNCD = (q @ k.mT * decay_BHNCC) @ v + self_score(q, k) * v
+    decay_BHNCC = total_BHNC[..., :, None] - total_BHNC[..., None, :]
+    decay_BHNCC = decay_BHNCC.masked_fill_(not_before, float("-inf")).exp_()  # in place: the largest tensors here
+    out_BHNCD = (q @ k.mT).mul_(decay_BHNCC) @ v + self_score(q, k) * v
     added_BHNDD = (k * (whole_BHN1 - total_BHNC).exp()[..., None]).mT @ v
     states = [state_BHDD]
     for added_BHDD, fade_BH11 in zip(added_BHNDD.unbind(2), whole_BHN1.exp()[..., None].unbind(2), strict=True):

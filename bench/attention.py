@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archs.ops import attention, zeros
 from eval.speed import ROOF_BYTES, reads
-from train.module import matmul_flops_per_s
+from train.machine import matmul_flops_per_s
 
 
 def peers(H: int, G: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

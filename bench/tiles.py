@@ -39,15 +39,15 @@ def main() -> int:
 
     def measure(kind: str) -> None:
         G, size, shared = kinds[kind]
-        q = torch.randn(args.batch, H, size, device=device, dtype=dtype)
+        q = torch.randn(args.batch, H, 1, size, device=device, dtype=dtype)
         k = torch.randn(args.batch, G, args.context, size, device=device, dtype=dtype)
-        v = None if shared else torch.randn_like(k)
         value_size = args.kv_rank if shared else size
+        v = k[..., :value_size] if shared else torch.randn_like(k)
         nbytes = k.nbytes * (1 if shared else 2)
 
         def run(tile: kernel.Tiling) -> None:
             kernel.tiling = lambda *_: tile
-            kernel.split_kv_attention(q, k, v, position, size**-0.5, value_size)
+            kernel.split_kv_attention(q, k, v, size**-0.5, position)
 
         chosen = choose(1 << (value_size - 1).bit_length(), dtype, shared)
         tried = itertools.starmap(kernel.Tiling, itertools.product(args.slots, args.warps, args.programs))

@@ -20,13 +20,11 @@ from train.store import read_plan
 from train.study import load_data, parse_study
 from train.tokenizer import END_OF_TEXT, as_hf
 
-# What a model computes: a subclass that changes one of these computes something other than its parent.
-COMPUTES = "layer_attention", "new_layers", "hidden", "chunk", "append"
+COMPUTES = "layer_attention", "new_layers", "hidden", "chunk", "append"  # a subclass changes none of these
 
 
 def export(run: Path, out: Path) -> None:
-    """Writes config.json, model.safetensors and, for a corpus of text, its tokenizer. InputError if the run has no
-    whole checkpoint, or a model or a place that does not allow it."""
+    """Writes config.json, model.safetensors and, for a corpus of text, its tokenizer. InputError if that cannot be."""
     config = read_json(run / "config.json")
     if "options" not in config:
         raise InputError(f"{run} is no run's directory, like runs/quick/runs/mha/seed-0: no config.json")
@@ -73,8 +71,7 @@ def _write(out: Path, model: Decoder, hf: dict, encoding: tiktoken.Encoding | No
 def _encoding(run: Path, config: dict) -> tiktoken.Encoding | None:
     """The tokenizer that the run was trained with, from its study; None for generated ids, which stand for no text."""
     plans = [read_plan(folder) for folder in run.resolve().parents[2:4]]  # above runs/ and above retrofits/
-    plan = next((plan for plan in plans if "settings" in plan), {})
-    if "settings" not in plan:
+    if not (plan := next((plan for plan in plans if "settings" in plan), None)):
         raise InputError(f"{run} does not lie in a study's directory, as runs/<label>/seed-<n> with its plan.json")
     data = load_data(parse_study(plan["settings"]), Path(plan["study_file"]))
     if data.tokenizer and data.facts["fingerprint"] != config["corpus_fingerprint"]:
@@ -90,15 +87,11 @@ def hf_config(model: Decoder) -> dict[str, Any]:
     if parent is None or any(getattr(variant, name) is not getattr(parent, name) for name in COMPUTES):
         raise ValueError(f"transformers has no class that computes {variant.__name__}")
     model_type, architecture, special = model.hf_class()
-    return {
+    sizes = {"vocab_size": o.vocab_size, "hidden_size": o.width, "intermediate_size": o.ffn_width}
+    sizes |= {"num_hidden_layers": o.layers, "num_attention_heads": o.heads, "max_position_embeddings": o.context}
+    return sizes | {
         "architectures": [architecture],
         "model_type": model_type,
-        "vocab_size": o.vocab_size,
-        "hidden_size": o.width,
-        "intermediate_size": o.ffn_width,
-        "num_hidden_layers": o.layers,
-        "num_attention_heads": o.heads,
-        "max_position_embeddings": o.context,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm.eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": o.rope_base},

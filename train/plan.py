@@ -1,8 +1,8 @@
 """What a study asks for, and how much of it is done.
 
 A `Plan` knows the study, the data and the directory; a `Snapshot` is one look at the records in that directory. A run
-is done when a record with its key is there. Everything that determines a run's weights is hashed into its key, so a
-changed study value retrains exactly the runs whose key it changes.
+is done when a record with its key says that it was trained to the end. Everything that determines a run's weights is
+hashed into its key, so a changed study retrains just the runs whose weights it changes.
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ class Run:
 
 
 class Plan:
-    """The runs of a study in `directory`. The Path `study_file` names it, and its paths are relative to that.
-    `measures`: names of what is measured. InputError for a shape that cannot be or a corpus that is too small."""
+    """The runs of a study in `directory`. The stem of `study_file` names the study, whose paths are relative to its
+    folder. `measures`: names of what is measured. InputError for impossible shapes or a corpus that is too small."""
 
     def __init__(self, study: Study, data: TrainingData, directory: Path, study_file=Path("study.yaml"), measures=()):
         self.study, self.data, self.directory = study, data, directory
@@ -121,7 +121,7 @@ class Plan:
 
     def _run(self, kind, variant: Variant, seed: int, lr: float, place: Path, name: str, tuning=None) -> Run:
         fingerprint, tokenizer = self.data.facts["fingerprint"], self.study.tokenizer.model_dump()
-        determines = {
+        hashed = {
             "arch": variant.arch,
             "options": variant.options,
             "seed": seed,
@@ -130,7 +130,7 @@ class Plan:
             "train": self._train_settings | {"lr": lr, "tokens": variant.tokens},
         }
         if variant.source:  # the place of its file does not determine the weights
-            determines |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
+            hashed |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
         settings = variant.facts() | {
             "seed": seed,
             "match": self.study.match,
@@ -138,7 +138,7 @@ class Plan:
             "corpus_fingerprint": fingerprint,
             "tokenizer": tokenizer,
             "tuning": tuning,
-            "key": content_key(determines),
+            "key": content_key(hashed),
         }
         return Run(kind, variant, seed, lr, settings, self.directory / place, name)
 
@@ -147,15 +147,15 @@ class Plan:
         return [self._retrofit(run, *named) for named in self._trained_techniques[run.variant.label]]
 
     def _retrofit(self, run: Run, name: str, technique: Technique) -> Run:
-        shape = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
+        suffix = f"{name}-{technique.budget:g}-tokens-{technique.train_tokens}-lr-{technique.lr!r}"
         variant = dataclasses.replace(run.variant, tokens=technique.train_tokens)
         settings = run.settings | {"tuning": None, "key": content_key([run.key, technique.model_dump()])}
-        where = self.directory / "retrofits" / variant.label / f"seed-{run.seed}" / shape, f"{run.name} {shape}"
-        return Run("retrofit", variant, run.seed, technique.lr, settings, *where, run, technique)
+        place = self.directory / "retrofits" / variant.label / f"seed-{run.seed}" / suffix, f"{run.name} {suffix}"
+        return Run("retrofit", variant, run.seed, technique.lr, settings, *place, run, technique)
 
     @cached_property
     def _trained_techniques(self) -> dict[str, list[tuple[str, Technique]]]:
-        """By the label of each variant: (name, technique) of those for which its models are trained further."""
+        """For each variant's label, (name, technique) of the techniques that train its models further."""
         prompt, entries = max(1, self.study.model["context"] // 2), self.study.eval.technique_settings()
         named = [(entry["technique"], from_settings(entry, prompt)[0]) for entry in entries]
         return {v.label: [(name, t) for name, t in named if t.trains and acts_on(t, v)] for v in self.variants}
@@ -241,21 +241,21 @@ class Snapshot:
 
     @cached_property
     def ready(self) -> list[Run]:
-        """The runs that can be trained now and are not: those that try rates, then one seed after the other, so that a
-        study that is stopped has complete pairs. More may follow as records appear."""
+        """Unfinished runs that can start now: tuning, then the compared runs seed by seed, so that a stopped study has
+        all variants at its finished seeds, then retrofits. A later snapshot may have more."""
         runs = sorted(self.runs, key=lambda run: self.plan.study.seeds.index(run.seed))
         retrofits = [r for run in runs if self.is_finished(run) for r in self.plan.retrofits(run)]
         return [run for run in [*self.tuning_runs, *runs, *retrofits] if not self.is_finished(run)]
 
     @cached_property
-    def left(self) -> list[Variant]:
-        """The variant of each run that is still to train, as far as that is known before all rates are."""
+    def variants_to_train(self) -> list[Variant]:
+        """The variant of each unfinished run; variants whose rate is not tuned yet count once per seed."""
         unfinished = [run.variant for run in self.known_runs if not self.is_finished(run)]
         return unfinished + [variant for variant in self.untuned for _ in self.plan.study.seeds]
 
     @property
     def failures(self) -> list[str]:
-        """A line for each run that failed, and for each variant without a learning rate."""
+        """A line for each run that failed, and for each variant whose rates all diverged."""
         failed = [line for run in self.known_runs if (line := run.failure(self.record(run)))]
         no_rate = "no learning rate gave a finite loss; give lower ones in train.lr"
         return failed + [f"{variant.label}: {no_rate}" for variant in self._without_rate]
@@ -281,7 +281,7 @@ def acts_on(technique: Technique, variant: Variant) -> bool:
 def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     """(optimizer steps, steps between validations): the budget is rounded down so that the last step is validated."""
     steps = tokens // config.batch_tokens
-    val_every = max(min(2, steps), steps // config.val_points)  # 2: a checkpoint can come between
+    val_every = max(min(2, steps), steps // config.val_points)  # 2: leaves a step for a checkpoint between validations
     return steps // val_every * val_every, val_every
 
 

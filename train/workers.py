@@ -25,7 +25,7 @@ from train.variants import Variant
 
 COMMAND = Path(__file__).resolve().parent.parent / "kvfrontier.py"
 INTERRUPTED = 130, 143
-RETRIES = 3  # of a run whose process or Ray node was killed
+RETRIES = 3  # on Ray, of a run whose process or node was killed
 
 Outcome = tuple[int, list[str]]  # exit status of a run's process, and the lines that it printed
 
@@ -48,14 +48,14 @@ def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[st
     """Trains every run that is not trained yet, and waits for those that another process trains. Returns a line for
     each that failed. Updates plan.json, as a tuning run that ends may make more runs known."""
     running: dict[Future, Run] = {}
-    tried, lost, waits = set(), [], False
+    tried, lost, announced = set(), [], False
     try:
         while True:
             look = plan.look()
             ready = [run for run in look.ready if run.directory not in tried]
-            progress.note = f"({len(look.left)} to go)"
+            progress.note = f"({len(look.variants_to_train)} to go)"
             if not running:
-                progress.set_left(sum(variant.work for variant in look.left))
+                progress.set_left(sum(variant.work for variant in look.variants_to_train))
             for run in ready:
                 if future := workers.start(run):
                     tried.add(run.directory)
@@ -65,14 +65,14 @@ def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[st
             if not running and not ready:
                 return look.failures + lost
             if not running:
-                if not waits:
+                if not announced:
                     names = ", ".join(run.name for run in ready)
                     progress.say(f"waiting for another kvfrontier process in {plan.directory}, at work on {names}")
-                waits = True
+                announced = True
                 time.sleep(1)
                 continue
             while not (done := wait(running, timeout=1, return_when=FIRST_COMPLETED).done):
-                _show(progress, look.left, list(running.values()))
+                _show(progress, look.variants_to_train, list(running.values()))
             for future in done:
                 run = running.pop(future)
                 if line := _ended(run, future, progress):
@@ -89,11 +89,11 @@ def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[st
 
 
 def _ended(run: Run, future: Future[Outcome], progress: StudyProgress) -> str | None:
-    """Shows what a run's process has printed; returns a line if it left no record, as when it was killed. Raises
-    InputError and Interrupted if they ended the process."""
+    """Shows the lines of a run's process; returns a line if the run neither finished nor recorded a failure. Raises
+    InputError (exit status 2) or Interrupted (130, 143)."""
     try:
         status, lines = future.result()
-    except Exception as e:  # Ray's, if its worker died more often than RETRIES
+    except Exception as e:  # Ray gave the run up
         status, lines = 1, str(e).strip().splitlines()[:1]
     for line in lines:
         if not line.startswith("kvfrontier: "):
@@ -139,8 +139,8 @@ def train_process(directory: Path, name: str, env: dict[str, str], children: set
     return child.returncode, [line for line in lines if not line.startswith("training ")]
 
 
-def threads() -> dict[str, str]:
-    """The environment in which a process has as many threads as this one: with others sums round differently."""
+def thread_env() -> dict[str, str]:
+    """An environment that gives a process as many threads as this one: other numbers round sums differently."""
     return {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
@@ -151,7 +151,7 @@ class SideBySide(Workers):
         self.directory = plan.directory.resolve()
         self.pool, self.free = ThreadPoolExecutor(count), queue.SimpleQueue()
         self.children: set[subprocess.Popen] = set()
-        env = threads()
+        env = thread_env()
         if count * int(env["OMP_NUM_THREADS"]) > cores():
             env["GOMP_SPINCOUNT"] = "0"  # a spinning thread would keep another from a core
         for number in range(count):
@@ -177,7 +177,7 @@ class SideBySide(Workers):
 
 
 def _gpus(plan: Plan, number: int, count: int) -> dict[str, str]:
-    """The environment in which worker `number` of `count` sees its GPUs; workers share them where there are fewer."""
+    """CUDA_VISIBLE_DEVICES for worker `number` of `count`. With too few GPUs, workers that need one GPU share."""
     if find_device().type != "cuda":
         return {}
     each, gpus = plan.study.train.devices, torch.cuda.device_count()
@@ -190,7 +190,7 @@ def _gpus(plan: Plan, number: int, count: int) -> dict[str, str]:
 
 class OnRay(Workers):
     """Trains each run as a Ray task, on any node that sees the study's directory under the same path. A run whose node
-    died continues on another one. `address`: the cluster's; empty: $RAY_ADDRESS, or this machine."""
+    died continues on another one. An empty `address` means $RAY_ADDRESS or, without it, this machine."""
 
     def __init__(self, plan: Plan, address: str):
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else each worker installs a copy of the project
@@ -208,7 +208,7 @@ class OnRay(Workers):
         finally:
             signal.signal(signal.SIGTERM, handler)  # Ray sets its own
         self.tasks: list = []
-        self.task, self.env = ray.remote(train_process_on_ray), threads()
+        self.remote_train, self.env = ray.remote(train_process_on_ray), thread_env()
         try:
             self.share = self._share(plan.study.train.devices, int(self.env["OMP_NUM_THREADS"]))
         except InputError:
@@ -216,7 +216,7 @@ class OnRay(Workers):
             raise
 
     def _share(self, devices: int, threads: int) -> dict[str, int]:
-        """What a task asks Ray for: a GPU for each device or, where no node has one, a core for each thread."""
+        """The resources of a task: a GPU for each device or, where no node has a GPU, a core for each thread."""
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         gpus, cpus = (int(max((node.get(kind, 0) for node in resources), default=0)) for kind in ("GPU", "CPU"))
         if not cpus or 0 < gpus < devices:
@@ -226,7 +226,7 @@ class OnRay(Workers):
     def start(self, run: Run) -> Future[Outcome]:
         env = self.env | {name: value for name, value in os.environ.items() if name.startswith("KVFRONTIER_")}
         options = {"name": run.name, "max_retries": RETRIES, "retry_exceptions": [Killed], **self.share}
-        task = self.task.options(**options).remote(str(self.directory), run.name, env)
+        task = self.remote_train.options(**options).remote(str(self.directory), run.name, env)
         self.tasks.append(task)
         return task.future()
 
@@ -239,7 +239,7 @@ class OnRay(Workers):
 
 
 class Killed(RuntimeError):
-    """A run's process was killed from outside, for lack of memory or with its node; Ray tries it again."""
+    """A signal ended a run's process on Ray, as for lack of memory; Ray tries the run again."""
 
 
 def train_process_on_ray(directory: str, name: str, env: dict[str, str]) -> Outcome:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from archs.cache import Static
+from archs.cache import Allocator
 from archs.decoder import Decoder
 from archs.settings import SettingsError
 from archs.techniques.dmc import DMC
@@ -86,11 +86,11 @@ def compressed_cache(
     if form and form is not needed:
         use = f"use {form.__name__} with a budget below 1.0"
         raise ValueError(f"{name} cannot act on a model that was trained further for {form.__name__}; {use}")
-    static = Static(batch_size, max_tokens, dtype or model.embed.weight.dtype, model.embed.weight.device)
+    allocator = Allocator(batch_size, max_tokens, dtype or model.embed.weight.dtype, model.embed.weight.device)
     slots = partial(QuantisedSlots, quantisation) if quantisation else Slots
-    full = partial(slots, technique, model.options, static)
+    full = partial(slots, technique, model.options, allocator)
     with torch.inference_mode(False):
-        layers = model.new_layers(SimpleNamespace(full=full, ring=static.ring, state=static.state))
+        layers = model.new_layers(SimpleNamespace(full=full, ring=allocator.ring, state=allocator.state))
     return CompressedCache(technique, layers, batch_size, max_tokens, kind_V)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from archs import ops
-from archs.cache import Cache, Static
+from archs.cache import Allocator, Cache
 from archs.kv import KV, View
 from archs.techniques import ragged
 
@@ -76,18 +76,18 @@ class Slots(KV):
         self,
         technique: Any,
         o: Any,
-        static: Static,
+        allocator: Allocator,
         heads: int,
         key_size: int,
         value_size: int = 0,
         shared: bool = False,
     ):
-        """`o` are the model's options; the last four arguments are those of `Static.full`."""
+        """`o` are the model's options; the last four arguments are those of `Allocator.full`."""
         self.technique, self.rotary, self.kv_heads, self.layer = technique, (o.rotary_dim, o.rope_base), heads, 0
-        self.value_size, device = value_size or key_size, static.device
+        self.value_size, device = value_size or key_size, allocator.device
         sizes = [key_size] if shared else [key_size, self.value_size]
-        self.tensors = [torch.zeros(0, size, dtype=static.dtype, device=device) for size in sizes]
-        self.count_O = torch.zeros(static.batch_size * heads, dtype=torch.long, device=device)
+        self.tensors = [torch.zeros(0, size, dtype=allocator.dtype, device=device) for size in sizes]
+        self.count_O = torch.zeros(allocator.batch_size * heads, dtype=torch.long, device=device)
         self.policy_O = torch.zeros_like(self.count_O)
         self.position_N = torch.zeros(0, dtype=torch.int32, device=device)
         self.score_N = torch.zeros(0, dtype=torch.float32, device=device)
@@ -156,7 +156,7 @@ class Slots(KV):
         """Keys or queries (..., D), rotated on by some positions (...)."""
         size, base = self.rotary
         still, turning = x.split((x.shape[-1] - size, size), dim=-1)
-        cos, sin = ops.rope(steps, ops.frequencies(size, base, x.device))
+        cos, sin = ops.rope_table(steps, ops.frequencies(size, base, x.device))
         return torch.cat((still, ops.rotate(turning, cos, sin)), dim=-1)
 
     # Storage

@@ -84,7 +84,7 @@ def rotate_inputs(r):
     positions = r.choice((torch.arange(11, 11 + T), torch.randint(900, (B, 1, 1))))
     T = positions.shape[-1]
     x = randn(B, T, r.randint(1, 5), 3 * half).transpose(1, 2)[..., half:]
-    table = ops.rope(positions, ops.frequencies(2 * half, 1e4, CPU))
+    table = ops.rope_table(positions, ops.frequencies(2 * half, 1e4, CPU))
     return x, *(t[..., -T:, :] for t in (torch.cat(table, -1).chunk(2, -1) if r.random() < 0.5 else table))
 
 

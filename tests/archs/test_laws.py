@@ -277,7 +277,7 @@ WRONG = [
     ("yoco", {"kv_heads": 2, "self_decoder": "full"}, "self_decoder='full': must be one of swa, gret"),
     ("mla2", {}, "'mla2'; there are mha, mqa, gqa, mla, yoco, or give file.py:Class"),
     ("nowhere.py:Mine", {}, "'nowhere.py:Mine': cannot load nowhere.py: .*No such file"),
-    ("archs.nothing:Mine", {}, "cannot load archs.nothing: No module named"),
+    ("archs.nothing:Mine", {}, "cannot load archs.nothing: ModuleNotFoundError: No module named"),
     ("archs.grouped:Chunk", {}, "archs.grouped has no subclass of archs.Decoder named 'Chunk'"),
 ]
 

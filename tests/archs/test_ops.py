@@ -189,7 +189,8 @@ def test_rotary_scores_depend_on_distance_alone():
     q, k, turns = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16), ops.frequencies(16, 1e4, CPU)
 
     def score(*positions):
-        q_, k_ = (ops.rotate(x, *ops.rope(torch.tensor([p]), turns)) for x, p in zip((q, k), positions, strict=True))
+        tables = [ops.rope_table(torch.tensor([position]), turns) for position in positions]
+        q_, k_ = (ops.rotate(x, *table) for x, table in zip((q, k), tables, strict=True))
         return q_ @ k_.mT
 
     torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)

@@ -69,8 +69,12 @@ def test_a_step_that_cannot_become_a_cuda_graph_runs_as_it_is(monkeypatch):
     model, tokens = make("mha", {}), torch.randint(97, (2, 4))
     cache, plain = model.new_cache(2, 5), model.new_cache(2, 5)
     step = RecordedStep(2, torch.device("cpu"))
+
+    def run():
+        step.logits_BV = model.append(step.tokens_B[:, None], cache, step.position)
+
     with torch.inference_mode(), pytest.warns(UserWarning, match="without a CUDA graph, more slowly: operation not"):
-        step._record_graph(model, cache)
+        step.replay = step.capture(run)
     assert (streams, step.backend) == (["before"], "split-kv triton")
     for t in range(4):
         step.tokens_B.copy_(tokens[:, t])

@@ -9,7 +9,7 @@ import torch
 from helpers import CASES, CHOSEN, assert_near, make
 
 from archs import VARIANTS
-from archs.cache import FullCache, State, Static
+from archs.cache import Allocator, FullCache, State
 from archs.grouped import GroupedAttention
 from archs.kv import Uncached
 from archs.ops import rotate, split_heads
@@ -171,7 +171,7 @@ def test_ragged_rows_are_joined_padded_and_counted_by_owner(counts, new):
 
 def one_layer(one, heads=2, sizes=(4, 5)):
     options = SimpleNamespace(rotary_dim=sizes[0], rope_base=10_000.0)
-    slots = Slots(one, options, Static(1, PROMPT + LATER, torch.float32, "cpu"), heads, *sizes)
+    slots = Slots(one, options, Allocator(1, PROMPT + LATER, torch.float32, "cpu"), heads, *sizes)
     slots.layer = 2
     return slots
 

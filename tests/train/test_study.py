@@ -290,7 +290,7 @@ def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(d
     best = {"mha": 4e-3, "mqa": 2.5e-4, "gqa": 1e-3}
     plan = Plan(study("train.lr=[5e-4, 1e-3, 2e-3]", "seeds=[0, 1000]", "variants=" + THREE), data, tmp_path)
     assert plan.look().runs == []
-    assert len(plan.look().left) == 3 * 3 + 3 * 2
+    assert len(plan.look().variants_to_train) == 3 * 3 + 3 * 2
     order = tried(plan, lambda label, lr: 2 + abs(math.log(lr / best[label])))
     assert [lr for label, lr in order if label == "mha"] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
     assert [lr for label, lr in order if label == "mqa"] == [5e-4, 1e-3, 2e-3, 2.5e-4, 1.25e-4]
