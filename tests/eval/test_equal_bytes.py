@@ -117,9 +117,8 @@ def test_a_cache_a_little_over_the_bytes_fits_and_one_further_over_or_of_another
 def test_one_seed_gives_no_interval_and_no_technique_no_difference():
     runs = records(1)
     compared = [entry for entry in [*technique_differences(runs), *equal_bytes(runs)] if "mean_diff" in entry]
-    assert {(entry["ci_low"], entry["ci_high"], entry["verdict"]) for entry in compared} == {
-        (None, None, "not separable")
-    }
+    verdicts = {(entry["ci_low"], entry["ci_high"], entry["verdict"]) for entry in compared}
+    assert verdicts == {(None, None, "not separable")}
     runs = [{"label": "a", "seed": 0, "size": "", "loss": {"val_bpb": 1.0}}]
     assert technique_differences(runs) == equal_bytes(runs) == []
 

@@ -588,9 +588,13 @@ def test_first_five_colours_differ_in_grey():
     assert all(abs(lightness(a) - lightness(b)) >= 10 for a, b in combinations(style.PALETTE[:5], 2))
 
 
-def test_bytes_are_written_in_powers_of_1024():
+def test_bytes_are_written_in_powers_of_1024_and_shortened_labels_keep_their_ends():
     texts = [style.bytes_text(n) for n in (0, 512, 1024, 1536, 5 * 2**20)]
     assert texts == ["0 B", "512 B", "1 KiB", "1.5 KiB", "5 MiB"]
+    names = [style.wrapped(f"gqa with a long name and {n} KV heads of many-{n}", 20) for n in range(8)]
+    assert len(set(names)) == 8
+    assert all(len(line) <= 20 for name in names for line in name.split("\n"))
+    assert style.wrapped("mha") == "mha"
 
 
 def test_results_table_holds_exact_values(five):
@@ -647,13 +651,6 @@ def test_variants_without_a_common_seed_are_said_not_to_be_compared(tmp_path):
     study = load(put(tmp_path, STUDIES["families"] | {"comparisons": others}))
     sentence = "mqa is not compared: it has no seed in common with mha-16."
     assert ("Loss", sentence) in frontier.frontier_findings(study)
-
-
-def test_shortened_labels_keep_their_ends():
-    names = [style.wrapped(f"gqa with a long name and {n} KV heads of many-{n}", 20) for n in range(8)]
-    assert len(set(names)) == 8
-    assert all(len(line) <= 20 for name in names for line in name.split("\n"))
-    assert style.wrapped("mha") == "mha"
 
 
 def test_labels_are_escaped(hostile):

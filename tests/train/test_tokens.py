@@ -104,30 +104,29 @@ def test_an_interrupted_preparation_leaves_nothing_behind(corpus, tmp_path, monk
     assert len(prepare(corpus, "bytes", None, tmp_path).train)
 
 
-def _prepare_at(corpus, cache_dir, barrier, answers):
-    barrier.wait()
-    tokens = prepare(corpus, "bpe", 300, cache_dir)
-    answers.put((tokens.tokenizer.name, tokens.train.tobytes(), tokens.val.tobytes()))
+def _prepare_at(corpus, folders, barrier, answers):
+    for folder in folders:
+        barrier.wait()
+        tokens = prepare(corpus, "bpe", 300, folder)
+        answers.put((tokens.tokenizer.name, tokens.train.tobytes(), tokens.val.tobytes()))
 
 
-@pytest.mark.parametrize("corrupt", [False, True])
-def test_processes_that_prepare_at_once_all_end_up_right(corpus, tmp_path, corrupt):
-    alone = prepare(corpus, "bpe", 300, tmp_path / "alone")
-    if corrupt:
-        prepare(corpus, "bpe", 300, tmp_path / "shared")
-        for path in (tmp_path / "shared").glob("*/*.bin"):
-            path.write_bytes(b"cut")
+def test_processes_that_prepare_at_once_all_end_up_right(corpus, tmp_path):
+    """From nothing, and where files are damaged."""
+    new, damaged = folders = tmp_path / "new", tmp_path / "damaged"
+    alone, _ = (prepare(corpus, "bpe", 300, folder) for folder in (tmp_path / "alone", damaged))
+    for path in damaged.glob("*/*.bin"):
+        path.write_bytes(b"cut")
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(4), context.Queue()
-    arguments = (corpus, tmp_path / "shared", barrier, answers)
-    processes = [context.Process(target=_prepare_at, args=arguments) for _ in range(4)]
+    processes = [context.Process(target=_prepare_at, args=(corpus, folders, barrier, answers)) for _ in range(4)]
     for process in processes:
         process.start()
-    got = {answers.get(timeout=60) for _ in processes}
+    results = {answers.get(timeout=60) for _ in processes for _ in folders}
     for process in processes:
         process.join()
-    assert got == {(alone.tokenizer.name, alone.train.tobytes(), alone.val.tobytes())}
-    assert len(list((tmp_path / "shared").iterdir())) == 2
+    assert results == {(alone.tokenizer.name, alone.train.tobytes(), alone.val.tobytes())}
+    assert [len(list(folder.iterdir())) for folder in (new, damaged)] == [2, 2]
 
 
 @pytest.mark.parametrize("run", [" ", "a", "\n", " \n", "é", "-"])
