@@ -183,14 +183,16 @@ def _run_stages(args: argparse.Namespace) -> int:
     from train.store import PLAN, read_plan
     from train.study import load_data, parse_study, read_yaml
 
+    saved = read_plan(directory)
     if study_file:
         settings = read_yaml(study_file)
-    elif saved := read_plan(directory):
+    elif saved:
         settings, study_file = saved["settings"], Path(saved["study_file"])
     else:
         raise InputError(f"{directory} has no {PLAN}: only plot works there; give the study's YAML file and --out")
     study = parse_study(settings, args.overrides)
-    plan = Plan(study, load_data(study, study_file), directory, study_file, measure_names())
+    known = saved.get("tokens") if args.one is not None else None
+    plan = Plan(study, load_data(study, study_file, directory, known), directory, study_file, measure_names())
     if args.one is not None:
         from train.runner import train_one
 
@@ -200,6 +202,8 @@ def _run_stages(args: argparse.Namespace) -> int:
         plan.save()
         look = plan.look()
         if look.ready:
+            for line in plan.repeats():
+                console.print(line, soft_wrap=True)
             try:
                 failures += _train(args, plan)
             finally:

@@ -55,10 +55,11 @@ class EvalContext:
     @cached_property
     @torch.inference_mode()
     def predictions(self) -> Predictions:
-        """Predictions in fp32 of about `loss_tokens` held-out tokens, each from at most `context` tokens before it."""
+        """Predictions in fp32 of about `loss_tokens` tokens of the split `test`, each from at most `context` tokens before it."""
         context, device = self.model.options.context, self.model.embed.weight.device
         columns, n_bytes = [], 0
-        batches = self.data.validation(context, max(1, TOKENS_AT_ONCE // context), self.config.loss_tokens)
+        rows = max(1, TOKENS_AT_ONCE // context)
+        batches = self.data.held_out("test", context, rows, self.config.loss_tokens)
         for inputs, targets, batch_bytes in batches:
             logits = self.model(inputs.to(device))
             nats = token_nats(logits, targets.to(device))

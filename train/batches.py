@@ -6,6 +6,7 @@ random order, both drawn from (seed, epoch).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,9 +19,11 @@ IGNORED = -100  # a target where nothing is to be predicted
 
 
 class TrainingData(Protocol):
-    """A corpus in tokens (train/tokens.py) or a task that generates its sequences (train/mqar.py)."""
+    """A corpus in tokens (train/tokens.py) or a task that generates its sequences (train/sources/mqar.py)."""
 
     tokenizer: tiktoken.Encoding | None  # None: the ids stand for no text
+    end_of_text: int | None  # the token that ends a document
+    folder: Path | None  # from which the data can be opened again without its source
     n_vocab: int
     token_bytes: np.ndarray  # int64 (n_vocab,): bytes of text that each token stands for
     facts: dict[str, Any]  # the "corpus" of results.json; its `fingerprint` differs where the text or the task does
@@ -31,8 +34,9 @@ class TrainingData(Protocol):
     def training(self, context: int, batch_size: int, seed: int) -> Dataset:
         """Item k is batch k of `seed`: (inputs, targets), int64 (batch_size, context). It has no end."""
 
-    def validation(self, context: int, batch_size: int, limit: int) -> Dataset:
-        """Held-out batches with about `limit` targets in all: (inputs, targets, bytes that the targets stand for)."""
+    def held_out(self, split: str, context: int, batch_size: int, limit: int) -> Dataset:
+        """Batches of a split with about `limit` targets in all: (inputs, targets, bytes that the targets stand for).
+        By "tune" learning rates are chosen and curves are drawn; "test" is for the record alone."""
 
     def spread(self, sequences: int, available: int) -> Sequence[int]:
         """Numbers of about `sequences` of the first `available` held-out sequences that stand for all of them."""
@@ -62,13 +66,13 @@ class TrainingBatches(Dataset):
         return int(self._offset + self._order[place] * self.context)
 
 
-class ValidationBatches(Dataset):
+class HeldOutBatches(Dataset):
     """Held-out tokens, each predicted once: item k is (inputs, targets, bytes of text that the targets stand for).
     There are about `limit` targets, in whole sequences that are spread evenly over the held-out text."""
 
     def __init__(self, tokens: np.ndarray, token_bytes: np.ndarray, context: int, batch_size: int, limit: int):
         if len(tokens) <= context:
-            raise ValueError(f"{len(tokens)} validation tokens are too few for context={context}")
+            raise ValueError(f"{len(tokens)} held-out tokens are too few for context={context}")
         self.available = (len(tokens) - 1) // context
         self.sequences = min(self.available, max(1, limit // context))
         self.tokens, self.token_bytes, self.context, self.batch_size = tokens, token_bytes, context, batch_size

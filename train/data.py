@@ -12,7 +12,7 @@ from train.batches import TrainingData
 class DataModule(L.LightningDataModule):
     """Training and validation batches for a Trainer. A run that is resumed continues at the batch where it stopped.
 
-        data = DataModule(prepare(load_corpus("stdlib"), "bytes", None, cache_dir), context=128, batch_size=16)
+        data = DataModule(parse_study({"tokenizer": {"name": "bytes"}}), context=128, batch_size=16)
         model = LanguageModel("mha", {...}, tokens=1000 * 16 * 128)
         Trainer(max_steps=1000, val_check_interval=100, check_val_every_n_epoch=None).fit(model, data)
 
@@ -22,7 +22,7 @@ class DataModule(L.LightningDataModule):
     def __init__(self, data: TrainingData, context: int, batch_size: int, seed: int = 0, val_tokens: int = 65_536):
         super().__init__()
         self.training = data.training(context, batch_size, seed)
-        self.validation = data.validation(context, batch_size, val_tokens)
+        self.validation = data.held_out("tune", context, batch_size, val_tokens)
 
     def train_dataloader(self) -> DataLoader:
         if not (trainer := self.trainer):

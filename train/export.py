@@ -70,10 +70,11 @@ def _write(out: Path, model: Decoder, hf: dict, encoding: tiktoken.Encoding | No
 
 def _encoding(run: Path, config: dict) -> tiktoken.Encoding | None:
     """The tokenizer that the run was trained with, from its study; None for generated ids, which stand for no text."""
-    plans = [read_plan(folder) for folder in run.resolve().parents[2:4]]  # above runs/ and above retrofits/
-    if not (plan := next((plan for plan in plans if "settings" in plan), None)):
+    plans = {folder: read_plan(folder) for folder in run.resolve().parents[2:4]}  # above runs/ and above retrofits/
+    study, plan = next(((folder, plan) for folder, plan in plans.items() if "settings" in plan), (None, None))
+    if not plan:
         raise InputError(f"{run} does not lie in a study's directory, as runs/<label>/seed-<n> with its plan.json")
-    data = load_data(parse_study(plan["settings"]), Path(plan["study_file"]))
+    data = load_data(parse_study(plan["settings"]), Path(plan["study_file"]), study, plan.get("tokens"))
     if data.tokenizer and data.facts["fingerprint"] != config["corpus_fingerprint"]:
         prints = f"{data.facts['fingerprint']}, it was {config['corpus_fingerprint']}"
         raise InputError(f"the corpus has changed since the run was trained ({prints}): restore the text")

@@ -26,6 +26,8 @@ from train.variants import Variant, on_meta, resolve_variants
 
 # Settings that do not determine a run's result. Devices share one batch.
 NOT_IN_KEY = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_seconds", "checkpoint_steps"
+# Settings that came later: at their default they are left out, so that the keys of earlier runs stay as they were.
+ADDED = ("document_mask",)
 # Keys of config.json that follow from others or only name the run.
 DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match"}
 
@@ -76,6 +78,8 @@ class Plan:
         data.check(study.model["context"])
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
         train = {key: value for key, value in study.train.model_dump().items() if key not in NOT_IN_KEY}
+        for key in [key for key in ADDED if train[key] == TrainConfig.model_fields[key].default]:
+            del train[key]
         self._train_settings = train | {"precision": resolve_precision(study.train.precision)}
         evaluation = study.eval.model_dump() | {"level": None}  # of intervals: no measure depends on it
         self.evaluation = [evaluation, sorted(measures), resolve_dtype(study.eval.dtype), find_device().type]
@@ -83,6 +87,13 @@ class Plan:
     def look(self) -> "Snapshot":
         """The plan's runs as the disk shows them now."""
         return Snapshot(self)
+
+    def repeats(self) -> list[str]:
+        """A line that says how often the corpus is read, if that is more than once."""
+        have, most = self.data.facts["train_tokens"], max(variant.tokens for variant in self.variants)
+        if not have or most <= have:
+            return []
+        return [f"training on {most:,} tokens goes {most / have:.1f} times over the corpus, which has {have:,}"]
 
     def save(self) -> None:
         """Writes plan.json, from which `kvfrontier status` and workers read the study. InputError if that fails."""
@@ -102,6 +113,7 @@ class Plan:
             "study": self.name,
             "study_file": str(self.study_file.resolve()),
             "settings": self.study.model_dump(),
+            "tokens": str(self.data.folder) if self.data.folder else None,
             "runs": runs + waiting,
         }
         try:

@@ -13,68 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from archs.decoder import Options
-from archs.settings import Settings, SettingsError
+from archs.settings import SettingsError
 from archs.techniques import from_settings
+from train import sources
 from train.batches import TrainingData
-from train.corpus import load_corpus
 from train.errors import InputError
-from train.mqar import RecallTask
+from train.sections import Amount, Count, Counts, Positive, Section, Seed, TokenizerConfig, distinct, whole
 from train.store import STUDIES
-from train.tokens import default_cache_dir, prepare
+from train.tokens import open_tokens
 
 MERGED = "model", "train", "eval"  # sections that a study overrides key by key; it replaces the others as a whole
 MODEL_KEYS = [name for name in Options.model_fields if name != "vocab_size"]
 SIZE_KEYS = ["tokens", *(name for name in MODEL_KEYS if name != "context")]
 EXAMPLE = "{label: mha, arch: mha}"
-
-
-def whole(value: Any) -> Any:
-    """1e6, which YAML reads as a float, as 1_000_000; any other value as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def distinct(values: list) -> list:
-    """The list; ValueError if it is empty or has a value twice."""
-    Settings.check(bool(values), "at least one is needed")
-    repeated = next((value for value in values if values.count(value) > 1), None)
-    Settings.check(repeated is None, f"{repeated!r} stands twice in the study")
-    return values
-
-
-Whole = BeforeValidator(whole)
-Count = Annotated[int, Whole, Field(ge=1)]
-Amount = Annotated[int, Whole, Field(ge=0)]
-Seed = Annotated[int, Whole, Field(ge=0, lt=2**32)]
-VocabSize = Annotated[int, Whole, Field(ge=1, lt=2**31)]
-Positive = Annotated[float, Field(gt=0)]
-Counts = Annotated[list[Count], AfterValidator(distinct)]
-
-
-class Section(Settings):
-    """Base of the study and its sections. A key without a value (null) counts as left out."""
-
-    model_config = ConfigDict(frozen=True)
-    noun = "key"
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_nulls(cls, values: Any) -> Any:
-        is_dict = isinstance(values, dict)
-        return {key: value for key, value in values.items() if value is not None} if is_dict else values
-
-
-class CorpusConfig(Section):
-    name: str | None = None
-    files: list[str] = Field([])
-    pairs: list[Count] | None = None  # for the generated task mqar alone
-
-
-class TokenizerConfig(Section):
-    name: str
-    vocab_size: VocabSize | None = None
 
 
 class TrainConfig(Section):
@@ -92,6 +46,7 @@ class TrainConfig(Section):
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
     checkpoint_seconds: Positive  # between two checkpoints, at most
     checkpoint_steps: Count | None = None  # likewise
+    document_mask: bool = False  # a token attends to its own document alone
     tuning_tokens: Count | None = None  # of a run that tries a learning rate; None: as many as the compared runs
 
     @field_validator("lr")
@@ -133,7 +88,7 @@ class EvalConfig(Section):
 
 
 class Study(Section):
-    corpus: CorpusConfig
+    corpus: Annotated[SerializeAsAny[sources.Source], BeforeValidator(sources.parse)]
     tokenizer: TokenizerConfig
     model: dict[str, Any]
     match: Literal["ffn", "heads", "none"]
@@ -179,8 +134,10 @@ class Study(Section):
     def what_is_measured_exists(self) -> "Study":
         unknown = next((seed for seed in self.eval.decode.seeds or [] if seed not in self.seeds), None)
         self.check(unknown is None, f"eval.decode.seeds={unknown}: must be among the study's seeds {self.seeds}")
-        documents = self.eval.paging and self.eval.paging.lengths == "documents" and self.corpus.name == "mqar"
-        self.check(not documents, "eval.paging.lengths=documents: corpus mqar has no documents; choose uniform")
+        by_document = [("eval.paging.lengths=documents", self.eval.paging and self.eval.paging.lengths == "documents")]
+        by_document += [("train.document_mask=true", self.train.document_mask)]
+        for name, chosen in by_document:
+            self.check(self.corpus.has_documents or not chosen, f"{name}: this corpus has no documents; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -282,6 +239,11 @@ def parse_study(given: dict, overrides: Sequence[str] = ()) -> Study:
     merged |= {section: _merge(base[section], merged[section], section) for section in MERGED}
     for override in overrides:
         _override(merged, override)
+    if isinstance(merged["corpus"], dict) and (name := merged["corpus"].get("tokenizer")):
+        chosen = given.get("tokenizer", {"name": name})
+        if not isinstance(chosen, dict) or chosen.get("name") != name:
+            raise InputError(f"tokenizer: the corpus is in tokens of {name!r} already; leave the section out")
+        merged["tokenizer"] = {"name": name}
     try:
         return Study(**merged)
     except ValueError as e:
@@ -315,16 +277,10 @@ def _override(settings: dict, override: str) -> None:
     at[last] = parsed
 
 
-def load_data(study: Study, study_file: Path) -> TrainingData:
+def load_data(study: Study, study_file: Path, output: Path, folder: str | None = None) -> TrainingData:
     """The study's corpus in tokens, or its generated task. Files are looked for in the folder of `study_file`, then in
-    the current one. InputError says what to change."""
-    corpus, tokenizer = study.corpus, study.tokenizer
-    if corpus.name == "mqar":
-        if tokenizer.name != "ids" or not tokenizer.vocab_size or not corpus.pairs or corpus.files:
-            needs = "pairs, such as [4, 16], no files, and tokenizer: {name: ids, vocab_size: 256}"
-            raise InputError(f"corpus mqar is generated, as token ids: it needs {needs}")
-        return RecallTask(corpus.pairs, tokenizer.vocab_size)
-    if corpus.pairs is not None:
-        raise InputError("corpus.pairs goes with corpus.name=mqar alone")
-    text = load_corpus(corpus.name, corpus.files, [study_file.resolve().parent, Path.cwd()])
-    return prepare(text, tokenizer.name, tokenizer.vocab_size, default_cache_dir())
+    the current one, not in `output`. If all tokens are in `folder`, they are opened without a look at any text.
+    InputError says what to change."""
+    if folder and (tokens := open_tokens(Path(folder))):
+        return tokens
+    return study.corpus.load(study.tokenizer, sources.Place([study_file.resolve().parent, Path.cwd()], output))

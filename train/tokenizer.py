@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import tiktoken
 
 from train.errors import InputError
 from train.files import write_atomic
+from train.sections import TokenizerConfig
 
 END_OF_TEXT = "<|endoftext|>"
 NAMED = "gpt2", "cl100k_base", "o200k_base"
@@ -27,24 +28,23 @@ NAMES = "bpe", "bytes", *NAMED
 # at 64 characters: without a bound, training on a long run of one character takes minutes.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}{1,64}|\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 
-SAMPLE_CHARS = 8_000_000
-PIECE_CHARS = 65_536
-CACHE_FORMAT = 1
+RANKS = "tokenizer.tiktoken"  # the file of a trained vocabulary
 
 
 def load_tokenizer(
-    name: str, vocab_size: int | None, training_texts: Sequence[str], cache_dir: Path
+    config: TokenizerConfig, folder: Path, sample: Callable[[], Sequence[str]] | None = None
 ) -> tiktoken.Encoding:
-    """The encoding `name`; InputError if it is unknown, cannot be downloaded or cannot have this size.
+    """The encoding that a study names; InputError if it is unknown, cannot be downloaded or cannot have this size.
 
     `bytes`: 256 byte values and the end of text. `bpe`: exactly `vocab_size` entries (byte values and end of text
-    included), trained on about 8 million characters spread evenly over `training_texts`, stored in `cache_dir` under a
-    hash of these. `gpt2`, `cl100k_base`, `o200k_base`: tiktoken's, downloaded at their first use.
+    included), read from `folder` or trained on the text of `sample()` and stored there. `gpt2`, `cl100k_base`,
+    `o200k_base`: tiktoken's, downloaded at their first use.
     """
+    name, vocab_size = config.name, config.vocab_size
     if name not in NAMES:
         raise InputError(f"tokenizer: unknown name {name!r}; allowed are {', '.join(NAMES)}")
     if name == "bpe":
-        return _bpe(vocab_size, training_texts, cache_dir)
+        return _bpe(vocab_size, folder / RANKS, sample)
     if vocab_size is not None:
         raise InputError(f"tokenizer: vocab_size only goes with bpe, {name} has its own; remove it")
     if name == "bytes":  # in long pieces, as tiktoken's cost is one regex match a piece
@@ -66,44 +66,22 @@ def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     return sizes
 
 
-def pieces(text: str) -> list[str]:
-    """`text` in pieces of at most 65,536 characters, cut before a line end where there is one: on a million blanks in a
-    row tiktoken would overflow its stack."""
-    parts, start = [], 0
-    while len(text) - start > PIECE_CHARS:
-        end = text.rfind("\n", start + 1, start + PIECE_CHARS)
-        end = start + PIECE_CHARS if end < 0 else end
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
-
-
-def _bpe(vocab_size: int | None, texts: Sequence[str], cache_dir: Path) -> tiktoken.Encoding:
+def _bpe(vocab_size: int | None, path: Path, sample: Callable[[], Sequence[str]] | None) -> tiktoken.Encoding:
     if vocab_size is None or vocab_size < 258:
         least = "a vocab_size of at least 258 (256 byte values, one merge, end of text)"
         raise InputError(f"tokenizer: bpe needs {least}, got {vocab_size}; 1024 suits small models")
-    sample = _sample(texts)
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, vocab_size, PATTERN, *map(len, sample)]).encode())
-    for piece in sample:
-        digest.update(piece.encode())
-    path = cache_dir / f"bpe-{vocab_size}-{digest.hexdigest()[:16]}.tiktoken"
     tokens = _read_ranks(path, vocab_size)
     if tokens is None:
-        tokens = _train(sample, vocab_size)
+        if sample is None:
+            raise InputError(f"tokenizer: {path} is missing or damaged; delete its folder to make it again")
+        tokens = _train(sample(), vocab_size)
         write_atomic(path, _ranks_text(tokens))
-    # The name has a hash of the ranks, so that tokens stored under it cannot belong to another vocabulary.
     return _encoding(f"bpe-{vocab_size}-{hashlib.sha256(_ranks_text(tokens)).hexdigest()[:16]}", PATTERN, tokens)
 
 
 def _encoding(name: str, pattern: str, tokens: list[bytes]) -> tiktoken.Encoding:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
-
-
-def _sample(texts: Sequence[str]) -> list[str]:
-    """Every k-th piece, with the least k that fits: a huge document and many small ones are sampled in the same way."""
-    parts = [piece for text in texts for piece in pieces(text)]
-    return parts[:: max(1, math.ceil(sum(map(len, parts)) / SAMPLE_CHARS))]
 
 
 def _train(sample: Sequence[str], vocab_size: int) -> list[bytes]:

@@ -1,80 +1,100 @@
-"""A corpus as token files, written once and memory-mapped by every run.
+"""A corpus as files of tokens, which every run memory-maps, and the manifest that says what they are of.
 
-The tokens lie flat in two files, each document followed by the end of text. The name of their folder is a hash of the
-corpus and the tokenizer: a changed corpus is another folder, and nothing has to be invalidated.
+    ~/.cache/kvfrontier/tokens-0123456789abcdef/
+        manifest.json            settings, files (size, time, digest), places of the tokens, facts
+        tokenizer.tiktoken       of a vocabulary trained on this text
+        00000.bin  00000.json    a shard (train/shards.py)
+
+The folder's name is a hash of the settings and of the files' names, sizes and times. So a second start reads no text,
+and a changed corpus is another folder. With the folder nothing else is needed: a worker gets its name.
 """
 
 import hashlib
-import itertools
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 import torch
+from filelock import Timeout
 
-from train.batches import TrainingBatches, ValidationBatches
-from train.corpus import Corpus
+from train.batches import HeldOutBatches, TrainingBatches
+from train.corpus import SPLITS
 from train.errors import InputError
-from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes
+from train.files import lock, read_json, write_json
+from train.progress import console
+from train.sections import TokenizerConfig
+from train.sources import Place, Source
+from train.tokenizer import load_tokenizer, token_bytes
 
-FILES_FORMAT = 1
-BATCH_PIECES = 256
+FORMAT = 2  # to be raised when the same text gives other tokens
+
+
+class Tokens:
+    """Arrays of token ids, one after the other as one."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        first, last, _ = places.indices(len(self))
+        n = int(self.starts.searchsorted(first, "right")) - 1
+        parts = []
+        while first < last:
+            start, end = int(self.starts[n]), min(last, int(self.starts[n + 1]))
+            parts.append(self.arrays[n][first - start : end - start])
+            first, n = end, n + 1
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, self.arrays[0][:0]])
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """TrainingData of a corpus: read-only token ids of both splits and the encoding that made them."""
+    """TrainingData of a corpus in tokens; `folder` has its manifest."""
 
-    train: np.memmap
-    val: np.memmap
+    train: Tokens
+    tune: Tokens
+    test: Tokens
     tokenizer: tiktoken.Encoding
-    corpus_name: str
-    fingerprint: str
-    text_bytes: int
+    facts: dict[str, Any]  # each end of text counts as a token without bytes
+    folder: Path
 
     @property
     def n_vocab(self) -> int:
         return self.tokenizer.n_vocab
+
+    @property
+    def end_of_text(self) -> int:
+        return self.tokenizer.eot_token
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         return token_bytes(self.tokenizer)
 
     def check(self, context: int) -> None:
-        for split, tokens in (("training", len(self.train)), ("validation", len(self.val))):
-            if tokens <= context:
+        for split in SPLITS:
+            if (tokens := len(getattr(self, split))) <= context:
                 need = f"one sequence of model.context={context} and the token after it"
-                has = f"the corpus has {tokens} {split} tokens, too few for"
+                has = f"the corpus has {tokens} tokens in the split {split!r}, too few for"
                 raise InputError(f"{has} {need}: give more text or a shorter context")
 
     def training(self, context: int, batch_size: int, seed: int) -> TrainingBatches:
         return TrainingBatches(self.train, context, batch_size, seed)
 
-    def validation(self, context: int, batch_size: int, limit: int) -> ValidationBatches:
-        return ValidationBatches(self.val, self.token_bytes, context, batch_size, limit)
+    def held_out(self, split: str, context: int, batch_size: int, limit: int) -> HeldOutBatches:
+        return HeldOutBatches(getattr(self, split), self.token_bytes, context, batch_size, limit)
 
     def spread(self, sequences: int, available: int) -> list[int]:
         """Numbers of `sequences` held-out sequences, evenly spread over the `available` ones."""
         return torch.linspace(0, available - 1, min(sequences, available)).long().tolist()
-
-    @property
-    def facts(self) -> dict[str, str | int | float]:
-        """The "corpus" of results.json; each end of text counts as a token without bytes."""
-        return {
-            "name": self.corpus_name,
-            "fingerprint": self.fingerprint,
-            "bytes": self.text_bytes,
-            "train_tokens": len(self.train),
-            "val_tokens": len(self.val),
-            "bytes_per_token": self.text_bytes / (len(self.train) + len(self.val)),
-        }
 
 
 def default_cache_dir() -> Path:
@@ -84,68 +104,74 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfrontier"
 
 
-def prepare(corpus: Corpus, tokenizer_name: str, vocab_size: int | None, cache_dir: Path) -> TokenSet:
-    """The tokens of `corpus`, encoded at the first call and read from `cache_dir` afterwards. Several processes may
-    call it at once; files that were cut short are written again."""
-    if not corpus.train or not corpus.val:
-        raise InputError(f"corpus {corpus.name}: no documents to {'train on' if corpus.val else 'validate with'}")
+# The manifest
+
+
+def open_or_build(
+    source: Source, tokenizer: TokenizerConfig, files: list[list], place: Place, build: Callable[[Path], dict]
+) -> TokenSet:
+    """The tokens of `files`, each [name, size, modified, split]. If they are not there yet, `build(folder)` writes them
+    and returns the rest of their manifest: dtype, paths, segments and facts. Several processes may call this at once:
+    one builds, the others wait for it."""
+    cache = default_cache_dir()
+    asked = {"format": FORMAT, "corpus": source.model_dump(), "tokenizer": tokenizer.model_dump()}
+    manifest = asked | {"files": files}
+    folder = cache / f"tokens-{content_hash(manifest)}"
+    if tokens := open_tokens(folder):
+        return tokens
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise InputError(f"cannot make the cache folder {cache_dir} ({e.strerror}); set KVFRONTIER_CACHE") from e
-    tokenizer = load_tokenizer(tokenizer_name, vocab_size, corpus.train, cache_dir)
-    identity = json.dumps([FILES_FORMAT, PIECE_CHARS, corpus.fingerprint, tokenizer.name])
-    folder = cache_dir / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    dtype = np.dtype(np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32)
-    while (arrays := _open(folder, dtype)) is None:
-        _build(corpus, tokenizer, folder, dtype)
-    return TokenSet(*arrays, tokenizer, corpus.name, corpus.fingerprint, corpus.bytes)
-
-
-def _open(folder: Path, dtype: np.dtype) -> tuple[np.memmap, np.memmap] | None:
-    """The token arrays (train, val) in a folder; None if they are missing or cut short."""
+        raise InputError(f"cannot make the cache folder {folder} ({e.strerror}); set KVFRONTIER_CACHE") from e
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        for part in ("train", "val"):
-            if (folder / f"{part}.bin").stat().st_size != meta[f"{part}_tokens"] * dtype.itemsize:
+        held = lock(folder).acquire()
+    except Timeout:
+        console.print("another process prepares the same text; waiting for it", markup=False)
+        held = lock(folder, wait=-1).acquire()
+    with held:
+        if tokens := open_tokens(folder):
+            return tokens
+        latest = cache / f"latest-{content_hash([asked, *map(str, place.folders)])}.json"
+        if changed := changed_files(read_json(latest).get("files", []), files):
+            console.print(f"corpus: {changed}; the text is read again", markup=False, soft_wrap=True)
+        write_json(latest, {"files": files})
+        write_json(folder / "manifest.json", manifest | build(folder))
+    return open_tokens(folder)
+
+
+def open_tokens(folder: Path) -> TokenSet | None:
+    """The tokens that a folder has the manifest of, without a look at any text; None if they are not all there."""
+    manifest = read_json(folder / "manifest.json")
+    try:
+        dtype, splits = np.dtype(manifest["dtype"]), []
+        files = [np.memmap(folder / path, np.uint8, "r") for path in manifest["paths"]]
+        for split in SPLITS:
+            segments = manifest["segments"][split]  # [number of its path, first byte, tokens]
+            arrays = [files[n][at : at + count * dtype.itemsize].view(dtype) for n, at, count in segments]
+            splits.append(Tokens([np.zeros(0, dtype), *arrays]))
+            if len(splits[-1]) != sum(count for *_, count in segments):
                 return None
-        return tuple(np.memmap(folder / f"{part}.bin", dtype=dtype, mode="r") for part in ("train", "val"))
-    except (OSError, ValueError, KeyError, TypeError):
+        facts, settings = manifest["facts"], TokenizerConfig(**manifest["tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
+    return TokenSet(*splits, load_tokenizer(settings, folder), facts, folder)
 
 
-def _build(corpus: Corpus, tokenizer: tiktoken.Encoding, folder: Path, dtype: np.dtype) -> None:
-    """Encodes the corpus into a temporary folder, then renames that to `folder`."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary:
-        with suppress(FileNotFoundError):
-            folder.rename(Path(temporary) / "corrupt")
-        built = Path(temporary) / "built"
-        built.mkdir()
-        meta = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.name, "dtype": dtype.name}
-        for part, texts in (("train", corpus.train), ("val", corpus.val)):
-            meta[f"{part}_tokens"] = _write(built / f"{part}.bin", _encoded(texts, tokenizer, dtype)) // dtype.itemsize
-        _write(built / "meta.json", [json.dumps(meta, indent=2).encode()])
-        try:
-            built.rename(folder)
-        except OSError:  # another process may have been first: the caller opens its files
-            if not folder.exists():
-                raise
+def changed_files(old: list, new: list) -> str:
+    """What has changed between two lists of files, in words; empty without an old list."""
+    before, after = ({file[0]: file[1:] for file in files} for files in (old, new))
+    kinds = {
+        "changed": [name for name in after if name in before and before[name] != after[name]],
+        "new": [name for name in after if name not in before],
+        "gone": [name for name in before if name not in after],
+    }
+    words = [
+        f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {kind}"
+        for kind, names in kinds.items()
+        if names
+    ]
+    return "; ".join(words) if before else ""
 
 
-def _write(path: Path, blocks: Iterator[bytes] | Sequence[bytes]) -> int:
-    with path.open("xb") as file:
-        size = sum(file.write(block) for block in blocks)
-        file.flush()
-        os.fsync(file.fileno())
-    return size
-
-
-def _encoded(texts: Sequence[str], tokenizer: tiktoken.Encoding, dtype: np.dtype) -> Iterator[bytes]:
-    """The flat array in blocks of about 16 MB of text: the lists of ids are many times as large as the text."""
-    parts = (part for text in texts for part in (*pieces(text), None))  # None: the document's end
-    while batch := list(itertools.islice(parts, BATCH_PIECES)):
-        text = [part for part in batch if part is not None]
-        ids = iter(tokenizer.encode_ordinary_batch(text, num_threads=os.cpu_count() or 1))
-        for part in batch:
-            tokens = [tokenizer.eot_token] if part is None else next(ids)
-            yield np.array(tokens, dtype=dtype).tobytes()
+def content_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ between the queries: the paper has random tokens, which with a small vocabulary 
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,16 +17,35 @@ from torch.utils.data import Dataset
 
 from train.batches import IGNORED
 from train.errors import InputError
+from train.sections import Count, TokenizerConfig
+from train.sources import Place, Source
 
-FORMAT = 2  # to be raised when the same settings give other sequences
+FORMAT = 3  # to be raised when the same settings give other sequences
+SEEDS = {"test": 0, "tune": 1}  # of held-out sequences
 BLANK = 0
 CROWDING = 0.01  # exponent of the power law of a query's distance from the pairs
+
+
+class Corpus(Source):
+    """`pairs`: the numbers of key-value pairs in a sequence, equally often."""
+
+    key: ClassVar[str] = "name"
+    names: ClassVar[tuple[str, ...]] = ("mqar",)
+    has_documents: ClassVar[bool] = False
+    name: Literal["mqar"]
+    pairs: list[Count] = []
+
+    def load(self, tokenizer: TokenizerConfig, place: Place) -> "RecallTask":
+        if tokenizer.name != "ids" or not tokenizer.vocab_size or not self.pairs:
+            needs = "pairs, such as [4, 16], and tokenizer: {name: ids, vocab_size: 256}"
+            raise InputError(f"corpus mqar is generated, as token ids: it needs {needs}")
+        return RecallTask(self.pairs, tokenizer.vocab_size)
 
 
 class RecallTask:
     """TrainingData that is generated; keys are the lower half of the vocabulary, values the upper half."""
 
-    tokenizer = None
+    tokenizer = folder = end_of_text = None
 
     def __init__(self, pairs: Sequence[int], vocab_size: int):
         most = (vocab_size - 2) // 2
@@ -41,7 +61,13 @@ class RecallTask:
         """The "corpus" of results.json: there is no text, and there are as many tokens as are trained on."""
         settings = {"task": "mqar", "format": FORMAT, "pairs": self.pairs, "vocab_size": self.n_vocab}
         fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        counts = {"bytes": 0, "train_tokens": 0, "val_tokens": 0, "bytes_per_token": int(self.token_bytes[0])}
+        counts = {
+            "bytes": 0,
+            "train_tokens": 0,
+            "tune_tokens": 0,
+            "val_tokens": 0,
+            "bytes_per_token": int(self.token_bytes[0]),
+        }
         return {"name": "mqar", "fingerprint": fingerprint, "generated": True, "pairs": self.pairs, **counts}
 
     def check(self, context: int) -> None:
@@ -52,10 +78,10 @@ class RecallTask:
     def training(self, context: int, batch_size: int, seed: int) -> "RecallBatches":
         return RecallBatches(self, context, batch_size, seed)
 
-    def validation(self, context: int, batch_size: int, limit: int) -> "RecallBatches":
+    def held_out(self, split: str, context: int, batch_size: int, limit: int) -> "RecallBatches":
         """Each number of pairs equally often, about `limit` tokens in all, the same for every variant and seed."""
         sequences = -(-max(1, limit // context) // len(self.pairs)) * len(self.pairs)
-        return RecallBatches(self, context, batch_size, 0, sequences)
+        return RecallBatches(self, context, batch_size, SEEDS[split], sequences)
 
     def spread(self, sequences: int, available: int) -> range:
         """Numbers of the first held-out sequences: about `sequences`, with each number of pairs equally often."""

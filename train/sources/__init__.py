@@ -1,0 +1,71 @@
+"""Where a study's data comes from: the section `corpus`.
+
+Each module of this package with a class `Corpus`, a `Source`, is one kind of source; a study chooses it by the key that
+the others do not have (`files`, `hf`, `tokens`), or by its `name` (stdlib, mqar). A further kind is one more file.
+"""
+
+import difflib
+import functools
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from archs.settings import Settings, SettingsError
+from train.batches import TrainingData
+from train.sections import Section, TokenizerConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study's files are looked for: in `folders`, in turn, but not in `output`, which the study writes."""
+
+    folders: Sequence[Path]
+    output: Path | None = None
+
+
+class Source(Section):
+    """Base of all sources. `key` is the field that tells this kind from the others; where it is "name", the class has
+    the `names` that it goes by."""
+
+    key: ClassVar[str]
+    names: ClassVar[Sequence[str]] = ()
+    has_documents: ClassVar[bool] = True
+
+    def load(self, tokenizer: TokenizerConfig, place: Place) -> TrainingData:
+        """The data in tokens. InputError says what to change."""
+        raise NotImplementedError
+
+
+@functools.cache
+def kinds() -> list[type[Source]]:
+    modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return [module.Corpus for module in modules if hasattr(module, "Corpus")]
+
+
+def parse(given: Any) -> Source:
+    """The source that a study's section `corpus` describes. ValueError if it describes none."""
+    if isinstance(given, Source):
+        return given
+    names = [name for kind in kinds() for name in kind.names]
+    keys = [kind.key for kind in kinds() if kind.key != "name"]
+    allowed = f"give a name ({', '.join(names)}), or one of {', '.join(keys)}"
+    Settings.check(isinstance(given, dict), f"must be a mapping of keys to values, not {given!r}; {allowed}")
+    given = {key: value for key, value in given.items() if value is not None}
+    chosen = [key for key in ("name", *keys) if key in given]
+    if not chosen:
+        if given:
+            known = ["name", *keys]
+            close = difflib.get_close_matches(next(iter(given)), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise SettingsError(next(iter(given)), lambda path: f"unknown key {path!r}: {allowed}{hint}")
+        raise ValueError(f"is empty: {allowed}")
+    Settings.check(len(chosen) == 1, f"has {' and '.join(chosen)}: {allowed}, not several")
+    if chosen == ["name"]:
+        kind = next((kind for kind in kinds() if given["name"] in kind.names), None)
+        Settings.check(kind is not None, f"unknown name {given['name']!r}: {allowed}")
+    else:
+        kind = next(kind for kind in kinds() if kind.key == chosen[0])
+    return kind(**given)
