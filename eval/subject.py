@@ -55,7 +55,7 @@ class EvalContext:
     @cached_property
     @torch.inference_mode()
     def predictions(self) -> Predictions:
-        """Predictions in fp32 of about `loss_tokens` tokens of the split `test`, each from at most `context` tokens before it."""
+        """Predictions in fp32 of about `loss_tokens` test tokens, each from at most `context` tokens before it."""
         context, device = self.model.options.context, self.model.embed.weight.device
         columns, n_bytes = [], 0
         rows = max(1, TOKENS_AT_ONCE // context)

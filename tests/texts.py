@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 import kvfrontier
-from train.corpus import Corpus
 from train.errors import InputError
-from train.tokens import TokenSet, prepare
+from train.sections import TokenizerConfig
+from train.sources import Place, parse
+from train.tokens import TokenSet
 
 MINIATURE = {  # so small a model cannot be matched to half a percent
     "corpus": {"files": ["texts/*.txt"]},
@@ -38,10 +39,21 @@ def user_folder(factory: pytest.TempPathFactory, name: str, study: dict) -> Path
     return folder
 
 
-def byte_tokens(cache: Path) -> TokenSet:
+def tokens_of(folder: Path, tokenizer: dict | None = None, **texts: list[str]) -> TokenSet:
+    """Tokens of texts by split (train, tune, test), each a file in a folder named after its split; with a cache there."""
+    for split, documents in texts.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for n, text in enumerate(documents):
+            (folder / split / f"{n:04}.txt").write_bytes(text.encode())
+    os.environ["KVFRONTIER_CACHE"] = str(folder / "cache")
+    source = parse({"files": ["train/*"]} | {split: [f"{split}/*"] for split in ("tune", "test") if split in texts})
+    return source.load(TokenizerConfig(**(tokenizer or {"name": "bytes"})), Place([folder]))
+
+
+def byte_tokens(folder: Path) -> TokenSet:
     """Tokens of a small corpus in which a character may take two bytes, a third of it held out."""
     texts = [f"w\xf6rd {n} of w\xf6rd {n}\n" * 9 for n in range(30)]
-    return prepare(Corpus("files", texts[:20], texts[20:], 1, "f" * 16), "bytes", None, cache)
+    return tokens_of(folder, train=texts[:20], tune=texts[20:25], test=texts[25:])
 
 
 TIMES = re.compile("created|mfu|tokens_per_s|recompute|memory_bound|roof_.*|.*seconds|.*gb_s|(prefill|token)_ms.*")
