@@ -26,7 +26,7 @@ from eval.speed import measure_decode, measure_recompute, measure_roof, timed
 from eval.subject import EvalContext, Predictions
 from train.batches import IGNORED
 from train.module import token_nats
-from train.mqar import RecallTask
+from train.sources.mqar import RecallTask
 from train.study import parse_study
 
 SHAPE = {"vocab_size": 258, "width": 32, "layers": 2, "heads": 4, "context": 16}
@@ -73,8 +73,8 @@ def test_loss_is_the_mean_over_held_out_tokens_in_bits_of_their_text(tmp_path):
     model = build("mha", **SHAPE | {"vocab_size": 257}).eval()
     measured = loss.measure(subject(model, text))["loss"]
     nats, n_bytes, tokens = 0.0, 0, 0
-    for start in range(0, len(text.val) - 16, 16):
-        row = torch.tensor(text.val[start : start + 17].astype("int64"))
+    for start in range(0, len(text.test) - 16, 16):
+        row = torch.tensor(text.test[start : start + 17].astype("int64"))
         with torch.no_grad():
             nats -= model(row[None, :-1]).log_softmax(-1)[0].gather(-1, row[1:, None]).sum().item()
         tokens += 16
@@ -371,7 +371,7 @@ def test_techniques_see_every_number_of_pairs_equally_often(pairs, monkeypatch):
     monkeypatch.setattr(techniques, "token_nats", lambda x, wanted: seen.append(wanted) or found(x, wanted))
     (measured,) = techniques.measure(recall_subject(pairs, 6400, 1600))["techniques"]
     (wanted,) = seen
-    sequences = RecallTask(pairs, 64).validation(32, 1000, 6400)[0][1][: len(wanted)]
+    sequences = RecallTask(pairs, 64).held_out("test", 32, 1000, 6400)[0][1][: len(wanted)]
     asked = (sequences != IGNORED).sum(1).tolist()
     assert len({asked.count(n) for n in pairs}) == 1
     assert torch.equal(wanted, sequences[:, 15:])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from texts import refusal
 
 from train.batches import IGNORED, TrainingBatches
-from train.mqar import BLANK, RecallTask
+from train.sources.mqar import BLANK, RecallTask
 
 TOKENS = np.arange(1003, dtype=np.uint16)
 
@@ -35,27 +35,27 @@ def test_targets_are_the_next_tokens_and_an_epoch_sees_each_sequence_once():
 
 
 def test_validation_predicts_each_token_once(data):
-    batches = data.validation(context=16, batch_size=3, limit=10**9)
+    batches = data.held_out("tune", context=16, batch_size=3, limit=10**9)
     targets = torch.cat([targets.flatten() for _, targets, _ in batches]).tolist()
-    assert targets == data.val[1 : (len(data.val) - 1) // 16 * 16 + 1].tolist()
+    assert targets == data.tune[1 : (len(data.tune) - 1) // 16 * 16 + 1].tolist()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10**9, None), (64, 64), (70, 64), (1, 16)])
 def test_a_sample_of_validation_is_spread_out_and_its_bytes_are_counted(data, limit, expected):
-    batches = data.validation(context=16, batch_size=3, limit=limit)
+    batches = data.held_out("tune", context=16, batch_size=3, limit=limit)
     inputs, targets = (torch.cat([batch[n] for batch in batches]) for n in (0, 1))
-    assert targets.numel() == (expected or (len(data.val) - 1) // 16 * 16)
+    assert targets.numel() == (expected or (len(data.tune) - 1) // 16 * 16)
     assert sum(n for *_, n in batches) == (targets != data.tokenizer.eot_token).sum()  # one byte a token, end none
     if expected == 64:
-        quarter = len(data.val) // 4
+        quarter = len(data.tune) // 4
         for n, row in enumerate(inputs.tolist()):
             near = range(max(0, n * quarter - 64), n * quarter + 64)
-            assert any(data.val[i : i + 16].tolist() == row for i in near)
+            assert any(data.tune[i : i + 16].tolist() == row for i in near)
 
 
 def test_too_few_tokens_are_refused(data):
-    short = dataclasses.replace(data, val=data.val[:16])
-    for make in (lambda: TrainingBatches(TOKENS[:16], 16, 1, 0), lambda: short.validation(16, 1, 9)):
+    short = dataclasses.replace(data, tune=data.tune[:16])
+    for make in (lambda: TrainingBatches(TOKENS[:16], 16, 1, 0), lambda: short.held_out("tune", 16, 1, 9)):
         with pytest.raises(ValueError, match="too few for context=16"):
             make()
 
@@ -83,7 +83,7 @@ def test_a_sequence_depends_on_seed_and_number_alone():
 
 def test_validation_is_the_same_for_all_and_has_every_number_of_pairs_equally_often():
     task = RecallTask([2, 4, 8], 300)
-    batches = list(task.validation(context=32, batch_size=7, limit=32 * 29))
+    batches = list(task.held_out("test", context=32, batch_size=7, limit=32 * 29))
     targets = torch.cat([targets for _, targets, _ in batches])
     asked = (targets != IGNORED).sum(1)
     assert [int((asked == n).sum()) for n in (2, 4, 8)] == [10, 10, 10]

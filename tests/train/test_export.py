@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.evaluate import load_model
 from train.plan import Plan
+from train.sections import TokenizerConfig
 from train.store import read_plan
 from train.study import load_data, parse_study
 from train.tokenizer import as_hf, load_tokenizer
@@ -39,7 +40,7 @@ def study(tmp_path_factory):
 @pytest.mark.parametrize("label", [v.get("label", v["arch"]) for v in VARIANTS if v["arch"] != "yoco"])
 def test_transformers_computes_the_same(study, label, tmp_path):
     parsed = parse_study(read_plan(study)["settings"])
-    data = load_data(parsed, study.parent / "study.yaml")
+    data = load_data(parsed, study.parent / "study.yaml", study)
     run = next(run for run in Plan(parsed, data, study).look().runs if run.variant.label == label)
     ours = load_model(run)
     assert kvf("export", run.directory, tmp_path / "hf") == 0
@@ -78,7 +79,7 @@ def test_what_cannot_be_exported_is_one_line(study, tmp_path, capsys):
 
 
 def test_tokenizers_without_merges_and_with_ids_that_are_not_in_use():
-    encoding = load_tokenizer("bytes", None, [], None)
+    encoding = load_tokenizer(TokenizerConfig(name="bytes"), None)
     assert as_hf(encoding).encode(TEXT).ids == encoding.encode_ordinary(TEXT)
     ranks, end = {"mergeable_ranks": encoding._mergeable_ranks}, {"special_tokens": {"<|endoftext|>": 300}}
     holes = tiktoken.Encoding("x", pat_str=encoding._pat_str, **ranks, **end)

@@ -99,7 +99,7 @@ def test_what_waits_for_a_retrofit_is_named(out, capsys):
 def test_another_base_run_is_another_retrofit(out):
     def keys(*overrides):
         study = parse_study(STUDY, overrides)
-        plan = Plan(study, load_data(study, out.parent / "study.yaml"), out)
+        plan = Plan(study, load_data(study, out.parent / "study.yaml", out), out)
         return [run.key for run in plan.look().retrofits]
 
     assert keys("eval.loss_tokens=4096") == keys()
