@@ -134,10 +134,11 @@ class Study(Section):
     def what_is_measured_exists(self) -> "Study":
         unknown = next((seed for seed in self.eval.decode.seeds or [] if seed not in self.seeds), None)
         self.check(unknown is None, f"eval.decode.seeds={unknown}: must be among the study's seeds {self.seeds}")
-        by_document = [("eval.paging.lengths=documents", self.eval.paging and self.eval.paging.lengths == "documents")]
-        by_document += [("train.document_mask=true", self.train.document_mask)]
-        for name, chosen in by_document:
-            self.check(self.corpus.has_documents or not chosen, f"{name}: this corpus has no documents; leave it out")
+        by_length = self.eval.paging and self.eval.paging.lengths == "documents"
+        by_document = [("eval.paging.lengths=documents", by_length, "choose uniform")]
+        by_document += [("train.document_mask=true", self.train.document_mask, "leave it out")]
+        for name, chosen, use in by_document:
+            self.check(self.corpus.has_documents or not chosen, f"{name}: this corpus has no documents; {use}")
         return self
 
     @model_validator(mode="after")

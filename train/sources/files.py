@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ NOT_TEXT = {  # suffixes, and what to do with such a file
     ".bin": "files of token ids go with corpus: {tokens: [...], tokenizer: gpt2}",
     ".npy": "files of token ids go with corpus: {tokens: [...], tokenizer: gpt2}, without numpy's header",
 }
+CACHED = re.compile(r"(tokens|latest)-[0-9a-f]{16}(\.lock|\.json)?")  # as train/tokens.py names what it writes
 Patterns = Annotated[list[str], AfterValidator(distinct)]
 
 
@@ -67,12 +69,13 @@ class Corpus(TextSource):
 
 
 def matches(pattern: str, place: Place) -> list[Path]:
-    """The files that a pattern means; without what studies have written. InputError if there are none."""
+    """The files that a pattern means, without what studies have written. InputError if there are none."""
     expanded = os.path.expanduser(pattern)
     for folder in place.folders:
         # A name that exists is meant literally, whatever brackets it has in it.
         found = [expanded] if (folder / expanded).is_file() else glob.glob(expanded, root_dir=folder, recursive=True)
         paths = [Path(os.path.abspath(folder / name)) for name in found if (folder / name).is_file()]
+        paths = [path for path in paths if not any(map(CACHED.fullmatch, path.parts))]
         if paths := [path for path in paths if not is_written_by_a_study(path.parent, place.output)]:
             return paths
     places = dict.fromkeys(str(Path(folder).absolute()) for folder in place.folders)
@@ -87,7 +90,7 @@ def matches(pattern: str, place: Place) -> list[Path]:
 
 @functools.lru_cache(maxsize=2**16)
 def is_written_by_a_study(folder: Path, output: Path | None) -> bool:
-    """True for folders in a study's directory, and for those of tokens."""
+    """True for folders in a study's directory."""
     if (output and folder == Path(os.path.abspath(output))) or (folder / PLAN).exists():
         return True
     return folder != folder.parent and is_written_by_a_study(folder.parent, output)
@@ -140,7 +143,8 @@ def _zstd(file: BinaryIO) -> Iterator[bytes]:
         while block:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
-                yield frame.decompress(block)
+                if content := frame.decompress(block):  # an empty block would be taken for the end
+                    yield content
             except zstandard.ZstdError as e:
                 raise ValueError(str(e)) from None
             block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
@@ -157,9 +161,9 @@ def read_text(path: Path, name: str, column: str, part: Part) -> Iterator[Docume
 
 def decoded(path: Path, part: Part) -> Iterator[str]:
     """The text of a file without a byte order mark. InputError where it is not UTF-8 text."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0  # bytes that are decoded so far
     for block in itertools.chain(blocks(path, part), [b""]):
-        offset -= len(decoder.getstate()[0])
+        before = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as e:
@@ -170,7 +174,7 @@ def decoded(path: Path, part: Part) -> Iterator[str]:
             problem = f"is no text (a NUL at byte offset {place})"
             raise InputError(f"corpus: {path} {problem}; {NOT_TEXT['.bin']}, or leave it out by other patterns")
         yield text.removeprefix("\ufeff") if offset == 0 else text
-        offset += len(block) + len(decoder.getstate()[0])
+        offset += before + len(block) - len(decoder.getstate()[0])
 
 
 def read_jsonl(path: Path, name: str, column: str, part: Part) -> Iterator[Document]:
@@ -180,7 +184,7 @@ def read_jsonl(path: Path, name: str, column: str, part: Part) -> Iterator[Docum
             continue
         try:
             record = json.loads(line)
-        except ValueError as e:  # also where the line is not UTF-8
+        except (ValueError, RecursionError) as e:  # also where the line is not UTF-8
             problem = getattr(e, "msg", None) or getattr(e, "reason", e)
             raise InputError(f"corpus: {path}:{number} is not JSON ({problem}); {shape}") from None
         if not isinstance(record, dict):
@@ -235,5 +239,5 @@ def read_parquet(path: Path, name: str, column: str, part: Part) -> Iterator[Doc
                     yield row_document({column: text}, column, f"{path} row {row}", f"{name}#{row}")
                     row += 1
                 part.done = part.size * row // max(1, rows)
-        except (ArrowException, OSError) as e:
+        except (ArrowException, OSError, UnicodeDecodeError) as e:
             raise damaged(path, part, e) from None
