@@ -59,6 +59,7 @@ class Item(NamedTuple):
     split: str | None
     document: str
     text: str
+    is_first: bool  # of its document
     begins: bool  # its document, or its document's part of this split
     ends: bool
 
@@ -109,10 +110,10 @@ class Splitter:
                 text = next(texts, "")
                 while text:
                     following = next(texts, "")
-                    yield Item(split, document.name, text, begins, not following)
+                    yield Item(split, document.name, text, is_empty, begins, not following)
                     text, begins, is_empty = following, False, False
             if is_empty:
-                yield Item(None, document.name, "", True, True)
+                yield Item(None, document.name, "", True, True, True)
 
     def split(self, part: Part, document: Document) -> Iterator[tuple[str, Iterable[str]]]:
         """(split, text in it) for each split that the document is in."""

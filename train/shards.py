@@ -75,7 +75,8 @@ class Shard:
         self.text_bytes = self.without_text = 0
         self.digests: list[tuple[int, Any]] = []  # (number of a part, hash of its items here)
 
-    def add(self, part: int, item: Item, ids: np.ndarray) -> None:
+    def add(self, part: int, item: Item, ids: np.ndarray) -> int:
+        """Takes in an item; returns the bytes of its text."""
         data = item.text.encode()
         self.text_bytes += len(data)
         if item.split:
@@ -87,6 +88,7 @@ class Shard:
             self.digests.append((part, hashlib.sha256()))
         head = f"{item.split}\0{item.begins:d}{item.ends:d}\0{len(data)}\0".encode()
         self.digests[-1][1].update(head + os.fsencode(item.document) + b"\0" + data)
+        return len(data)
 
     def save(self, path: Path, ends: tuple[int, int], is_last: bool) -> dict:
         """Writes the tokens to `path` (split by split), then what is known of them. `ends`: the next (part, item)."""
@@ -122,24 +124,21 @@ def write_shards(
     """Writes the shards that are missing; what is known of all of them."""
     shards = whole_shards(folder, token_type(encoding))
     ends, is_last = (tuple(shards[-1]["ends"]), shards[-1]["is_last"]) if shards else ((0, 0), False)
-    text = sum(about["text_bytes"] for about in shards)
-    trained_on = sum(about["tokens"]["train"] for about in shards)
+    text, trained_on = (sum(about["text_bytes"] for about in shards), sum(about["tokens"]["train"] for about in shards))
+    most_text, most_tokens = source.limit_bytes or math.inf, source.limit_tokens or math.inf
     show = progress_of(parts, ends[0], progress)
     shard = Shard()
     for n, k, item, ids in [] if is_last else encoded(items(parts, splitter, *ends), encoding):
-        shard.add(n, item, ids)
-        ends = n, k + 1
-        read, tokens = text + shard.text_bytes, trained_on + shard.tokens["train"]
-        show(n, read)
-        is_last = item.ends and (
-            read >= (source.limit_bytes or math.inf) or tokens >= (source.limit_tokens or math.inf)
-        )
-        if is_last:
+        if item.is_first and (text >= most_text or trained_on >= most_tokens):
             break
+        text += shard.add(n, item, ids)
+        ends = n, k + 1
+        trained_on += len(ids) if item.split == "train" else 0
+        show(n, text)
         if shard.text_bytes >= SHARD_BYTES:
             shards.append(shard.save(folder / f"{len(shards):05}.bin", ends, False))
-            shard, text, trained_on = Shard(), read, tokens
-    if not shards or not shards[-1]["is_last"]:
+            shard = Shard()
+    if not is_last:
         shards.append(shard.save(folder / f"{len(shards):05}.bin", ends, True))
     return shards
 

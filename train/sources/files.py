@@ -48,14 +48,15 @@ class Corpus(TextSource):
     column: str = "text"
 
     def parts(self, place: Place) -> list[Part]:
-        """Sorted by name. A file with several names (a link, overlapping patterns) is read once, under the first."""
+        """Sorted by name, the files of a given split first, so that no limit ends before them. A file with several names (a link, overlapping patterns) is read once, under the first."""
         found: dict[str, tuple[Path, str | None]] = {}
         for split, patterns in (("tune", self.tune), ("test", self.test), (None, self.files)):
             paths = {path for pattern in patterns or [] for path in matches(pattern, place)}
             for path in sorted(paths):
                 found.setdefault(os.path.realpath(path), (path, split))
         root = os.path.commonpath([path.parent for path, _ in found.values()])
-        return sorted((self.part(path, Path(root), split) for path, split in found.values()), key=lambda p: p.name)
+        parts = (self.part(path, Path(root), split) for path, split in found.values())
+        return sorted(parts, key=lambda part: (part.split is None, part.name))
 
     def part(self, path: Path, root: Path, split: str | None) -> Part:
         name, stat = path.relative_to(root).as_posix(), path.stat()
