@@ -11,22 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import refusal
 
+from train import shards
 from train import tokenizer as module
-from train.corpus import load_corpus
-from train.tokenizer import PIECE_CHARS, load_tokenizer, pieces, token_bytes, train_hf
+from train.corpus import Document, Part, Splitter
+from train.sections import TokenizerConfig
+from train.sources.installed import stdlib
+from train.tokenizer import load_tokenizer, token_bytes, train_hf
+
+
+def load(name, vocab_size, sample, folder):
+    return load_tokenizer(TokenizerConfig(name=name, vocab_size=vocab_size), folder, lambda: sample)
 
 
 @pytest.fixture(scope="module")
 def texts():
     """About a megabyte of source text to train on, and as much that is held out."""
-    stdlib = load_corpus("stdlib")
-    return stdlib.train[::12], stdlib.val
+    every = [path.read_text() for path in stdlib().values() if path.read_bytes().isascii()]
+    return every[::12], every[1::12]
 
 
 @pytest.fixture(scope="module")
 def encodings(texts, tmp_path_factory):
     cache = tmp_path_factory.mktemp("tokenizers")
-    return load_tokenizer("bpe", 512, texts[0], cache), load_tokenizer("bytes", None, [], cache)
+    return load("bpe", 512, texts[0], cache), load("bytes", None, [], cache)
 
 
 @given(st.text() | st.text("ab \n'1<|é", max_size=300) | st.just("<|endoftext|>"))
@@ -68,8 +75,7 @@ def test_training_gives_the_same_ranks_with_any_number_of_threads(texts, tmp_pat
     (tmp_path / "sample.txt").write_text("".join(texts[0][:20]))
     code = (
         "import hashlib, sys; from train import tokenizer as t\n"
-        "sample = t.pieces(open(sys.argv[1]).read())\n"
-        "print(hashlib.sha256(t._ranks_text(t._train(sample, 2000))).hexdigest())"
+        "print(hashlib.sha256(t._ranks_text(t._train(open(sys.argv[1]).readlines(), 2000))).hexdigest())"
     )
     command, runs = [sys.executable, "-c", code, tmp_path / "sample.txt"], set()
     for threads in "125":
@@ -79,50 +85,50 @@ def test_training_gives_the_same_ranks_with_any_number_of_threads(texts, tmp_pat
 
 
 def test_a_vocabulary_is_trained_once_and_then_read(texts, tmp_path, monkeypatch):
-    trained = load_tokenizer("bpe", 300, texts[0][:10], tmp_path)
+    trained = load("bpe", 300, texts[0][:10], tmp_path)
     (path,) = tmp_path.iterdir()
     monkeypatch.setattr(module, "train_hf", lambda *_: pytest.fail("trained again"))
-    read = load_tokenizer("bpe", 300, texts[0][:10], tmp_path)
+    read = load("bpe", 300, texts[0][:10], tmp_path)
     assert read.name == trained.name
     assert read._mergeable_ranks == trained._mergeable_ranks
-    for size, documents in ((301, 10), (300, 11)):
-        with pytest.raises(pytest.fail.Exception):
-            load_tokenizer("bpe", size, texts[0][:documents], tmp_path)
+    with pytest.raises(pytest.fail.Exception):
+        load("bpe", 301, texts[0][:10], tmp_path)
     assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(b"cut")
+    message = refusal(load_tokenizer, TokenizerConfig(name="bpe", vocab_size=300), tmp_path)
+    assert f"{path} is missing or damaged; delete its folder" in message
 
 
 def test_a_damaged_cache_file_is_trained_again(texts, tmp_path):
-    load_tokenizer("bpe", 300, texts[0][:5], tmp_path)
+    load("bpe", 300, texts[0][:5], tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     without_last = b"".join(whole.splitlines(keepends=True)[:-1])
     for damaged in (whole[:999], without_last, whole.replace(b" 270\n", b" 271\n"), b"\xff" + whole[1:]):
         path.write_bytes(damaged)
-        load_tokenizer("bpe", 300, texts[0][:5], tmp_path)
+        load("bpe", 300, texts[0][:5], tmp_path)
         assert path.read_bytes() == whole
 
 
-def test_the_sample_is_bounded_and_spread_over_all_of_the_text(monkeypatch):
-    monkeypatch.setattr(module, "SAMPLE_CHARS", 10_000)
+def test_the_sample_is_bounded_spread_over_all_of_the_text_and_of_training_text_alone(monkeypatch):
+    def texts(*parts):
+        return [Part(str(n), lambda _, text=text: iter([Document("", lambda: [text])])) for n, text in enumerate(parts)]
+
+    monkeypatch.setattr(shards, "SAMPLE_CHARS", 10_000)
     many = [f"{index:04}" * 25 for index in range(1000)]
-    sample = module._sample(many)
-    assert sum(map(len, sample)) <= 10_000
-    assert sample == many[::10]
-    monkeypatch.setattr(module, "SAMPLE_CHARS", 10 * PIECE_CHARS)
-    one = "".join(f"{index}\n" for index in range(1_000_000))
-    sample = module._sample([one])
-    assert len(sample) >= 9
-    assert int(sample[-1].split()[0]) > 800_000
-
-
-@given(st.lists(st.sampled_from(["\n", "line\n", "x" * 30_000, "y" * 70_000, " " * 200_000]), max_size=8).map("".join))
-def test_pieces_are_short_give_the_text_back_and_end_before_a_line_end_where_there_is_one(text):
-    cut = pieces(text)
-    assert "".join(cut) == text
-    assert max(map(len, cut)) <= PIECE_CHARS
-    assert all(cut[1:])
-    cut = pieces("a line of text\n" * 20_000)
-    assert {piece[0] for piece in cut[1:]} == {"\n"}
+    parts = texts(*many)
+    picked = shards.sample(parts, Splitter(parts, 1e-9))
+    assert picked == [text for text in many if text in picked]
+    assert 5_000 < sum(map(len, picked)) <= 10_000
+    assert int(picked[-1][:4]) > 980
+    monkeypatch.setattr(shards, "SAMPLE_CHARS", 300_000)
+    one = texts("".join(f"{index}\n" for index in range(100_000)))
+    lines = [int(piece.split()[0]) for piece in shards.sample(one, Splitter(one, 0.05))]
+    assert 60_000 < max(lines) < 90_000
+    monkeypatch.setattr(shards, "SAMPLE_PARTS", 10)
+    assert len(shards.sample(parts, Splitter(parts, 1e-9))) == 10
+    monkeypatch.setattr(shards, "SAMPLE_READ", 50)
+    assert len(shards.sample(one, Splitter(one, 0.05))) == 1
 
 
 @pytest.mark.parametrize("run", " a\n-é1")
@@ -138,7 +144,7 @@ def test_named_encodings_that_cannot_be_downloaded_say_so(monkeypatch, tmp_path)
 
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     for name in ("gpt2", "cl100k_base", "o200k_base"):
-        message = refusal(load_tokenizer, name, None, [], tmp_path)
+        message = refusal(load, name, None, [], tmp_path)
         assert all(word in message for word in (name, "TIKTOKEN_CACHE_DIR", "bpe or bytes"))
 
 
@@ -149,13 +155,13 @@ def test_mistakes_are_one_line_that_says_what_is_allowed(tmp_path):
         ("bpe", None, "at least 258"),
         ("bpe", 257, "at least 258"),
     ):
-        assert message in refusal(load_tokenizer, name, size, ["text"], tmp_path)
+        assert message in refusal(load, name, size, ["text"], tmp_path)
 
 
 def test_too_little_text_names_the_vocabulary_that_it_could_give(tmp_path):
     text = ["low lower lowest " * 3]
-    message = refusal(load_tokenizer, "bpe", 1024, text, tmp_path)
+    message = refusal(load, "bpe", 1024, text, tmp_path)
     largest = int(message.split("at most ")[1].split()[0])
-    assert load_tokenizer("bpe", largest, text, tmp_path).n_vocab == largest
+    assert load("bpe", largest, text, tmp_path).n_vocab == largest
     for more in (largest + 1, 2**31 - 1):  # so many that room for them would end the process
-        assert f"at most {largest}" in refusal(load_tokenizer, "bpe", more, text, tmp_path)
+        assert f"at most {largest}" in refusal(load, "bpe", more, text, tmp_path)
