@@ -29,7 +29,7 @@ NOT_IN_KEY = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_se
 # Settings that came later: at their default they are left out, so that the keys of earlier runs stay as they were.
 ADDED = ("document_mask",)
 # Keys of config.json that follow from others or only name the run.
-DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match"}
+DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match", "corpus"}
 
 
 @dataclass(frozen=True)

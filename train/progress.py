@@ -26,7 +26,8 @@ class StudyProgress:
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.stop()
+        if console.is_terminal:
+            self._bar.stop()
 
     def set_left(self, work: float) -> None:
         """Sets how much work there is still to do."""
