@@ -53,17 +53,18 @@ def parse(given: Any) -> Source:
     keys = {kind.key: kind for kind in kinds() if kind.key != "name"}
     allowed = f"give a name ({', '.join(names)}), or one of {', '.join(keys)}"
     Settings.check(isinstance(given, dict), f"must be a mapping of keys to values, not {given!r}; {allowed}")
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value not in (None, [])}
     chosen = [key for key in ("name", *keys) if key in given]
     if not chosen and given:
         first = next(iter(given))
         raise SettingsError(first, lambda path: f"unknown key {path!r}: {allowed}{hint(first, ['name', *keys])}")
     Settings.check(len(chosen) == 1, f"has {' and '.join(chosen) or 'no source'}: {allowed}")
-    kind = names.get(given["name"]) if chosen == ["name"] else keys[chosen[0]]
-    Settings.check(kind is not None, f"unknown name {given.get('name')!r}: {allowed}{hint(given.get('name'), names)}")
+    name = str(given.get("name"))
+    kind = names.get(name) if chosen == ["name"] else keys[chosen[0]]
+    Settings.check(kind is not None, f"unknown name {name!r}: {allowed}{hint(name, names)}")
     return kind(**given)
 
 
-def hint(given: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(given), known, n=1)
+def hint(given: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
