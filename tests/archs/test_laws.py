@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from helpers import SHAPE, cached_logits, each_variant, make
+from helpers import SHAPE, assert_near, cached_logits, each_variant, make
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -73,6 +73,33 @@ def test_every_earlier_token_matters(arch, options):
     x = model.embed(torch.randint(97, (1, 12))).detach().requires_grad_()
     model.hidden(x)[:, -1].sum().backward()
     assert (x.grad.abs().sum(-1) > 0).all()
+
+
+@each_variant
+@pytest.mark.parametrize("lengths", [[1, 20, 11, 32, 31], [32, 32, 9, 1, 21], [95]], ids=str)
+def test_documents_of_a_row_have_the_logits_and_gradients_that_they_have_alone(arch, options, lengths):
+    """Also at the borders of retention's chunks of 32 tokens, and several in one; numbers of documents may recur."""
+    for options in (options, options | {"window": 3} if "window" in options else options):
+        model, tokens = make(arch, options), torch.randint(97, (2, 95))
+        document = torch.repeat_interleave(torch.arange(7, 7 + len(lengths)), torch.tensor(lengths))
+        packed = model(tokens, torch.stack((document, torch.full_like(document, 4))))
+        row, other = tokens[:1], tokens[1:]
+        alone = torch.cat((torch.cat([model(part) for part in row.split(lengths, 1)], 1), model(other)))
+        assert_near(packed, alone)
+        weight = torch.randn(alone.shape)
+        of_packed, of_alone = (torch.autograd.grad((x * weight).sum(), [*model.parameters()]) for x in (packed, alone))
+        assert all(x.isfinite().all() for x in of_packed)
+        torch.testing.assert_close(of_packed, of_alone, rtol=1e-3, atol=1e-4 * max(x.abs().max() for x in of_alone))
+
+
+@each_variant
+def test_tokens_of_other_documents_change_nothing(arch, options):
+    """Not a bit, unlike what a mask of large numbers would do."""
+    model, tokens = make(arch, options), torch.randint(97, (1, 80))
+    document = (torch.arange(80) >= 30).long() + (torch.arange(80) >= 70)
+    changed = tokens.where(document == 1, torch.randint(97, (1, 80)))
+    with torch.inference_mode():
+        assert torch.equal(*(model(x, document[None])[:, 30:70] for x in (tokens, changed)))
 
 
 @each_variant
