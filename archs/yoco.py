@@ -59,9 +59,10 @@ def retention_chunkwise(
         inputs = [F.pad(x, (0, 0, 0, tail)) for x in inputs]
     q, k, v, log_decay = (x.unflatten(2, (-1, C)) for x in inputs)
     total_BHNC = log_decay[..., 0].cumsum(-1)
-    to_end_BHNC = total_BHNC[..., -1:] - total_BHNC
+    whole_BHN1 = total_BHNC[..., -1:]
     not_before = torch.ones(C, C, dtype=torch.bool, device=q.device).triu()
     decay_BHNCC = total_BHNC[..., :, None] - total_BHNC[..., None, :]
+    to_end_BHNC = whole_BHN1 - total_BHNC
     if document_BT is not None:  # masks, as sums of -inf have no differences
         padded = torch.arange(T + tail, device=q.device).clamp(max=T - 1)
         document_B1NC = document_BT[:, None, padded].unflatten(2, (-1, C))
@@ -70,11 +71,12 @@ def retention_chunkwise(
         not_before = not_before | (document_B1NC[..., :, None] != document_B1NC[..., None, :])
         to_end_BHNC = to_end_BHNC.masked_fill(document_B1NC != last_B1N1, float("-inf"))
         total_BHNC = total_BHNC.masked_fill(document_B1NC != before_B1N1, float("-inf"))
+        whole_BHN1 = total_BHNC[..., -1:]
     decay_BHNCC = decay_BHNCC.masked_fill_(not_before, float("-inf")).exp_()  # in place: the largest tensors here
     out_BHNCD = (q @ k.mT).mul_(decay_BHNCC) @ v + self_score(q, k) * v
     added_BHNDD = (k * to_end_BHNC.exp()[..., None]).mT @ v
     states = [state_BHDD]
-    for added_BHDD, fade_BH11 in zip(added_BHNDD.unbind(2), total_BHNC[..., -1:, None].exp().unbind(2), strict=True):
+    for added_BHDD, fade_BH11 in zip(added_BHNDD.unbind(2), whole_BHN1.exp()[..., None].unbind(2), strict=True):
         states.append(fade_BH11 * states[-1] + added_BHDD)
     out_BHNCD = out_BHNCD + (q * total_BHNC.exp()[..., None]) @ torch.stack(states[:-1], dim=2)
     return out_BHNCD.flatten(2, 3)[:, :, :T], states[-1]
