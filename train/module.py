@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from archs import build, ops
 from archs.techniques import Technique
-from train.batches import IGNORED
+from train.batches import IGNORED, documents
 from train.machine import matmul_flops_per_s
 
 
@@ -116,15 +116,8 @@ class LanguageModel(L.LightningModule):
         return nats / (targets_BT != IGNORED).sum()
 
     def sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        hidden_BTW = self.model.last_hidden_state(inputs_BT, self.documents(inputs_BT))
+        hidden_BTW = self.model.last_hidden_state(inputs_BT, documents(inputs_BT, self.hparams.document_end))
         return self._sum_nats(hidden_BTW, self.model.unembed.weight, targets_BT)
-
-    def documents(self, tokens_BT: Tensor) -> Tensor | None:
-        """The number of each token's document, to which its end belongs; None without `document_end`."""
-        if self.hparams.document_end is None:
-            return None
-        ends_BT = (tokens_BT == self.hparams.document_end).long()
-        return ends_BT.cumsum(1) - ends_BT
 
     @property
     def timed(self) -> tuple[float, int]:
@@ -218,7 +211,8 @@ class LanguageModel(L.LightningModule):
         inputs, targets, n_bytes = batch
         pieces = min(self.hparams.pieces, len(inputs))
         parts = zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
-        nats = sum(token_nats(self.model(x, self.documents(x)), y).sum() for x, y in parts)
+        end = self.hparams.document_end
+        nats = sum(token_nats(self.model(x, documents(x, end)), y).sum() for x, y in parts)
         self._validated.append((nats.item(), (targets != IGNORED).sum().item(), n_bytes))
 
     def on_validation_epoch_end(self) -> None:

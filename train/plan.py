@@ -84,6 +84,11 @@ class Plan:
         evaluation = study.eval.model_dump() | {"level": None}  # of intervals: no measure depends on it
         self.evaluation = [evaluation, sorted(measures), resolve_dtype(study.eval.dtype), find_device().type]
 
+    @property
+    def document_end(self) -> int | None:
+        """The token after which attention begins anew, where the study masks documents."""
+        return self.data.end_of_text if self.study.train.document_mask else None
+
     def look(self) -> "Snapshot":
         """The plan's runs as the disk shows them now."""
         return Snapshot(self)
