@@ -10,7 +10,6 @@ A new variant is one file here with a subclass of `Decoder`, and one line in VAR
 """
 
 import functools
-import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -41,11 +40,8 @@ def find_variant(arch: str) -> type[Decoder]:
     if not colon:
         raise ValueError(f"unknown architecture {arch!r}; there are {', '.join(VARIANTS)}, or give file.py:Class")
     try:
-        module = (
-            _load(Path(place).resolve(), Path(place).stat().st_mtime_ns)
-            if place.endswith(".py")
-            else importlib.import_module(place)
-        )
+        path = Path(place).resolve()
+        module = _load(path, path.stat().st_mtime_ns) if path.suffix == ".py" else importlib.import_module(place)
     except Exception as e:  # whatever a user's file does wrong
         raise ValueError(f"architecture {arch!r}: cannot load {place}: {type(e).__name__}: {e}") from None
     variant = getattr(module, name, None)

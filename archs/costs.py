@@ -11,8 +11,8 @@ LONG = 2**40  # tokens; longer than any window
 
 
 class Costs:
-    """A variant defines `kv_stored_elements`, `score_flops`, `decode_score_flops` and, where the two differ,
-    `kv_read_elements`, each for one sequence and all layers."""
+    """A variant defines `kv_stored_elements`, `decode_score_flops` and, where the defaults do not fit,
+    `kv_read_elements` and `score_flops`, each for one sequence and all layers."""
 
     embed: nn.Embedding
     unembed: nn.Linear
@@ -58,10 +58,10 @@ class Costs:
 
     def score_flops(self, context: int) -> float:
         """Forward FLOPs a token of queries against keys and weights against values, over the pairs that are seen."""
-        raise NotImplementedError
+        return self.decode_score_flops(mean_seen(context))
 
     def decode_score_flops(self, context: float) -> float:
-        """The same for one decode step that reads `context` tokens."""
+        """The same for one decode step that holds `context` tokens."""
         raise NotImplementedError
 
 

@@ -6,7 +6,6 @@ A variant supplies its attention layers and what they attend to (`Decoder`'s las
 Shapes: B batch, T tokens, H heads, D head size, W width, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -136,29 +135,27 @@ class Decoder(Costs, nn.Module):
         for name, parameter in self.named_parameters():  # residual projections are scaled as in GPT-2
             if parameter.dim() > 1:
                 residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * o.layers) if residual else 0.02)
+                nn.init.normal_(parameter, std=0.02 / (2 * o.layers) ** 0.5 if residual else 0.02)
 
     # Running the model
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits (B, T, V) of every position; position t sees tokens 0 .. t."""
-        return self.unembed(self.last_hidden_state(tokens_BT))
+    def forward(self, tokens_BT: Tensor, document_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of every position; t sees tokens 0 .. t, with `document_BT` those of its own document."""
+        return self.unembed(self.last_hidden_state(tokens_BT, document_BT))
 
-    def last_hidden_state(self, tokens_BT: Tensor) -> Tensor:
+    def last_hidden_state(self, tokens_BT: Tensor, document_BT: Tensor | None = None) -> Tensor:
         """The input (B, T, W) of the unembedding."""
-        return self.norm(self.hidden(self.dropout(self.embed(tokens_BT))))
+        documents = {} if document_BT is None else {"document_BT": document_BT}  # not every variant's `hidden` has it
+        return self.norm(self.hidden(self.dropout(self.embed(tokens_BT)), **documents))
 
     @torch.no_grad()
     def prefill(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """Appends T tokens to the cache; logits (B, V) of the last. ValueError if the cache has no room for them."""
         cache.begin(tokens_BT)
-        B, rows = len(tokens_BT), ops.sequences_at_once(tokens_BT)
-        if rows >= B or not cache.static:
-            logits_BV = self.append(tokens_BT, cache, cache.length)
-        else:
-            first = range(0, B, rows)
-            parts = [self.append(tokens_BT[i : i + rows], cache.rows(i, rows), cache.length) for i in first]
-            logits_BV = torch.cat(parts)
+        rows = ops.sequences_at_once(tokens_BT) if cache.static else len(tokens_BT)
+        parts = tokens_BT.split(rows)
+        caches = [cache] if len(parts) == 1 else [cache.rows(i * rows, rows) for i in range(len(parts))]
+        logits_BV = torch.cat([self.append(*part, cache.length) for part in zip(parts, caches, strict=True)])
         cache.advance(tokens_BT.shape[1])
         return logits_BV
 
@@ -182,13 +179,15 @@ class Decoder(Costs, nn.Module):
         make = Allocator(batch_size, max_tokens, dtype or weight.dtype, device or weight.device)
         return Cache(self.new_layers(make), batch_size, max_tokens)
 
-    def hidden(self, x_BTW: Tensor, cache: Cache | None = None, start: int | Tensor = 0) -> Tensor:
+    def hidden(
+        self, x_BTW: Tensor, cache: Cache | None = None, start: int | Tensor = 0, document_BT: Tensor | None = None
+    ) -> Tensor:
         """The residual stream after the last layer; with a cache of the last position alone.
 
         There the other tokens leave their keys and values in the last layer and go no further.
         """
         chunk = self.chunk(x_BTW.shape[1], start)
-        layers = cache.layers if cache else self.new_layers(Training())
+        layers = cache.layers if cache else self.new_layers(Training(document_BT))
         for layer, block in enumerate(self.blocks):
             if cache and layer == len(self.blocks) - 1 and not cache.observes:
                 chunk = chunk._replace(queries=1)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from archs.costs import mean_seen
 from archs.decoder import Chunk, Decoder, Options
 from archs.kv import KV
 from archs.ops import merge_heads, split_heads
@@ -44,9 +43,6 @@ class Grouped(Decoder):
     def kv_stored_elements(self, context: int) -> int:
         """2 g d L a token: a key and a value of each KV head in each layer."""
         return 2 * self.options.kv_heads * self.options.head_dim * self.options.layers * context
-
-    def score_flops(self, context: int) -> float:
-        return self.decode_score_flops(mean_seen(context))
 
     def decode_score_flops(self, context: float) -> float:
         return 4 * self.options.heads * self.options.head_dim * self.options.layers * context

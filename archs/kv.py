@@ -16,16 +16,22 @@ from archs import ops
 
 
 class View(NamedTuple):
-    """Keys (B, G, S, D) and values (B, G, S, E) to attend to, with the window and position of `ops.attention`."""
+    """Keys (B, G, S, D) and values (B, G, S, E), with the window and position of `ops.attention` or a boolean mask."""
 
     k: Tensor
     v: Tensor
     window: int = 0
     position: Tensor | None = None
+    mask: Tensor | None = None
+
+    def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
+        if self.mask is not None:
+            return ops.masked_attention(q_BHTD, self.k, self.v, scale, self.mask)
+        return ops.attention(q_BHTD, self.k, self.v, scale, self.window, self.position)
 
 
 class KV:
-    """A kind of KV defines `write`; `view` is what its last call returned."""
+    """A kind of KV defines `write`, which takes what `append` does; `view` is what its last call returned."""
 
     view: View | None = None
 
@@ -38,36 +44,41 @@ class KV:
 
     def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
         """Causal attention of the last T tokens, (B, H, T, E), computed in the dtype of the keys."""
-        k, v, window, position = self.view
-        return ops.attention(q_BHTD.to(k.dtype), k, v, scale, window, position).to(q_BHTD.dtype)
+        return self.view.attend(q_BHTD.to(self.view.k.dtype), scale).to(q_BHTD.dtype)
 
     @property
-    def dense(self) -> Tensor | None:
-        """All keys in order, (B, G, S, D), where they can be read; None where one can only `attend`."""
-        return self.view.k if self.view.position is None else None
-
-    def write(self, start: int | Tensor, k_BGTD: Tensor, v_BGTE: Tensor | None) -> View:
-        raise NotImplementedError
+    def dense(self) -> View | None:
+        """The view where it has all keys in order; None where one can only `attend`."""
+        return self.view if self.view.position is None else None
 
 
 class Uncached(KV):
     """The keys and values of one forward pass."""
 
-    def __init__(self, window: int = 0):
-        self.window = window
+    def __init__(self, window: int = 0, mask: Tensor | None = None):
+        self.window, self.mask = window, mask
 
     def write(self, start: int | Tensor, k_BGTD: Tensor, v_BGTE: Tensor | None) -> View:
-        return View(k_BGTD, v_BGTE, self.window)
+        return View(k_BGTD, v_BGTE, self.window, mask=self.mask)
 
 
 class Training:
-    """Makes what layers attend to where nothing is cached: no state is carried over from earlier tokens."""
+    """Makes what layers attend to where nothing is cached: no state is carried over from earlier tokens.
+
+    With the number of each token's document no layer sees beyond a document. A recurrent layer then gets this object in
+    place of None, and starts its state again where `document_BT` changes.
+    """
+
+    def __init__(self, document_BT: Tensor | None = None):
+        self.document_BT, self.mask = document_BT, None
+        if document_BT is not None:
+            self.mask = (document_BT[:, None, :, None] == document_BT[:, None, None]).tril()
 
     def full(self, heads: int, key_size: int, value_size: int | None = None, *, shared: bool = False) -> Uncached:
-        return Uncached()
+        return Uncached(mask=self.mask)
 
     def ring(self, window: int, heads: int, head_dim: int) -> Uncached:
-        return Uncached(window)
+        return Uncached(window, None if self.mask is None else self.mask.triu(1 - window))
 
-    def state(self, *shape: int) -> None:
-        return None
+    def state(self, *shape: int) -> "Training | None":
+        return None if self.document_BT is None else self

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from archs.costs import mean_seen
 from archs.decoder import Chunk, Decoder, Options, RMSNorm
-from archs.kv import KV
-from archs.ops import attention, head_linear, merge_heads, split_heads
+from archs.kv import KV, View
+from archs.ops import head_linear, merge_heads, split_heads
 from archs.settings import Size
 
 
@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         (q_BHTX,) = split_heads(self.q_up(self.q_norm(self.q_down(x_q_BTW)) if o.q_rank else x_q_BTW), o.heads)
         q_nope_BHTN, q_rope_BHTP = q_BHTX.split((o.nope_dim, o.rope_dim), dim=-1)
         queries = q_nope_BHTN, chunk.rotate(q_rope_BHTP)
-        materialised = kv.dense is not None and not self.absorbing_is_cheaper(chunk.queries, kv.dense.shape[2])
+        materialised = kv.dense is not None and not self.absorbing_is_cheaper(chunk.queries, kv.dense.k.shape[2])
         out_BHTE = self.materialised(*queries, kv.dense) if materialised else self.absorbed(*queries, kv)
         return self.out(merge_heads(out_BHTE))
 
@@ -68,14 +68,15 @@ class LatentAttention(nn.Module):
         absorbed, materialised = 2 * o.kv_rank + o.rope_dim, o.nope_dim + o.rope_dim + o.v_dim
         return T < S and T * up + T * S * absorbed < S * up + T * S * materialised
 
-    def materialised(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, cached_B1SX: Tensor) -> Tensor:
-        """Keys and values made from the latent for every head; (B, H, T, E)."""
+    def materialised(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, view: View) -> Tensor:
+        """Attention on keys and values made from the latent for every head; (B, H, T, E)."""
         o = self.o
-        latent_BSR, k_rope_BSP = cached_B1SX[:, 0].to(q_nope_BHTN.dtype).split((o.kv_rank, o.rope_dim), dim=-1)
+        latent_BSR, k_rope_BSP = view.k[:, 0].to(q_nope_BHTN.dtype).split((o.kv_rank, o.rope_dim), dim=-1)
         (kv_BHSX,) = split_heads(self.kv_up(latent_BSR), o.heads)
         k_nope_BHSN, v_BHSE = kv_BHSX.split((o.nope_dim, o.v_dim), dim=-1)
         k_BHSD = torch.cat((k_nope_BHSN, k_rope_BSP[:, None].expand(-1, o.heads, -1, -1)), dim=-1)
-        return attention(torch.cat((q_nope_BHTN, q_rope_BHTP), dim=-1), k_BHSD, v_BHSE, self.scale)
+        made = view._replace(k=k_BHSD, v=v_BHSE)
+        return made.attend(torch.cat((q_nope_BHTN, q_rope_BHTP), dim=-1), self.scale)
 
     def absorbed(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, kv: KV) -> Tensor:
         """Attention on the latent itself, as keys and as values of one KV head; (B, H, T, E)."""

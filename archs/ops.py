@@ -131,20 +131,21 @@ def attention(
     With a `window` above 0 each query sees only its own token and the window - 1 before it. `position`, int64 of shape
     (1) or (B) on the device, is for decode: T is 1, there is no window, and the query sees slots 0 to position.
     """
-    H, T, G, S = *q_BHTD.shape[1:3], *k_BGSD.shape[1:3]
+    T, S = q_BHTD.shape[2], k_BGSD.shape[2]
     slot_S = torch.arange(S, device=q_BHTD.device)
     query = slot_S[S - T :, None] if position is None else position.view(-1, 1, 1, 1)
     seen = (slot_S <= query) & (slot_S > query - (window or S)) if position is None else slot_S <= query
-    k_BHSD, v_BHSE = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSD, v_BGSE))
-    score_BHTS = (q_BHTD @ k_BHSD.mT * scale).masked_fill(~seen, float("-inf"))
-    return score_BHTS.softmax(-1) @ v_BHSE
+    return masked_attention.formula(q_BHTD, k_BGSD, v_BGSE, scale, seen)
 
 
 @accelerated(fused.masked_attention)
 def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """Softmax attention with a mask (B, H, T, S) that is added to the scores; it may require a gradient."""
+    """Softmax attention with a mask that broadcasts to (B, H, T, S): True where a query sees a key, or numbers that are
+    added to the scores and may require a gradient."""
     k_BHSD, v_BHSE = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BGSD, v_BGSE))
-    return (q_BHTD @ k_BHSD.mT * scale + mask).softmax(-1) @ v_BHSE
+    score_BHTS = q_BHTD @ k_BHSD.mT * scale
+    score_BHTS = score_BHTS.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else score_BHTS + mask
+    return score_BHTS.softmax(-1) @ v_BHSE
 
 
 @accelerated(cpu_attention.paged_decode)
@@ -158,11 +159,8 @@ def paged_attention(
 
 
 def self_score(q: Tensor, k: Tensor) -> Tensor:
-    """The product of each token's query with its own key, (..., 1), summed in fp64.
-
-    At a sequence's first token retention is this product times v. Where it is near zero, the norm after retention
-    magnifies it, rounding error included.
-    """
+    """The product of each token's query with its own key, (..., 1), summed in fp64: retention at a first token is this
+    times v, and the norm after it magnifies what is near zero, rounding error included."""
     return (q.double() * k.double()).sum(-1, keepdim=True).to(q.dtype)
 
 

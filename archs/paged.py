@@ -204,7 +204,7 @@ class Blocks(KV):
         return self.table_BN.gather(1, block_BT), position_BT % self.block_size
 
     def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
-        k, v, _, position_B = self.view
+        k, v, _, position_B, _ = self.view
         if position_B is None:
             return super().attend(q_BHTD, scale)
         return ops.paged_attention(q_BHTD.to(k.dtype), k, v, scale, position_B, self.table_BN).to(q_BHTD.dtype)

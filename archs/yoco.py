@@ -37,12 +37,19 @@ class YOCOOptions(Options):
 
 
 def retention_chunkwise(
-    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, log_decay_BHT: Tensor, state_BHDD: Tensor, chunk: int
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    log_decay_BHT: Tensor,
+    state_BHDD: Tensor,
+    chunk: int,
+    document_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated retention over T tokens from a state: (outputs (B, H, T, D), the state after them).
 
     Within a chunk it is the parallel form, ((Q K^T) * decay mask) V, for all chunks at once; between chunks the state.
-    With chunk >= T it is the parallel form alone.
+    With chunk >= T it is the parallel form alone. At the first token of a document the decay is 0, and the state that
+    is given belongs to the first document.
     """
     T = q_BHTD.shape[2]
     C = min(chunk, T)
@@ -55,9 +62,19 @@ def retention_chunkwise(
     whole_BHN1 = total_BHNC[..., -1:]
     not_before = torch.ones(C, C, dtype=torch.bool, device=q.device).triu()
     decay_BHNCC = total_BHNC[..., :, None] - total_BHNC[..., None, :]
+    to_end_BHNC = whole_BHN1 - total_BHNC
+    if document_BT is not None:  # masks, as sums of -inf have no differences
+        padded = torch.arange(T + tail, device=q.device).clamp(max=T - 1)
+        document_B1NC = document_BT[:, None, padded].unflatten(2, (-1, C))
+        last_B1N1 = document_B1NC[..., -1:]
+        before_B1N1 = torch.cat((document_B1NC[:, :, :1, :1], last_B1N1[:, :, :-1]), dim=2)
+        not_before = not_before | (document_B1NC[..., :, None] != document_B1NC[..., None, :])
+        to_end_BHNC = to_end_BHNC.masked_fill(document_B1NC != last_B1N1, float("-inf"))
+        total_BHNC = total_BHNC.masked_fill(document_B1NC != before_B1N1, float("-inf"))
+        whole_BHN1 = total_BHNC[..., -1:]
     decay_BHNCC = decay_BHNCC.masked_fill_(not_before, float("-inf")).exp_()  # in place: the largest tensors here
     out_BHNCD = (q @ k.mT).mul_(decay_BHNCC) @ v + self_score(q, k) * v
-    added_BHNDD = (k * (whole_BHN1 - total_BHNC).exp()[..., None]).mT @ v
+    added_BHNDD = (k * to_end_BHNC.exp()[..., None]).mT @ v
     states = [state_BHDD]
     for added_BHDD, fade_BH11 in zip(added_BHNDD.unbind(2), whole_BHN1.exp()[..., None].unbind(2), strict=True):
         states.append(fade_BH11 * states[-1] + added_BHDD)
@@ -79,7 +96,8 @@ class GatedRetention(nn.Module):
         self.decay = nn.Linear(width, heads, bias=False)
         self.out = nn.Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: State | None) -> Tensor:
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: State | Training | None) -> Tensor:
+        kv, document_BT = (None, kv.document_BT) if isinstance(kv, Training) else (kv, None)
         qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
         log_decay_BHT = F.logsigmoid(at_least_fp32(self.decay(x_BTW))).transpose(1, 2) / DECAY_TEMPERATURE
         with torch.autocast(x_BTW.device.type, enabled=False):
@@ -91,7 +109,8 @@ class GatedRetention(nn.Module):
             else:
                 if state is None:
                     state = q_BHTD.new_zeros(len(x_BTW), self.heads, self.head_dim, self.head_dim)
-                out_BHTD, state = retention_chunkwise(*inputs, log_decay_BHT, at_least_fp32(state), CHUNK)
+                inputs = *inputs, log_decay_BHT, at_least_fp32(state)
+                out_BHTD, state = retention_chunkwise(*inputs, CHUNK, document_BT)
             if kv:
                 kv.write(state)
             out_BHTD = rms_norm(out_BHTD)
@@ -156,10 +175,12 @@ class YOCO(Decoder):
             layers = [make.state(o.heads, o.head_dim, o.head_dim) for _ in range(half)]
         return layers + [make.full(o.kv_heads, o.head_dim)] * half
 
-    def hidden(self, x_BTW: Tensor, cache: Cache | None = None, start: int | Tensor = 0) -> Tensor:
+    def hidden(
+        self, x_BTW: Tensor, cache: Cache | None = None, start: int | Tensor = 0, document_BT: Tensor | None = None
+    ) -> Tensor:
         """With a cache the cross-decoder computes the last position alone (early exit)."""
         chunk = self.chunk(x_BTW.shape[1], start)
-        layers = cache.layers if cache else self.new_layers(Training())
+        layers = cache.layers if cache else self.new_layers(Training(document_BT))
         for layer, (block, kv) in enumerate(zip(self.blocks, layers, strict=True)):
             if layer == len(layers) // 2:
                 self.shared_kv(x_BTW, chunk, kv)

@@ -77,9 +77,8 @@ def _evaluate_runs(plan: Plan) -> list[str]:
                 try:
                     model = load_model(run).to(device)
                     retrofit = functools.partial(load_retrofit, look, run)
-                    context = EvalContext(
-                        model, plan.data, plan.study.eval, dtype, roof, show, known, run.seed, retrofit
-                    )
+                    how = dtype, roof, show, known, run.seed, retrofit, plan.document_end
+                    context = EvalContext(model, plan.data, plan.study.eval, *how)
                     for module in [] if turn else once:
                         merge(known, module.measure(context))
                         progress.done += 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from archs import Decoder
 from archs.techniques import Technique
-from train.batches import IGNORED, TrainingData
+from train.batches import IGNORED, TrainingData, documents
 from train.module import token_nats
 from train.study import EvalConfig
 
@@ -51,6 +51,7 @@ class EvalContext:
     measured: dict = field(default_factory=dict)
     seed: int = 0
     retrofit: Callable[[Technique], Decoder] | None = None  # loads the model that was trained further for a technique
+    document_end: int | None = None  # of models that were trained with a document mask
 
     @cached_property
     @torch.inference_mode()
@@ -61,7 +62,7 @@ class EvalContext:
         rows = max(1, TOKENS_AT_ONCE // context)
         batches = self.data.held_out("test", context, rows, self.config.loss_tokens)
         for inputs, targets, batch_bytes in batches:
-            logits = self.model(inputs.to(device))
+            logits = self.model(inputs.to(device), documents(inputs.to(device), self.document_end))
             nats = token_nats(logits, targets.to(device))
             columns.append((inputs, targets, nats.cpu(), logits.argmax(-1).cpu() == targets))
             n_bytes += batch_bytes

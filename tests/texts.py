@@ -40,7 +40,7 @@ def user_folder(factory: pytest.TempPathFactory, name: str, study: dict) -> Path
 
 
 def tokens_of(folder: Path, tokenizer: dict | None = None, **texts: list[str]) -> TokenSet:
-    """Tokens of texts by split (train, tune, test), each a file in a folder named after its split; with a cache there."""
+    """Tokens of texts by split (train, tune, test), each text a file in a folder named after its split."""
     for split, documents in texts.items():
         (folder / split).mkdir(parents=True, exist_ok=True)
         for n, text in enumerate(documents):

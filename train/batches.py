@@ -42,6 +42,14 @@ class TrainingData(Protocol):
         """Numbers of about `sequences` of the first `available` held-out sequences that stand for all of them."""
 
 
+def documents(tokens_BT: Tensor, end: int | None) -> Tensor | None:
+    """The number of each token's document, to which its `end` belongs, (B, T); None without an `end`."""
+    if end is None:
+        return None
+    ends_BT = (tokens_BT == end).long()
+    return ends_BT.cumsum(1) - ends_BT
+
+
 class TrainingBatches(Dataset):
     """Item k is batch k of `seed`: inputs and the next tokens as targets, both int64 (batch_size, context)."""
 

@@ -37,7 +37,8 @@ def save_checkpoint(trainer: L.Trainer, directory: Path) -> None:
 
 class CheckpointAndStop(L.Callback):
     """Writes a checkpoint every `seconds` or `steps`, and at SIGINT or SIGTERM, then raising Interrupted; a second
-    signal stops at once. A validated step gets no checkpoint: a run that continues there would lack the validation."""
+    signal stops at once. A validated step gets no checkpoint: a run that continues there would lack the validation. So
+    a signal during a validation costs the steps since the last checkpoint."""
 
     def __init__(self, directory: Path, val_every: int, seconds: float, steps: int | None):
         self.directory, self.val_every, self.seconds, self.steps = directory, val_every, seconds, steps
@@ -73,6 +74,10 @@ class CheckpointAndStop(L.Callback):
             self.saved, self.saved_step = time.monotonic(), trainer.global_step
         if signum:
             raise Interrupted(signum)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.signum and trainer.world_size == 1:  # several devices stop together, after the next step
+            raise Interrupted(self.signum)
 
     def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
         """Restores the signal handlers here: Lightning restores its own before it calls `teardown`."""

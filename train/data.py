@@ -2,17 +2,26 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from train.batches import TrainingData
+from train.sections import TokenizerConfig
+from train.sources import Place, parse
+
+
+def load_text(corpus: dict, tokenizer: dict) -> TrainingData:
+    """The tokens that a study's sections `corpus` and `tokenizer` describe; files are relative to the current folder.
+    ValueError says what is wrong."""
+    return parse(corpus).load(TokenizerConfig(**tokenizer), Place([Path.cwd()]))
 
 
 class DataModule(L.LightningDataModule):
     """Training and validation batches for a Trainer. A run that is resumed continues at the batch where it stopped.
 
-        data = DataModule(parse_study({"tokenizer": {"name": "bytes"}}), context=128, batch_size=16)
+        data = DataModule(load_text({"name": "stdlib"}, {"name": "bytes"}), context=128, batch_size=16)
         model = LanguageModel("mha", {...}, tokens=1000 * 16 * 128)
         Trainer(max_steps=1000, val_check_interval=100, check_val_every_n_epoch=None).fit(model, data)
 

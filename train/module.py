@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from archs import build, ops
 from archs.techniques import Technique
-from train.batches import IGNORED
+from train.batches import IGNORED, documents
 from train.machine import matmul_flops_per_s
 
 
@@ -26,8 +26,9 @@ class LanguageModel(L.LightningModule):
 
     tokens: the training budget, where the cosine ends. warmup_tokens: tokens until the peak rate `lr`. clip: limit of
     the gradient's norm. pieces: the number of parts in which a batch goes through the model, each once more for its
-    gradient, in less memory and a third more time. Logs train/* every `log_every_n_steps` of the Trainer, and val/loss
-    (nats per token) and val/bpb (bits per byte of text) after each validation.
+    gradient, in less memory and a third more time. document_end: the id of the token that ends a document; with it a
+    token attends only to its own document, in validation too. Logs train/* every `log_every_n_steps` of the Trainer,
+    and val/loss (nats per token) and val/bpb (bits per byte of text) after each validation.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class LanguageModel(L.LightningModule):
         clip: float = 1.0,
         seed: int = 0,
         pieces: int = 1,
+        document_end: int | None = None,
     ):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore="technique")  # of a subclass; checkpoints hold plain values
@@ -114,7 +116,8 @@ class LanguageModel(L.LightningModule):
         return nats / (targets_BT != IGNORED).sum()
 
     def sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self._sum_nats(self.model.last_hidden_state(inputs_BT), self.model.unembed.weight, targets_BT)
+        hidden_BTW = self.model.last_hidden_state(inputs_BT, documents(inputs_BT, self.hparams.document_end))
+        return self._sum_nats(hidden_BTW, self.model.unembed.weight, targets_BT)
 
     @property
     def timed(self) -> tuple[float, int]:
@@ -208,7 +211,8 @@ class LanguageModel(L.LightningModule):
         inputs, targets, n_bytes = batch
         pieces = min(self.hparams.pieces, len(inputs))
         parts = zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
-        nats = sum(token_nats(self.model(tokens), next_tokens).sum() for tokens, next_tokens in parts)
+        end = self.hparams.document_end
+        nats = sum(token_nats(self.model(x, documents(x, end)), y).sum() for x, y in parts)
         self._validated.append((nats.item(), (targets != IGNORED).sum().item(), n_bytes))
 
     def on_validation_epoch_end(self) -> None:

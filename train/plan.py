@@ -29,7 +29,7 @@ NOT_IN_KEY = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_se
 # Settings that came later: at their default they are left out, so that the keys of earlier runs stay as they were.
 ADDED = ("document_mask",)
 # Keys of config.json that follow from others or only name the run.
-DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match"}
+DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match", "corpus"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class Plan:
         self._train_settings = train | {"precision": resolve_precision(study.train.precision)}
         evaluation = study.eval.model_dump() | {"level": None}  # of intervals: no measure depends on it
         self.evaluation = [evaluation, sorted(measures), resolve_dtype(study.eval.dtype), find_device().type]
+
+    @property
+    def document_end(self) -> int | None:
+        """The token after which attention begins anew, where the study masks documents."""
+        return self.data.end_of_text if self.study.train.document_mask else None
 
     def look(self) -> "Snapshot":
         """The plan's runs as the disk shows them now."""

@@ -26,7 +26,7 @@ class StudyProgress:
         return self
 
     def __exit__(self, *_) -> None:
-        if console.is_terminal:  # elsewhere it would print an empty line
+        if console.is_terminal:
             self._bar.stop()
 
     def set_left(self, work: float) -> None:

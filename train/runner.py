@@ -210,7 +210,7 @@ def make_module(plan: Plan, run: Run, tokens: int, pieces: int) -> LanguageModel
     config = plan.study.train
     warmup = min(config.warmup_tokens, tokens // 2)  # else a short run would never reach its rate
     recipe = {"tokens": tokens, "lr": run.lr, "warmup_tokens": warmup, "seed": run.seed, "pieces": pieces}
-    recipe |= {"weight_decay": config.weight_decay, "clip": config.clip}
+    recipe |= {"weight_decay": config.weight_decay, "clip": config.clip, "document_end": plan.document_end}
     arch, options, technique = run.variant.arch, run.variant.options, run.technique
     if not technique:
         return LanguageModel(arch, options, **recipe)

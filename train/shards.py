@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -191,13 +192,16 @@ def progress_of(parts: Sequence[Part], first: int, progress: StudyProgress) -> C
     """A function of (number of the part, bytes of text so far) that shows how far the pass is, now and then."""
     before = list(itertools.accumulate((part.size for part in parts), initial=0))  # bytes on the disk
     progress.skip(before[first])
-    shown, text = before[first], 0
+    shown, text, first_text, started = before[first], 0, None, time.perf_counter()
 
     def show(n: int, read: int) -> None:
-        nonlocal shown, text
+        nonlocal shown, text, first_text
+        first_text = read if first_text is None else first_text
         if read - text >= 2**20:
             text, done = read, before[n] + parts[n].done
-            progress.show(Path(parts[n].name).name, f"{read >> 20:,} MiB of text", max(0, done - shown))
+            speed = (read - first_text) / (time.perf_counter() - started) / 2**20
+            detail = f"{read >> 20:,} MiB of text  {speed:.1f} MiB/s"
+            progress.show(Path(parts[n].name).name, detail, max(0, done - shown))
             shown = max(shown, done)
 
     return show

@@ -161,6 +161,8 @@ class Study(Section):
             self.check(entries.count(settings) == 1, f"eval.techniques: {settings} stands twice in the study")
             try:
                 technique, _ = from_settings(settings, max(1, self.model["context"] // 2))
+                if technique.trains and not technique.is_full and self.train.document_mask:
+                    raise ValueError(f"{settings['technique']} cannot be trained with train.document_mask")
                 if technique.trains and (tokens := technique.train_tokens) < batch:
                     raise ValueError(f"train_tokens={tokens} is less than one batch of train.batch_tokens={batch}")
             except ValueError as e:

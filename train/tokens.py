@@ -84,7 +84,7 @@ class TokenSet:
             if (tokens := len(getattr(self, split))) <= context:
                 need = f"one sequence of model.context={context} and the token after it"
                 has = f"the corpus has {tokens} tokens in the split {split!r}, too few for"
-                raise InputError(f"{has} {need}: give more text or a shorter context")
+                raise InputError(f"{has} {need}: give more text, a higher limit or a shorter context")
 
     def training(self, context: int, batch_size: int, seed: int) -> TrainingBatches:
         return TrainingBatches(self.train, context, batch_size, seed)

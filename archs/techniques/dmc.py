@@ -101,6 +101,8 @@ class MergingAttention(nn.Module):
         """The output of all T tokens. ValueError for a cache of any other kind."""
         if not isinstance(kv, Slots | Uncached):
             raise ValueError("a model that merges needs the cache that compressed_cache(model, DMC(...)) makes")
+        if isinstance(kv, Uncached) and kv.mask is not None:
+            raise ValueError("DMC merges tokens of different documents: train it further without a document mask")
         q_BHTD, k_BGTD, v_BGTD = split_heads(self.qkv(x_BTW), self.heads, self.kv_heads, self.kv_heads)
         decision_BGT = k_BGTD[..., 0].float() + BIAS
         weight_BGT = q_BHTD[:, :: self.heads // self.kv_heads, :, 0].float().sigmoid()

@@ -135,11 +135,12 @@ def any_inputs(r):
 
 
 def masked_inputs(r):
-    """Additive masks, some of them infinite, never for all keys of a query."""
+    """Masks to be added, some of them infinite, or boolean ones, for each head or for all; every query sees a key."""
     q, k, v, scale, _ = prompt_inputs(r, PROMPT_SHAPES[1:], (1, 2), fewest=1, longest=20)
-    mask = randn(*q.shape[:3], k.shape[2])
+    B, H, T, _ = q.shape
+    mask = randn(B, r.choice((1, H)), T, k.shape[2])
     mask[..., 1:] = mask[..., 1:].masked_fill(torch.rand(mask[..., 1:].shape) < 0.3, -math.inf)
-    return q, k, v, scale, mask
+    return q, k, v, scale, r.choice((mask, mask > -math.inf))
 
 
 def paged_inputs(r):

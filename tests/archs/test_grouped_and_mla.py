@@ -40,8 +40,9 @@ def test_absorbed_equals_materialised(T, S):
     attention = make("mla", LATENT | {"nope_dim": 10, "v_dim": 14}).blocks[0].attention
     q_nope, q_rope, cached = torch.randn(2, 4, T, 10), torch.randn(2, 4, T, 6), torch.randn(2, 1, S, 30)
     with torch.no_grad():
-        absorbed = attention.absorbed(q_nope, q_rope, Filled(cached))
-        torch.testing.assert_close(absorbed, attention.materialised(q_nope, q_rope, cached), rtol=1e-4, atol=1e-4)
+        kv = Filled(cached)
+        absorbed = attention.absorbed(q_nope, q_rope, kv)
+        torch.testing.assert_close(absorbed, attention.materialised(q_nope, q_rope, kv.view), rtol=1e-4, atol=1e-4)
 
 
 def test_decode_is_absorbed_and_a_long_prompt_is_materialised(monkeypatch):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from helpers import SHAPE, cached_logits, each_variant, make
+from helpers import SHAPE, assert_near, cached_logits, each_variant, make
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -73,6 +73,24 @@ def test_every_earlier_token_matters(arch, options):
     x = model.embed(torch.randint(97, (1, 12))).detach().requires_grad_()
     model.hidden(x)[:, -1].sum().backward()
     assert (x.grad.abs().sum(-1) > 0).all()
+
+
+@each_variant
+@pytest.mark.parametrize("lengths", [[1, 20, 11, 32, 31], [32, 32, 9, 1, 21], [95]], ids=str)
+def test_documents_of_a_row_have_the_logits_and_gradients_that_they_have_alone(arch, options, lengths):
+    """Some begin or end where chunks of retention do, every 32 tokens. The second row is one document."""
+    shorter = [options | {"window": 3}] if "window" in options else []  # than most documents
+    tokens = torch.randint(97, (2, 95))
+    document = torch.repeat_interleave(torch.arange(7, 7 + len(lengths)), torch.tensor(lengths))
+    document_BT = torch.stack((document, torch.full_like(document, 4)))
+    for model in (make(arch, options) for options in (options, *shorter)):
+        packed, (row, other) = model(tokens, document_BT), tokens.split(1)
+        alone = torch.cat((torch.cat([model(part) for part in row.split(lengths, 1)], 1), model(other)))
+        assert_near(packed, alone)
+        weight = torch.randn(alone.shape)
+        of_packed, of_alone = (torch.autograd.grad((x * weight).sum(), [*model.parameters()]) for x in (packed, alone))
+        for x, y in zip(of_packed, of_alone, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-4 * y.abs().max())  # NaN is equal to nothing
 
 
 @each_variant
@@ -299,6 +317,15 @@ def test_a_variant_may_be_named_by_its_file(tmp_path):
     file.write_text("class Mine(")
     with pytest.raises(ValueError, match=r"cannot load .*mine.py"):
         build(f"{file}:Mine", **SHAPE)
+
+
+def test_a_variant_whose_forward_pass_knows_no_documents_runs_without_them(tmp_path):
+    own = "    def hidden(self, x, cache=None, start=0):\n        return super().hidden(x, cache, start)\n"
+    (tmp_path / "mine.py").write_text(f"from archs.grouped import MHA\n\nclass Mine(MHA):\n{own}")
+    model, tokens = make(f"{tmp_path}/mine.py:Mine", {}), torch.randint(97, (2, 9))
+    assert torch.equal(model(tokens), make("mha", {})(tokens))
+    with pytest.raises(TypeError, match=r"Mine.hidden.* 'document_BT'"):
+        model(tokens, torch.zeros_like(tokens))
 
 
 def test_defaults_are_filled_in():

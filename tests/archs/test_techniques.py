@@ -477,6 +477,12 @@ def test_dmcs_training_fades_the_decision_out_and_then_asks_for_more_merging(mer
         assert one.penalty(model, done).item() == pytest.approx(max(0.0, target - merged), abs=1e-6)
 
 
+def test_dmc_refuses_documents_that_it_would_merge(merging):
+    model, tokens = merging()
+    with pytest.raises(ValueError, match="train it further without a document mask"):
+        model(tokens, torch.zeros_like(tokens))
+
+
 def test_a_technique_and_a_model_that_do_not_go_together_are_refused(merging):
     plain, (model, _) = model_and_tokens("mha", {})[0], merging()
     trained, whole = "cannot act on a model that was trained further for DMC", {"budget": 0.5, "whole_layers": 4}

@@ -14,7 +14,7 @@ both = pytest.mark.parametrize("options", [SWA, GRET], ids=["swa", "gret"])
 
 
 def by_definition(q, k, v, log_decay, state):
-    """D_nm = product of gamma from m+1 to n; the state decays by all gammas so far."""
+    """D_nm = product of gamma from m+1 to n; the state decays by all gammas so far. A log may be -inf."""
     outputs = []
     for n in range(q.shape[2]):
         total = log_decay[:, :, : n + 1].sum(-1).exp()[..., None, None] * (q[:, :, n : n + 1] @ state)
@@ -35,6 +35,21 @@ def test_parallel_chunkwise_and_recurrent_retention_agree(chunk):
         one = slice(t, t + 1)
         step = ops.retention_step(q[:, :, one], k[:, :, one], v[:, :, one], log_decay[:, :, one].exp(), state)
         torch.testing.assert_close(step, out[:, :, one], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_where_a_document_begins_retention_decays_to_nothing(chunk):
+    q, k, v = (torch.randn(2, 3, 21, 8) for _ in range(3))
+    log_decay, state = torch.nn.functional.logsigmoid(torch.randn(2, 3, 21)), torch.randn(2, 3, 8, 8)
+    begins = torch.zeros(2, 21, dtype=torch.long)
+    begins[0, [4, 5, 13, 20]] = begins[1, [1, 8, 14]] = 1
+    out, last = retention_chunkwise(q, k, v, log_decay, state, chunk, begins.cumsum(1))
+    decay = log_decay.masked_fill(begins[:, None] == 1, -torch.inf)
+    torch.testing.assert_close(out, by_definition(q, k, v, decay, state), rtol=1e-4, atol=1e-4)
+    for t in range(21):
+        one = slice(t, t + 1)
+        ops.retention_step(q[:, :, one], k[:, :, one], v[:, :, one], decay[:, :, one].exp(), state)
     torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-4)
 
 

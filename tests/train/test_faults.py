@@ -218,10 +218,10 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data,
     train_runs(whole)
     last_hidden_state = Decoder.last_hidden_state
 
-    def limited(model, tokens):
+    def limited(model, tokens, documents):
         if len(tokens) > 2:
             raise RuntimeError("CUDA error: out of memory\nGPU 0 ...")
-        return last_hidden_state(model, tokens)
+        return last_hidden_state(model, tokens, documents)
 
     monkeypatch.setattr(Decoder, "last_hidden_state", limited)
     assert train_runs(plan) == []

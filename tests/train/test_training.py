@@ -52,6 +52,32 @@ def test_compiled_parts_have_the_same_loss_and_gradients(arch, options):
         torch.testing.assert_close(one.grad, other.grad)
 
 
+@each_variant
+def test_documents_are_trained_on_as_if_each_were_alone(arch, options):
+    """In training, validation, pieces and compiled, one graph a block. Token 5 ends a document and belongs to it."""
+    masked = {"document_end": 5, "pieces": 2}
+    module, alone = (LanguageModel(arch, OPTIONS | options | {"heads": 4}, tokens=1, **how) for how in (masked, {}))
+    tokens = torch.randint(6, 257, (3, 60))
+    tokens[0, [0, 20, 21]] = tokens[1, [31, 59]] = 5
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    nats = [
+        alone.sum_nats(*(x[b : b + 1, part] for x in (inputs, targets)))
+        for b, ends in enumerate(([0, 1, 21, 22, 59], [0, 32, 59], [0, 59]))
+        for part in map(slice, ends, ends[1:])
+    ]
+    expected = sum(nats) / targets.numel()
+    torch.testing.assert_close(module.mean_nats(inputs, targets), expected)
+    module._validated = []
+    module.validation_step((inputs, targets, 1), 0)
+    assert module._validated[0][0] / targets.numel() == pytest.approx(expected.item(), rel=1e-5)
+    torch.compiler.reset()
+    module.compile_parts(backend="aot_eager", fullgraph=True)
+    loss = module.mean_nats(inputs, targets)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(x, m.parameters()) for x, m in ((loss, module), (expected, alone))]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
 def test_fewer_sequences_than_pieces_go_one_by_one():
     whole, pieces = (LanguageModel("mha", OPTIONS, tokens=100, seed=0, pieces=pieces) for pieces in (1, 8))
     batch = torch.randint(257, (2, 3, 16)).unbind()

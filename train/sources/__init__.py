@@ -8,7 +8,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,23 +49,22 @@ def parse(given: Any) -> Source:
     """The source that a study's section `corpus` describes. ValueError if it describes none."""
     if isinstance(given, Source):
         return given
-    names = [name for kind in kinds() for name in kind.names]
-    keys = [kind.key for kind in kinds() if kind.key != "name"]
+    names = {name: kind for kind in kinds() for name in kind.names}
+    keys = {kind.key: kind for kind in kinds() if kind.key != "name"}
     allowed = f"give a name ({', '.join(names)}), or one of {', '.join(keys)}"
     Settings.check(isinstance(given, dict), f"must be a mapping of keys to values, not {given!r}; {allowed}")
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value not in (None, [])}
     chosen = [key for key in ("name", *keys) if key in given]
-    if not chosen:
-        if given:
-            known = ["name", *keys]
-            close = difflib.get_close_matches(next(iter(given)), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise SettingsError(next(iter(given)), lambda path: f"unknown key {path!r}: {allowed}{hint}")
-        raise ValueError(f"is empty: {allowed}")
-    Settings.check(len(chosen) == 1, f"has {' and '.join(chosen)}: {allowed}, not several")
-    if chosen == ["name"]:
-        kind = next((kind for kind in kinds() if given["name"] in kind.names), None)
-        Settings.check(kind is not None, f"unknown name {given['name']!r}: {allowed}")
-    else:
-        kind = next(kind for kind in kinds() if kind.key == chosen[0])
+    if not chosen and given:
+        first = next(iter(given))
+        raise SettingsError(first, lambda path: f"unknown key {path!r}: {allowed}{hint(first, ['name', *keys])}")
+    Settings.check(len(chosen) == 1, f"has {' and '.join(chosen) or 'no source'}: {allowed}")
+    name = str(given.get("name"))
+    kind = names.get(name) if chosen == ["name"] else keys[chosen[0]]
+    Settings.check(kind is not None, f"unknown name {name!r}: {allowed}{hint(name, names)}")
     return kind(**given)
+
+
+def hint(given: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -82,9 +82,7 @@ def matches(pattern: str, place: Place) -> list[Path]:
     places = dict.fromkeys(str(Path(folder).absolute()) for folder in place.folders)
     searched = "" if os.path.isabs(expanded) else f" in {' or '.join(places)}"
     if any(os.path.isdir(os.path.join(folder, expanded)) for folder in places):
-        use = (
-            f"give a pattern for its files, such as '{pattern}/**/*.txt', or a saved data set as corpus: {{hf: FOLDER}}"
-        )
+        use = f"give a pattern for its files, such as '{pattern}/**/*.txt', or a data set's folder as corpus.hf"
         raise InputError(f"corpus: {pattern!r} is a folder; {use}")
     raise InputError(f"corpus: no file matches {pattern!r}{searched}; give files or patterns such as 'texts/**/*.txt'")
 

@@ -1,6 +1,7 @@
 """Data sets of Hugging Face, read by their `datasets` library: streamed from the Hub, or from a folder."""
 
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, ClassVar
 
 from train.corpus import Document, Part, TextSource
 from train.errors import InputError
+from train.progress import console
 from train.sources import Place
 from train.sources.files import row_document
 
@@ -58,6 +60,7 @@ class Corpus(TextSource):
         except ImportError:
             raise InputError("corpus: hf needs the datasets library: uv sync --extra data installs it") from None
         datasets.logging.set_verbosity_error()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it says each time that it tries again
         datasets.disable_progress_bars()
         try:
             if folder and any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
@@ -67,6 +70,8 @@ class Corpus(TextSource):
                 if self.split not in data:
                     raise ValueError(f"it has no split {self.split!r}, but {', '.join(data)}")
                 return data[self.split]
+            if not folder:
+                console.print(f"looking for {self.hf} on the Hugging Face Hub", markup=False)
             name, options = str(folder or self.hf), {"split": self.split, "revision": self.revision}
             return datasets.load_dataset(name, self.config, streaming=True, **options)
         except ConnectionError as e:  # of the library, where the Hub cannot be reached

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -33,7 +34,7 @@ class Corpus(Source):
     names: ClassVar[tuple[str, ...]] = ("mqar",)
     has_documents: ClassVar[bool] = False
     name: Literal["mqar"]
-    pairs: list[Count] = []
+    pairs: list[Count] = Field([])
 
     def load(self, tokenizer: TokenizerConfig, place: Place) -> "RecallTask":
         if tokenizer.name != "ids" or not tokenizer.vocab_size or not self.pairs:
