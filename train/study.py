@@ -243,7 +243,8 @@ def parse_study(given: dict, overrides: Sequence[str] = ()) -> Study:
     for override in overrides:
         _override(merged, override)
     if isinstance(merged["corpus"], dict) and (name := merged["corpus"].get("tokenizer")):
-        chosen = given.get("tokenizer", {"name": name})
+        left_out = "tokenizer" not in given and merged["tokenizer"] == base["tokenizer"]
+        chosen = {"name": name} if left_out else merged["tokenizer"]
         if not isinstance(chosen, dict) or chosen.get("name") != name:
             raise InputError(f"tokenizer: the corpus is in tokens of {name!r} already; leave the section out")
         merged["tokenizer"] = {"name": name}

@@ -144,7 +144,8 @@ def open_tokens(folder: Path) -> TokenSet | None:
     manifest = read_json(folder / "manifest.json")
     try:
         dtype, splits = np.dtype(manifest["dtype"]), []
-        files = [np.memmap(folder / path, np.uint8, "r") for path in manifest["paths"]]
+        paths = [folder / path for path in manifest["paths"]]
+        files = [np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8) for path in paths]
         for split in SPLITS:
             segments = manifest["segments"][split]  # [number of its path, first byte, tokens]
             arrays = [files[n][at : at + count * dtype.itemsize].view(dtype) for n, at, count in segments]

@@ -89,7 +89,7 @@ class Corpus(Source):
             "train_tokens": counts["train"],
             "tune_tokens": counts["tune"],
             "val_tokens": counts["test"],
-            "bytes_per_token": text / sum(file.count for file in files.values()),
+            "bytes_per_token": text / max(1, sum(file.count for file in files.values())),
         }
         dtype = next(iter(files.values())).dtype
         return {
