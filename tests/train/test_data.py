@@ -34,10 +34,11 @@ def test_targets_are_the_next_tokens_and_an_epoch_sees_each_sequence_once():
     assert len({tuple(inputs.flatten().tolist()) for inputs in batches}) == 16
 
 
-def test_validation_predicts_each_token_once(data):
-    batches = data.held_out("tune", context=16, batch_size=3, limit=10**9)
+@pytest.mark.parametrize("split", ["tune", "test"])
+def test_held_out_text_is_predicted_token_by_token_once(data, split):
+    batches, tokens = data.held_out(split, context=16, batch_size=3, limit=10**9), getattr(data, split)
     targets = torch.cat([targets.flatten() for _, targets, _ in batches]).tolist()
-    assert targets == data.tune[1 : (len(data.tune) - 1) // 16 * 16 + 1].tolist()
+    assert targets == tokens[1 : (len(tokens) - 1) // 16 * 16 + 1].tolist()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10**9, None), (64, 64), (70, 64), (1, 16)])
@@ -78,7 +79,9 @@ def test_a_sequence_depends_on_seed_and_number_alone():
     whole, _ = task.training(context=16, batch_size=8, seed=0)[0]
     halves = [task.training(context=16, batch_size=4, seed=0)[k][0] for k in (0, 1)]
     assert torch.equal(whole, torch.cat(halves))
-    assert not torch.equal(whole, task.training(context=16, batch_size=8, seed=1)[0][0])
+    others = [task.training(context=16, batch_size=8, seed=1)[0][0]]
+    others += [task.held_out(split, context=16, batch_size=8, limit=128)[0][0] for split in ("tune", "test")]
+    assert len({tuple(inputs.flatten().tolist()) for inputs in (whole, *others)}) == 4
 
 
 def test_validation_is_the_same_for_all_and_has_every_number_of_pairs_equally_often():
