@@ -12,11 +12,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from texts import MINIATURE, kvf, refused, user_folder
+from texts import MINIATURE, kvf, refused, user_folder, write_texts
 
 import kvfrontier
 import plots
@@ -198,9 +199,50 @@ def test_the_generated_recall_task_goes_through_the_same_stages(folder, two_figu
     assert (out / "figures" / "recall.pdf").exists()
 
 
+def test_no_study_reads_its_own_output_or_its_cache_and_a_worker_reads_no_text(tmp_path, monkeypatch, capsys, two_figures):
+    write_texts(tmp_path)
+    (tmp_path / "texts" / "0.md").write_text("# A heading\n" * 99)
+    (tmp_path / "texts" / "0.jsonl").write_text('{"text": "A row"}\n' * 99)
+    patterns = {"files": ["**/*.md", "**/*.jsonl", "**/*"]}
+    write_study(tmp_path, "all.yaml", corpus=patterns, variants=STUDY["variants"][:1])
+    monkeypatch.setenv("KVFRONTIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert kvf("run", "all.yaml") == 0
+    before = snapshot(Path("runs"))
+    assert {path.suffix for path in before} > {".md", ".jsonl", ".json"}
+    capsys.readouterr()
+    assert kvf("run", "all.yaml") == 0
+    assert "all 1 runs are trained" in capsys.readouterr().err
+    assert snapshot(Path("runs")) == before
+    shutil.rmtree("texts")
+    (record,) = Path("runs/all/runs").glob("*/seed-0/record.json")
+    shutil.rmtree(record.parent)
+    assert kvf("train", "all.yaml", "--run", f"{record.parts[-3]} seed 0") == 0
+    assert "no file matches 'texts/*" in refused(capsys, "train", "all.yaml", "--set", "corpus={files: ['texts/*']}")
+
+
+def test_rates_and_curves_are_of_tune_and_the_record_is_of_test(folder, capsys):
+    """In a study of tokens made elsewhere, which is trained on them several times over."""
+    same = np.tile(np.frombuffer(b"The same line.\n", np.uint8), 60).astype(np.uint16)
+    noise = np.random.default_rng(0).integers(257, size=900).astype(np.uint16)
+    for name, ids in (("train", same), ("val", same), ("test", noise)):
+        ids.tofile(folder / f"{name}.bin")
+    corpus = {"tokens": ["*.bin"], "tokenizer": "bytes"}
+    changes = {"variants": STUDY["variants"][:1], "train": STUDY["train"] | {"lr": [4e-3, 8e-3, 2e-3]}}
+    study = write_study(folder, "tokens.yaml", corpus=corpus, **changes)
+    assert [kvf(stage, study, "--out", folder / "tokens") for stage in ("train", "eval")] == [0, 0]
+    assert "training on 1,600 tokens goes 1.8 times over the corpus, which has 900\n" in capsys.readouterr().err
+    results = json.loads((folder / "tokens" / "results.json").read_text())
+    (run,) = results["runs"]
+    assert [results["corpus"][f"{name}_tokens"] for name in ("train", "tune", "val")] == [900] * 3
+    tried = [rate["val_bpb"] for rate in run["tuning"]["rates"]] + [run["curve"][-1]["val_bpb"]]
+    assert max(tried) < 6 < 8 < run["loss"]["val_bpb"]
+
+
 BAD = [
     ({"corpus": {"files": ["nothing/*.txt"]}}, "nothing/*.txt"),
-    ({"corpus": {"files": ["tiny.txt"]}}, "tokens, too few"),
+    ({"corpus": {"files": ["tiny.txt"]}}, "tokens in the split 'train', too few"),
+    ({"corpus": {"files": ["tiny.txt"], "column": 3}}, "corpus.column=3: must be text"),
     ({"tokenizer": {"name": "gpt2"}}, "gpt2"),
     ({"trian": {"tokens": 5}}, "did you mean 'train'"),
 ]
