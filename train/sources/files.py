@@ -48,7 +48,8 @@ class Corpus(TextSource):
     column: str = "text"
 
     def parts(self, place: Place) -> list[Part]:
-        """Sorted by name, the files of a given split first, so that no limit ends before them. A file with several names (a link, overlapping patterns) is read once, under the first."""
+        """Sorted by name, the files of a given split first, so that no limit ends before them. A file with several
+        names (a link, overlapping patterns) is read once, under the first."""
         found: dict[str, tuple[Path, str | None]] = {}
         for split, patterns in (("tune", self.tune), ("test", self.test), (None, self.files)):
             paths = {path for pattern in patterns or [] for path in matches(pattern, place)}
