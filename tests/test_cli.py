@@ -199,7 +199,9 @@ def test_the_generated_recall_task_goes_through_the_same_stages(folder, two_figu
     assert (out / "figures" / "recall.pdf").exists()
 
 
-def test_no_study_reads_its_own_output_or_its_cache_and_a_worker_reads_no_text(tmp_path, monkeypatch, capsys, two_figures):
+def test_no_study_reads_its_own_output_or_its_cache_and_a_worker_reads_no_text(
+    tmp_path, monkeypatch, capsys, two_figures
+):
     write_texts(tmp_path)
     (tmp_path / "texts" / "0.md").write_text("# A heading\n" * 99)
     (tmp_path / "texts" / "0.jsonl").write_text('{"text": "A row"}\n' * 99)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from texts import refusal
 
-from train import corpus as module
 from train.corpus import MANY_DOCUMENTS, SPLITS, Splitter, pieces
 from train.sources import Place, files, parse
 from train.sources.installed import stdlib
@@ -122,7 +121,7 @@ def test_the_split_does_not_depend_on_where_the_files_lie(tmp_path):
     here, there = write(tmp_path / "here", many()), write(tmp_path / "quite/another/place", many())
     relative = read(there, files=["part-2/*.txt", "part-0/*.txt", "part-1/*.txt", "part-1/*"])
     assert relative == read(files=[f"{here}/**/*.txt"])
-    assert sorted(sum(relative.values(), [])) == sorted(many().values())
+    assert sorted(itertools.chain(*relative.values())) == sorted(many().values())
     assert all(0.02 * MANY_DOCUMENTS < len(relative[split]) < 0.1 * MANY_DOCUMENTS for split in SPLITS[1:])
 
 
@@ -179,7 +178,7 @@ def test_what_studies_and_caches_hold_is_no_text(tmp_path):
     write(tmp_path, {f"cache/{name}": "{}" for name in (f"latest-{16 * 'f'}.json", f"tokens-{16 * '0'}.lock")})
     for pattern, texts in (("**/*.md", ["text"]), ("**/*.jsonl", ["row"]), ("**/*", ["text", "row"])):
         found = read(tmp_path, output=tmp_path / "runs" / "now", files=[pattern])
-        assert sorted(sum(found.values(), [])) == sorted(texts), pattern
+        assert sorted(itertools.chain(*found.values())) == sorted(texts), pattern
 
 
 # What is in them
@@ -229,8 +228,16 @@ def wrong_files():
         data = COMPRESS[suffix](lines)
         for name, content in (("cut", data[:-9]), ("junk", data + b"junk"), ("none", lines)):
             yield f"{name}.jsonl{suffix}", content, f"{name}.jsonl{suffix} is damaged, or is not what its name says"
-        yield f"bits.jsonl{suffix}", data[:99] + b"bits" + data[103:], f"bits.jsonl{suffix}"  # the text may be wrong first
-    for name, content in (("cut", table[:-9]), ("text", b"no parquet"), ("bits", table.replace(b"document 3", b"document \xff"))):
+        yield (
+            f"bits.jsonl{suffix}",
+            data[:99] + b"bits" + data[103:],
+            f"bits.jsonl{suffix}",
+        )  # the text may be wrong first
+    for name, content in (
+        ("cut", table[:-9]),
+        ("text", b"no parquet"),
+        ("bits", table.replace(b"document 3", b"document \xff")),
+    ):
         yield f"{name}.parquet", content, f"{name}.parquet is damaged, or is not what its name says, near byte "
 
 
@@ -264,7 +271,11 @@ def test_an_unreadable_file_is_one_line(tmp_path):
 
 def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     write(tmp_path, {"a.parquet": rows(TEXTS)[".parquet"], "b.txt.zst": b""})
-    for name, section in (("pyarrow", {"files": ["*.parquet"]}), ("zstandard", {"files": ["*.zst"]}), ("datasets", {"hf": "x"})):
+    for name, section in (
+        ("pyarrow", {"files": ["*.parquet"]}),
+        ("zstandard", {"files": ["*.zst"]}),
+        ("datasets", {"hf": "x"}),
+    ):
         monkeypatch.setitem(sys.modules, name, None)
         assert "uv sync --extra data" in refusal(read, tmp_path, **section)
 
@@ -281,7 +292,7 @@ def test_environment_is_the_text_of_installed_packages(tmp_path, monkeypatch):
     write(tmp_path, texts)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     found = read(name="environment")
-    assert len(sum((found[split] for split in SPLITS), [])) == MANY_DOCUMENTS + 4
+    assert sum(len(found[split]) for split in SPLITS) == MANY_DOCUMENTS + 4
     assert [found[split].count("# x\n" * 50) for split in SPLITS].count(0) == 2
     assert any("\xe9" in text for texts in found.values() for text in texts)
     assert found[None] == [""]  # what is no text

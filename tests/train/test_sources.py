@@ -56,7 +56,9 @@ def test_a_data_set_on_the_disk_is_read_by_the_library(tmp_path, make):
     assert documents(tokens) == sorted(ROWS["text"])
     assert all(2 < getattr(tokens, f"{split}")[:].tolist().count(256) < 40 for split in SPLITS[1:])
     assert tokens.facts["name"] == "data"
-    assert "has no 'body', but id, text: name the one with text" in refusal(load, tmp_path, {"hf": "data", "column": "body"})
+    assert "has no 'body', but id, text: name the one with text" in refusal(
+        load, tmp_path, {"hf": "data", "column": "body"}
+    )
     assert "a int in 'id'" in refusal(load, tmp_path, {"hf": "data", "column": "id"})
     if make is not saved:  # which has no splits
         message = refusal(load, tmp_path, {"hf": "data", "split": "tset"})
@@ -137,7 +139,9 @@ def test_tokens_made_elsewhere_are_used_where_they_lie(tmp_path, form, monkeypat
     """nanoGPT's raw files and llm.c's header; of one held-out file the halves are `tune` and `test`."""
     write(tmp_path, x_train_0=form(TRAIN[:3000]), x_train_1=form(TRAIN[3000:]), x_val=form(VAL), train_none=b"")
     tokens = load(tmp_path, TOKENS)
-    assert [getattr(tokens, split)[:].tolist() for split in SPLITS] == [part.tolist() for part in (TRAIN, VAL[:1000], VAL[1000:])]
+    assert [getattr(tokens, split)[:].tolist() for split in SPLITS] == [
+        part.tolist() for part in (TRAIN, VAL[:1000], VAL[1000:])
+    ]
     assert tokens.facts["bytes"] == (TRAIN != 256).sum() + (VAL != 256).sum()
     assert not list(tokens.folder.glob("*.bin"))
     monkeypatch.setattr(token_files, "checked", lambda *_: pytest.fail("read again"))
@@ -175,7 +179,10 @@ def beyond(at):
     ("train", "message"),
     [
         (header(TRAIN, 20230101), "train.bin: unknown magic number 20230101 at byte 0; known are 20240520"),
-        (header(TRAIN)[:-2], "train.bin is cut short or damaged: its header (byte 8) says 5,000 tokens of uint16, and 9,998"),
+        (
+            header(TRAIN)[:-2],
+            "train.bin is cut short or damaged: its header (byte 8) says 5,000 tokens of uint16, and 9,998",
+        ),
         (header(TRAIN, count=4999), "(byte 8) says 4,999 tokens"),
         (header(TRAIN, 20240801), "train.bin has uint32 by its magic number, the vocabulary needs uint16"),
         (TRAIN.tobytes()[:-1], "train.bin has 9,999 bytes, no whole number of uint16 ids; is it cut short?"),
@@ -208,7 +215,9 @@ def test_the_corpus_names_the_tokenizer_of_its_tokens(tmp_path):
     assert study.tokenizer.name == "bytes"
     assert parse_study(study.model_dump(exclude_unset=True)) == study == parse_study(study.model_dump())
     for wrong in ({"tokenizer": {"name": "gpt2"}}, {"tokenizer": {"name": "bpe", "vocab_size": 512}}):
-        assert "tokenizer: the corpus is in tokens of 'bytes' already" in refusal(parse_study, {"corpus": TOKENS} | wrong)
+        assert "tokenizer: the corpus is in tokens of 'bytes' already" in refusal(
+            parse_study, {"corpus": TOKENS} | wrong
+        )
     assert "in tokens of 'bytes' already" in refusal(parse_study, {"corpus": TOKENS}, ["tokenizer.name=gpt2"])
 
 

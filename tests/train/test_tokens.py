@@ -25,6 +25,7 @@ from train.tokens import Tokens, default_cache_dir
 
 TRAIN = [f"def f{n}(x):\n    return x + {n}  # \xe9\n" * (1 + n % 20) for n in range(50)]
 TEXTS = {"train": TRAIN, "tune": ["print(f1(2))\n" * 30, ""], "test": ["<|endoftext|> is text here\n"]}
+COUNTED = "train", "tune", "val"  # what results call the splits
 BYTES, BPE = {"name": "bytes"}, {"name": "bpe", "vocab_size": 300}
 
 
@@ -76,19 +77,18 @@ def test_tokens_decode_to_the_documents_each_with_its_end(folder, tokenizer):
     for split, texts in TEXTS.items():
         ids = getattr(tokens, split)[:]
         assert documents(ids, encoding) == list(filter(None, texts))
-        assert ids.tolist() == [n for text in texts if text for n in [*encoding.encode_ordinary(text), tokens.end_of_text]]
+        assert ids.tolist() == [
+            n for text in texts if text for n in [*encoding.encode_ordinary(text), tokens.end_of_text]
+        ]
         assert ids.dtype == np.uint16
     assert tokens.n_vocab == tokenizer.get("vocab_size", 257)
     facts = json.loads(json.dumps(tokens.facts))
     assert facts == tokens.facts
-    counts = {facts.pop(f"{name}_tokens"): len(getattr(tokens, split)) for name, split in COUNTED.items()}
-    assert list(counts) == list(counts.values())
+    counts = [facts.pop(f"{name}_tokens") for name in COUNTED]
+    assert counts == [len(getattr(tokens, split)) for split in TEXTS]
     size = sum(len(text.encode()) for texts in TEXTS.values() for text in texts)
     assert facts.pop("bytes_per_token") == size / sum(counts)
     assert facts == {"name": "files", "fingerprint": facts["fingerprint"], "bytes": size, "documents_without_text": 1}
-
-
-COUNTED = {"train": "train", "tune": "tune", "val": "test"}
 
 
 def test_a_large_vocabulary_gets_wide_ids(folder, monkeypatch):
@@ -136,7 +136,8 @@ def test_reading_ends_with_the_document_that_reaches_the_limit(folder, monkeypat
     read = np.cumsum([len(text.encode()) for text in TRAIN])  # up to the end of each document
     for key, counts in (("limit_bytes", held_out + read), ("limit_tokens", read + np.arange(1, len(read) + 1))):
         for limit in (1, int(counts[5]), int(counts[5]) + 1, int(counts[-1]) + 1):
-            expected = TRAIN[: int(np.searchsorted(counts, limit)) + 1] if limit > held_out or key != "limit_bytes" else []
+            reached = key == "limit_bytes" and limit <= held_out  # before any text to train on
+            expected = [] if reached else TRAIN[: int(np.searchsorted(counts, limit)) + 1]
             for size in (1, 4000):
                 monkeypatch.setattr(shards, "SHARD_BYTES", size)
                 shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -205,15 +206,16 @@ def killed_at(step, folder):
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(folder, monkeypatch):
     """Before and after each file has its name; and again and again, further each time."""
     whole, cache = load(folder, BPE), folder / "cache"
-    expected, encoded = content(whole.folder), shards.encoded
+    expected, encode, numbers = content(whole.folder), shards.encoded, []
+    monkeypatch.setattr(shards, "encoded", lambda items, e: encode((numbers.append(i) or i for i in items), e))
     shutil.rmtree(cache)
     step = 0
     while killed_at(step, folder):
-        done, numbers = len(list(cache.glob("tokens-*/0*.json"))), []
-        monkeypatch.setattr(shards, "encoded", lambda each, e: encoded(map(lambda i: numbers.append(i) or i, each), e))
+        done = len(list(cache.glob("tokens-*/0*.json")))  # shards, each of at least an item
+        numbers.clear()
         load(folder, BPE)
         assert content(whole.folder) == expected
-        assert len(numbers) <= len(TRAIN) + 3 - done  # of items
+        assert len(numbers) <= len(TRAIN) + 3 - done
         shutil.rmtree(cache)
         step += 1
     assert step > 2 * len(expected)
@@ -229,7 +231,11 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(folder, monkeypatch):
 def test_damaged_files_are_made_again(folder, name):
     tokens = load(folder, BPE)
     expected = content(tokens.folder)
-    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-2]), Path.unlink, lambda path: path.write_bytes(b"[]")):
+    for damage in (
+        lambda path: path.write_bytes(path.read_bytes()[:-2]),
+        Path.unlink,
+        lambda path: path.write_bytes(b"[]"),
+    ):
         for path in [*tokens.folder.glob(name), tokens.folder / "manifest.json"]:
             if path.exists():
                 damage(path)
