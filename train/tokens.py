@@ -135,6 +135,8 @@ def open_or_build(
         if changed := changed_files(read_json(latest).get("files", []), files):
             console.print(f"corpus: {changed}; the text is read again", markup=False, soft_wrap=True)
         write_json(latest, {"files": files})
+        for path in folder.glob("*.tmp"):  # of a process that was killed
+            path.unlink()
         write_json(folder / "manifest.json", manifest | build(folder))
     return open_tokens(folder)
 
