@@ -56,8 +56,7 @@ def documents(ids, tokenizer):
 
 
 def content(folder):
-    """Of a tokens folder, without what a kill leaves behind."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".tmp"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @given(sizes=st.lists(st.integers(0, 5), min_size=1), places=st.slices(20))
@@ -252,7 +251,7 @@ def test_a_mistake_in_the_text_keeps_the_shards_before_it(folder, monkeypatch):
     section = {"files": ["train.jsonl"], "test": ["test.jsonl"], "tune": ["test.jsonl"]}
     for _ in range(2):
         assert f"train.jsonl:{len(TRAIN) + 1} is not JSON" in refusal(load, folder, **section)
-        assert len(list(folder.glob("cache/tokens-*/*.bin"))) > 3
+        assert len(list(folder.glob("cache/tokens-*/*.bin"))) >= 3
     (folder / "none.txt").touch()
     assert "corpus: empty, there is no text to train on" in refusal(load, folder, files=["none.txt"])
 
