@@ -21,6 +21,7 @@ DMCS = [
 ]
 SHORT = "dmc-0.25-tokens-2048-lr-0.001"
 STUDY = MINIATURE | {
+    "corpus": {"files": ["texts/*.txt"], "tune": ["texts/1*.txt"], "test": ["texts/2*.txt"]},
     "model": MINIATURE["model"] | {"context": 32},
     "variants": [{"arch": "mha"}, {"arch": "mla", "kv_rank": 8, "rope_dim": 4}],
     "train": {"tokens": 20_480, "batch_tokens": 512, "lr": 0.005, "warmup_tokens": 1024, "checkpoint_steps": 50}
