@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, ClassVar
 
@@ -65,7 +65,7 @@ class Corpus(TextSource):
         if kind in NOT_TEXT:
             raise InputError(f"corpus: {path} is no text: {NOT_TEXT[kind]}, or leave it out by other patterns")
         read = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}.get(kind, read_text)
-        reader = functools.partial(with_errors, read, path, name, self.column)
+        reader = functools.partial(read, path, name, self.column)
         one = read is read_text
         return Part(str(path), reader, stat.st_size, stat.st_mtime_ns, split, has_one=one)
 
@@ -99,30 +99,24 @@ def is_written_by_a_study(folder: Path, output: Path | None) -> bool:
 # What is in a file
 
 
-def with_errors(read: Callable, path: Path, name: str, column: str, part: Part) -> Iterator[Document]:
-    """The documents of a file. InputError where it cannot be read or is damaged."""
-    try:
-        yield from read(path, name, column, part)
-    except OSError as e:
-        if isinstance(e, gzip.BadGzipFile):
-            raise damaged(path, part, e) from None
-        raise InputError(f"corpus: cannot read {path}: {e.strerror or e}") from None
-
-
 def damaged(path: Path, part: Part, error: Exception | str) -> InputError:
     problem = f"is damaged, or is not what its name says, near byte {part.done:,} of {part.size:,}"
     return InputError(f"corpus: {path} {problem} ({str(error).splitlines()[0]}); restore it or leave it out")
 
 
 def blocks(path: Path, part: Part) -> Iterator[bytes]:
-    """The content of a file, decompressed. InputError where it is damaged."""
-    with path.open("rb") as file:
-        try:
+    """The content of a file, decompressed. InputError where it cannot be read or is damaged."""
+    try:
+        with path.open("rb") as file:
             for block in DECOMPRESS.get(path.suffix, _plain)(file):
                 part.done = file.tell()
                 yield block
-        except (EOFError, zlib.error, ValueError) as e:
-            raise damaged(path, part, e) from None
+    except InputError:
+        raise
+    except (EOFError, zlib.error, ValueError, gzip.BadGzipFile) as e:
+        raise damaged(path, part, e) from None
+    except OSError as e:
+        raise InputError(f"corpus: cannot read {path}: {e.strerror or e}") from None
 
 
 def _plain(file: BinaryIO) -> Iterator[bytes]:
@@ -224,6 +218,7 @@ def read_parquet(path: Path, name: str, column: str, part: Part) -> Iterator[Doc
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise InputError(f"corpus: reading {path} needs pyarrow: uv sync --extra data installs it") from None
+    next(blocks(path, part), None)  # InputError if it cannot be read
     with tempfile.TemporaryFile() as whole:  # a compressed file, as parquet is not read from its start
         if path.suffix in DECOMPRESS:
             whole.writelines(blocks(path, part))

@@ -55,7 +55,7 @@ def environment() -> dict[str, Path]:
         for root in roots
         for folder, _, entries in os.walk(root)
         for entry in entries
-        if entry.endswith(ENVIRONMENT)
+        if entry.endswith(ENVIRONMENT) and (Path(folder) / entry).is_file()  # no link to nothing
     }
 
 
