@@ -226,6 +226,7 @@ def wrong_files():
     yield "list.jsonl", "[1]", "list.jsonl:1 is no object"
     for suffix in (".gz", ".zst"):
         data = COMPRESS[suffix](lines)
+        yield f"none.txt{suffix}", lines, f"none.txt{suffix} is damaged, or is not what its name says"
         for name, content in (("cut", data[:-9]), ("junk", data + b"junk"), ("none", lines)):
             yield f"{name}.jsonl{suffix}", content, f"{name}.jsonl{suffix} is damaged, or is not what its name says"
         yield (
@@ -262,11 +263,13 @@ def test_patterns_without_files_are_one_line(tmp_path):
     assert "no file matches 'gone.txt'" in refusal(read, tmp_path, files=["gone.txt"])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_one_line(tmp_path):
-    write(tmp_path, {"a.txt": "a"})
-    (tmp_path / "a.txt").chmod(0)
-    assert "a.txt: Permission denied" in refusal(read, tmp_path)
+def test_an_unreadable_file_is_one_line(tmp_path, monkeypatch):
+    """Root reads all files, so that a refusal is played."""
+    names = [f"a{kind}{suffix}" for kind in (".txt", ".jsonl", ".parquet") for suffix in COMPRESS]
+    write(tmp_path, dict.fromkeys(names, "a"))
+    monkeypatch.setattr(Path, "open", lambda *_: os.open("/", os.O_RDWR))
+    for name in names:
+        assert f"cannot read {tmp_path / name}: Is a directory" in refusal(read, tmp_path, files=[name])
 
 
 def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
@@ -290,6 +293,7 @@ def test_environment_is_the_text_of_installed_packages(tmp_path, monkeypatch):
         "a.dist-info/LICENSE.md": "free " * 40,
     } | {f"c/{n}.rst": f"text number {n} " * 9 for n in range(MANY_DOCUMENTS)}
     write(tmp_path, texts)
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     found = read(name="environment")
     assert sum(len(found[split]) for split in SPLITS) == MANY_DOCUMENTS + 4

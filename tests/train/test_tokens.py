@@ -157,7 +157,7 @@ def test_the_second_start_reads_no_text_and_a_worker_needs_the_folder_alone(fold
     assert isinstance(first.train.arrays[1], np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         first.train.arrays[1][0] = 0
-    monkeypatch.setattr(files, "with_errors", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(files, "blocks", lambda *_: pytest.fail("read again"))
     second = load_data(study, folder / "study.yaml", folder / "out")
     for path in folder.glob("*.jsonl"):
         path.unlink()
