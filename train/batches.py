@@ -69,7 +69,7 @@ class TrainingBatches(Dataset):
         if epoch != self._epoch:
             rng = np.random.default_rng((self.seed, epoch))
             self._offset = rng.integers(len(self.tokens) - self.per_epoch * self.context)
-            self._order = rng.permutation(self.per_epoch)
+            self._order = rng.permutation(np.arange(self.per_epoch, dtype=np.uint32))
             self._epoch = epoch
         return int(self._offset + self._order[place] * self.context)
 

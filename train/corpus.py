@@ -10,13 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
-
-from pydantic import Field
-
-from train.batches import TrainingData
-from train.sections import Count, TokenizerConfig
-from train.sources import Place, Source
+from typing import NamedTuple
 
 SPLITS = "train", "tune", "test"
 MANY_DOCUMENTS = 200  # of as many, a split of 5 % gets none once in 28,000 corpora
@@ -64,32 +58,6 @@ class Item(NamedTuple):
     ends: bool
 
 
-class TextSource(Source):
-    """A source of text. `held_out`: the share of documents in each of `tune` and `test`. With a limit, reading ends
-    with the document that reaches it: `limit_bytes` of text, `limit_tokens` of training text."""
-
-    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    limit_bytes: Count | None = None
-    limit_tokens: Count | None = None
-
-    def parts(self, place: Place) -> list[Part]:
-        """All parts, in an order that does not depend on the machine. InputError says what to change."""
-        raise NotImplementedError
-
-    def identity(self, place: Place) -> list[list]:
-        """[name, size, modified, split] of each part: what tells without reading it whether the text has changed."""
-        return [part.identity for part in self.parts(place)]
-
-    def title(self) -> str:
-        """The name of the corpus in results."""
-        return self.key
-
-    def load(self, tokenizer: TokenizerConfig, place: Place) -> TrainingData:
-        from train.shards import prepare
-
-        return prepare(self, tokenizer, place)
-
-
 class Splitter:
     """Cuts the documents of a corpus into items and gives each its split."""
 
@@ -129,9 +97,9 @@ class Splitter:
                 yield split, (text for _, text in texts)
 
     def placed(self, document: Document, size: int) -> Iterator[tuple[str, str]]:
-        """(split, text) for pieces of at most a hundredth of the document, cut before line ends where there are."""
-        start = 0
-        for text in pieces(document.chunks(), max(1, min(PIECE_CHARS, size // 100))):
+        """(split, text) for short pieces of the document, cut before line ends where there are."""
+        start, most = 0, int(size * min(self.shares.values()) / 5)
+        for text in pieces(document.chunks(), max(1, min(PIECE_CHARS, most))):
             yield self.split_at(start / size), text
             start += len(text)
 

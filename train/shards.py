@@ -18,33 +18,37 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from train.corpus import SPLITS, Item, Part, Splitter, TextSource
+from train.corpus import SPLITS, Item, Part, Splitter
 from train.errors import InputError
 from train.files import read_json, write_atomic, write_json
 from train.machine import cores
 from train.progress import StudyProgress
 from train.sections import TokenizerConfig
-from train.sources import Place
 from train.tokenizer import load_tokenizer
-from train.tokens import TokenSet, content_hash, open_or_build
+from train.tokens import content_hash
 
-SHARD_BYTES = 2**27  # of text
+SHARD_BYTES = 2**27  # of text; fingerprints of files that are in two shards depend on it
 GROUP_CHARS, GROUP_ITEMS = 2**18, 1024  # encoded together, at most
 SAMPLE_PARTS, SAMPLE_READ, SAMPLE_CHARS = 1024, 32_000_000, 8_000_000  # parts and characters for a vocabulary
 
 
-def prepare(source: TextSource, tokenizer: TokenizerConfig, place: Place) -> TokenSet:
-    """The tokens of a text source. InputError says what is wrong with the text; the shards before it are kept."""
-
-    def build(folder: Path) -> dict:
-        parts = source.parts(place)
-        splitter = Splitter(parts, source.held_out)
-        encoding = load_tokenizer(tokenizer, folder, lambda: sample(parts, splitter))
-        with StudyProgress("tokenising", sum(part.size for part in parts)) as progress:
-            shards = write_shards(source, parts, splitter, encoding, folder, progress)
-        return manifest(source, parts, shards, token_type(encoding))
-
-    return open_or_build(source, tokenizer, source.identity(place), place, build)
+def tokenise(
+    title: str,
+    parts: Sequence[Part],
+    held_out: float,
+    tokenizer: TokenizerConfig,
+    folder: Path,
+    limit_bytes: int | None = None,
+    limit_tokens: int | None = None,
+) -> dict:
+    """Writes the tokens of a text into a folder, as far as they are not there yet; returns what its manifest says of
+    them. Ends with the document that reaches a limit (of text, of tokens in `train`)."""
+    splitter = Splitter(parts, held_out)
+    encoding = load_tokenizer(tokenizer, folder, lambda: sample(parts, splitter))
+    limits = limit_bytes or math.inf, limit_tokens or math.inf
+    with StudyProgress("tokenising", sum(part.size for part in parts)) as progress:
+        shards = write_shards(parts, splitter, encoding, folder, progress, *limits)
+    return manifest(title, parts, shards, token_type(encoding))
 
 
 def sample(parts: Sequence[Part], splitter: Splitter) -> list[str]:
@@ -115,18 +119,18 @@ def whole_shards(folder: Path, dtype: np.dtype) -> list[dict]:
 
 
 def write_shards(
-    source: TextSource,
     parts: Sequence[Part],
     splitter: Splitter,
     encoding: tiktoken.Encoding,
     folder: Path,
     progress: StudyProgress,
+    most_text: float,
+    most_tokens: float,
 ) -> list[dict]:
     """Writes the shards that are missing; what is known of all of them."""
     shards = whole_shards(folder, token_type(encoding))
     ends, is_last = (tuple(shards[-1]["ends"]), shards[-1]["is_last"]) if shards else ((0, 0), False)
     text, trained_on = (sum(about["text_bytes"] for about in shards), sum(about["tokens"]["train"] for about in shards))
-    most_text, most_tokens = source.limit_bytes or math.inf, source.limit_tokens or math.inf
     show = progress_of(parts, ends[0], progress)
     shard = Shard()
     for n, k, item, ids in [] if is_last else encoded(items(parts, splitter, *ends), encoding):
@@ -207,7 +211,7 @@ def progress_of(parts: Sequence[Part], first: int, progress: StudyProgress) -> C
     return show
 
 
-def manifest(source: TextSource, parts: Sequence[Part], shards: list[dict], dtype: np.dtype) -> dict:
+def manifest(title: str, parts: Sequence[Part], shards: list[dict], dtype: np.dtype) -> dict:
     """What the manifest says of shards that are all there. InputError if they have no text."""
     text = sum(about["text_bytes"] for about in shards)
     if not text:
@@ -224,7 +228,7 @@ def manifest(source: TextSource, parts: Sequence[Part], shards: list[dict], dtyp
     digests = [digest for about in shards for digest in about["digests"]]
     by_part = {n: [digest for _, digest in group] for n, group in itertools.groupby(digests, lambda pair: pair[0])}
     facts = {
-        "name": source.title(),
+        "name": title,
         "fingerprint": content_hash([digest for _, digest in digests]),
         "bytes": text,
         "train_tokens": counts["train"],

@@ -21,9 +21,10 @@ from archs.techniques import from_settings
 from train import sources
 from train.batches import TrainingData
 from train.errors import InputError
+from train.files import read_json
 from train.sections import Amount, Count, Counts, Positive, Section, Seed, TokenizerConfig, distinct, whole
 from train.store import STUDIES
-from train.tokens import open_tokens
+from train.tokens import MANIFEST, open_tokens
 
 MERGED = "model", "train", "eval"  # sections that a study overrides key by key; it replaces the others as a whole
 MODEL_KEYS = [name for name in Options.model_fields if name != "vocab_size"]
@@ -285,6 +286,7 @@ def load_data(study: Study, study_file: Path, output: Path, folder: str | None =
     """The study's corpus in tokens, or its generated task. Files are looked for in the folder of `study_file`, then in
     the current one, not in `output`. If all tokens are in `folder`, they are opened without a look at any text.
     InputError says what to change."""
-    if folder and (tokens := open_tokens(Path(folder))):
+    same = folder and read_json(Path(folder) / MANIFEST).get("corpus") == study.corpus.model_dump()
+    if same and (tokens := open_tokens(Path(folder))):
         return tokens
     return study.corpus.load(study.tokenizer, sources.Place([study_file.resolve().parent, Path.cwd()], output))

@@ -32,7 +32,8 @@ from train.sections import TokenizerConfig
 from train.sources import Place, Source
 from train.tokenizer import load_tokenizer, token_bytes
 
-FORMAT = 2  # to be raised when the same text gives other tokens
+FORMAT = 3  # to be raised when the same text gives other tokens
+MANIFEST = "manifest.json"
 
 
 class Tokens:
@@ -137,14 +138,22 @@ def open_or_build(
         write_json(latest, {"files": files})
         for path in folder.glob("*.tmp"):  # of a process that was killed
             path.unlink()
-        write_json(folder / "manifest.json", manifest | build(folder))
+        try:
+            write_json(folder / MANIFEST, manifest | build(folder))
+        except OSError as e:
+            advice = "make room there or set KVFRONTIER_CACHE; what was written is kept"
+            raise InputError(f"cannot write tokens to {folder}: {e.strerror or e}; {advice}") from None
     return open_tokens(folder)
 
 
 def open_tokens(folder: Path) -> TokenSet | None:
     """The tokens that a folder has the manifest of, without a look at any text; None if they are not all there."""
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / MANIFEST)
     try:
+        changes = {name: tuple(rest) for name, *rest, _ in manifest["files"]}
+        for name in changes.keys() & set(manifest["paths"]):  # tokens that lie elsewhere
+            if changes[name] != (os.stat(name).st_size, os.stat(name).st_mtime_ns):
+                return None
         dtype, splits = np.dtype(manifest["dtype"]), []
         paths = [folder / path for path in manifest["paths"]]
         files = [np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8) for path in paths]

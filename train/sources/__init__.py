@@ -55,8 +55,8 @@ def parse(given: Any) -> Source:
     Settings.check(isinstance(given, dict), f"must be a mapping of keys to values, not {given!r}; {allowed}")
     given = {key: value for key, value in given.items() if value not in (None, [])}
     chosen = [key for key in ("name", *keys) if key in given]
-    if not chosen and given:
-        first = next(iter(given))
+    known = {field for kind in kinds() for field in kind.model_fields}
+    if first := next((key for key in given if not chosen and key not in known), None):
         raise SettingsError(first, lambda path: f"unknown key {path!r}: {allowed}{hint(first, ['name', *keys])}")
     Settings.check(len(chosen) == 1, f"has {' and '.join(chosen) or 'no source'}: {allowed}")
     name = str(given.get("name"))

@@ -16,14 +16,17 @@ from typing import Annotated, Any, BinaryIO, ClassVar
 
 from pydantic import AfterValidator
 
-from train.corpus import Document, Part, TextSource
+from train.corpus import Document, Part
 from train.errors import InputError
+from train.files import read_json
 from train.sections import distinct
 from train.sources import Place
+from train.sources.text import TextSource
 from train.store import PLAN
 
 BLOCK = 2**20
 ROWS = 128  # of a parquet file in memory
+DEEPEST = 64  # folders in each other
 NOT_TEXT = {  # suffixes, and what to do with such a file
     ".json": "write a document a line as .jsonl",
     ".csv": "write a document a line as .jsonl",
@@ -50,18 +53,20 @@ class Corpus(TextSource):
     def parts(self, place: Place) -> list[Part]:
         """Sorted by name, the files of a given split first, so that no limit ends before them. A file with several
         names (a link, overlapping patterns) is read once, under the first."""
-        found: dict[str, tuple[Path, str | None]] = {}
+        found: dict[tuple[int, int], tuple[Path, os.stat_result, str | None]] = {}
         for split, patterns in (("tune", self.tune), ("test", self.test), (None, self.files)):
             paths = {path for pattern in patterns or [] for path in matches(pattern, place)}
             for path in sorted(paths):
-                found.setdefault(os.path.realpath(path), (path, split))
-        root = os.path.commonpath([path.parent for path, _ in found.values()])
-        parts = (self.part(path, Path(root), split) for path, split in found.values())
+                stat = path.stat()
+                found.setdefault((stat.st_dev, stat.st_ino), (path, stat, split))
+        root = os.path.commonpath([path.parent for path, *_ in found.values()])
+        parts = (self.part(path, stat, split, root) for path, stat, split in found.values())
         return sorted(parts, key=lambda part: (part.split is None, part.name))
 
-    def part(self, path: Path, root: Path, split: str | None) -> Part:
-        name, stat = path.relative_to(root).as_posix(), path.stat()
-        kind = path.with_suffix("").suffix if path.suffix in DECOMPRESS else path.suffix
+    def part(self, path: Path, stat: os.stat_result, split: str | None, root: str) -> Part:
+        name, kind = path.relative_to(root).as_posix(), suffix(path)
+        if kind in DECOMPRESS:
+            kind = suffix(path.with_suffix(""))
         if kind in NOT_TEXT:
             raise InputError(f"corpus: {path} is no text: {NOT_TEXT[kind]}, or leave it out by other patterns")
         read = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}.get(kind, read_text)
@@ -70,13 +75,22 @@ class Corpus(TextSource):
         return Part(str(path), reader, stat.st_size, stat.st_mtime_ns, split, has_one=one)
 
 
+def suffix(path: Path) -> str:
+    return path.suffix.lower()
+
+
 def matches(pattern: str, place: Place) -> list[Path]:
     """The files that a pattern means, without what studies have written. InputError if there are none."""
     expanded = os.path.expanduser(pattern)
     for folder in place.folders:
         # A name that exists is meant literally, whatever brackets it has in it.
-        found = [expanded] if (folder / expanded).is_file() else glob.glob(expanded, root_dir=folder, recursive=True)
-        paths = [Path(os.path.abspath(folder / name)) for name in found if (folder / name).is_file()]
+        found = glob.iglob(expanded, root_dir=folder, recursive=True)
+        paths = []
+        for name in [expanded] if (folder / expanded).is_file() else found:
+            if name.count(os.sep) > DEEPEST:
+                raise InputError(f"corpus: {pattern!r} leads through links in a circle: {name[:60]}...; name files")
+            if (folder / name).is_file():
+                paths.append(Path(os.path.abspath(folder / name)))
         paths = [path for path in paths if not any(map(CACHED.fullmatch, path.parts))]
         if paths := [path for path in paths if not is_written_by_a_study(path.parent, place.output)]:
             return paths
@@ -91,7 +105,7 @@ def matches(pattern: str, place: Place) -> list[Path]:
 @functools.lru_cache(maxsize=2**16)
 def is_written_by_a_study(folder: Path, output: Path | None) -> bool:
     """True for folders in a study's directory."""
-    if (output and folder == Path(os.path.abspath(output))) or (folder / PLAN).exists():
+    if (output and folder == Path(os.path.abspath(output))) or {"runs", "settings"} <= read_json(folder / PLAN).keys():
         return True
     return folder != folder.parent and is_written_by_a_study(folder.parent, output)
 
@@ -108,7 +122,7 @@ def blocks(path: Path, part: Part) -> Iterator[bytes]:
     """The content of a file, decompressed. InputError where it cannot be read or is damaged."""
     try:
         with path.open("rb") as file:
-            for block in DECOMPRESS.get(path.suffix, _plain)(file):
+            for block in DECOMPRESS.get(suffix(path), _plain)(file):
                 part.done = file.tell()
                 yield block
     except InputError:
@@ -135,7 +149,7 @@ def _zstd(file: BinaryIO) -> Iterator[bytes]:
     frame = None
     for block in _plain(file):
         while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             try:
                 if content := frame.decompress(block):  # an empty block would be taken for the end
                     yield content
@@ -202,7 +216,9 @@ def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
 def row_document(row: Mapping[str, Any], column: str, where: str, name: str) -> Document:
     """The document in a row's column. InputError, with `where`, if that has something else than text or null."""
     if column not in row:
-        raise InputError(f"corpus: {where} has no {column!r}, but {', '.join(row)}: name the one with text as column")
+        raise InputError(
+            f"corpus: {where} has no {column!r}, but {', '.join(row) or 'nothing'}: name the one with text as column"
+        )
     text = row[column]
     if text is None:
         text = ""
@@ -220,11 +236,11 @@ def read_parquet(path: Path, name: str, column: str, part: Part) -> Iterator[Doc
         raise InputError(f"corpus: reading {path} needs pyarrow: uv sync --extra data installs it") from None
     next(blocks(path, part), None)  # InputError if it cannot be read
     with tempfile.TemporaryFile() as whole:  # a compressed file, as parquet is not read from its start
-        if path.suffix in DECOMPRESS:
+        if suffix(path) in DECOMPRESS:
             whole.writelines(blocks(path, part))
             whole.seek(0)
         try:
-            file = parquet.ParquetFile(whole if path.suffix in DECOMPRESS else path, pre_buffer=False)
+            file = parquet.ParquetFile(whole if suffix(path) in DECOMPRESS else path, pre_buffer=False)
             names, rows = file.schema_arrow.names, file.metadata.num_rows
             if column not in names:
                 row_document(dict.fromkeys(names), column, str(path), name)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from train.corpus import Document, Part, TextSource
+from pydantic import Field
+
+from train.corpus import Document, Part
 from train.errors import InputError
 from train.progress import console
 from train.sources import Place
 from train.sources.files import row_document
+from train.sources.text import TextSource
 
 
 class Corpus(TextSource):
@@ -19,7 +22,7 @@ class Corpus(TextSource):
     `config`, `split` and `revision` are those of `datasets.load_dataset`; `column` has the text."""
 
     key: ClassVar[str] = "hf"
-    hf: str
+    hf: str = Field(min_length=1)
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -36,18 +39,21 @@ class Corpus(TextSource):
     def identity(self, place: Place) -> list[list]:
         """The files of a folder; of the Hub's data sets nothing is asked again: give a `revision` to be sure."""
         folder = self.folder(place)
+        if folder and place.output and Path(os.path.abspath(place.output)).is_relative_to(os.path.abspath(folder)):
+            raise InputError(f"corpus: hf {folder} has the study's own output in it; choose another place with --out")
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
         return [[str(path), path.stat().st_size, path.stat().st_mtime_ns, None] for path in files]
 
     def parts(self, place: Place) -> list[Part]:
-        data = self.open(self.folder(place))
+        folder = self.folder(place)
+        data = self.open(folder)
         if not hasattr(data, "num_shards"):  # it is not streamed, but memory-mapped
             data = data.to_iterable_dataset(num_shards=max(1, min(len(data), len(data.cache_files))))
-        names = data.column_names
-        if names and self.column not in names:
-            row_document(dict.fromkeys(names), self.column, self.hf, "")
-        count = data.num_shards
-        where = f"{self.hf}/{self.split}"
+        if names := data.column_names:
+            if self.column not in names:
+                row_document(dict.fromkeys(names), self.column, self.hf, "")
+            data = data.select_columns([self.column])
+        count, where = data.num_shards, f"{folder.name if folder else self.hf}/{self.split}"
         return [
             Part(f"{where} {n}/{count}", functools.partial(self.read, data.shard(count, n), f"{where}-{n}"))
             for n in range(count)

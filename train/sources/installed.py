@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from train.corpus import Document, Part, TextSource
+from train.corpus import Document, Part
 from train.sources import Place
+from train.sources.text import TextSource
 
 ENVIRONMENT = ".py", ".rst", ".md", ".txt"
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
@@ -65,7 +66,8 @@ def read_source(path: Path, name: str, is_named: bool, part: Part) -> Iterator[D
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline) if path.suffix == ".py" else ("utf-8", None)
         text = data.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError):
+        text.encode()
+    except (SyntaxError, LookupError, UnicodeError):
         text = ""
-    part.done = len(data)
+    part.done, text = len(data), "" if "\0" in text else text
     yield Document(name, lambda: [text], is_named)

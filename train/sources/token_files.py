@@ -7,6 +7,7 @@ lie; they are read once, to check every id.
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -49,7 +50,7 @@ class Corpus(Source):
     limit_tokens: Count | None = None
 
     def load(self, tokenizer: TokenizerConfig, place: Place) -> TrainingData:
-        paths = sorted({path for pattern in self.tokens for path in matches(pattern, place)})
+        paths = sorted({path for pattern in self.tokens for path in matches(pattern, place) if path.stat().st_size})
         splits = {path: split_of(path) for path in paths}
         if unknown := [path for path, split in splits.items() if split is None]:
             raise InputError(f"corpus: {unknown[0]} has none of train, val and test in its name; name its split so")
@@ -73,12 +74,13 @@ class Corpus(Source):
         segments: dict[str, list] = {split: [] for split in SPLITS}
         left, sizes, digests, text = self.limit_tokens, token_bytes(encoding), [], 0
         for n, (path, file) in enumerate(files.items()):
-            counts = checked(file, encoding, progress)
-            digests.append((str(path), counts[1]))
-            text += int((counts[0] * sizes).sum())
-            taken = file.count if splits[path] != "train" or left is None else min(file.count, left)
-            left = left - taken if splits[path] == "train" and left is not None else left
-            segments[splits[path]].append((n, file.start, taken))
+            if splits[path] == "train" and left is not None:
+                file = file._replace(count=min(file.count, left))
+                left -= file.count
+            counts, digest = checked(file, encoding, progress)
+            digests.append((str(path), digest))
+            text += int((counts * sizes).sum())
+            segments[splits[path]].append((n, file.start, file.count))
         if not segments["test"]:
             segments["tune"], segments["test"] = halves(segments["tune"], next(iter(files.values())).dtype.itemsize)
         counts = {split: sum(count for *_, count in parts) for split, parts in segments.items()}
@@ -89,7 +91,7 @@ class Corpus(Source):
             "train_tokens": counts["train"],
             "tune_tokens": counts["tune"],
             "val_tokens": counts["test"],
-            "bytes_per_token": text / max(1, sum(file.count for file in files.values())),
+            "bytes_per_token": text / max(1, sum(counts.values())),
         }
         dtype = next(iter(files.values())).dtype
         return {
@@ -102,8 +104,8 @@ class Corpus(Source):
 
 
 def split_of(path: Path) -> str | None:
-    words = {"train": "train", "val": "tune", "test": "test"}
-    return next((split for word, split in words.items() if word in path.name.lower()), None)
+    word = re.search(r"(?<![a-z])(train|val|test)", path.name.lower())  # not the one in "constrained"
+    return {"train": "train", "val": "tune", "test": "test"}[word[0]] if word else None
 
 
 def halves(segments: list[tuple[int, int, int]], itemsize: int) -> tuple[list, list]:
