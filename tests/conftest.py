@@ -26,7 +26,7 @@ def pytest_configure(config):
         os.environ["KVFRONTIER_VARIANT"] = variant  # read by helpers.py
 
 
-LONGEST = "workers", "cli", "faults", "plots", "training", "techniques", "ops", "laws", "retrofit"
+LONGEST = "workers", "cli", "faults", "plots", "training", "techniques", "ops", "laws", "tokens", "retrofit"
 
 
 def pytest_collection_modifyitems(items):
