@@ -24,7 +24,7 @@ from train.files import read_json, write_atomic, write_json
 from train.machine import cores
 from train.progress import StudyProgress
 from train.sections import TokenizerConfig
-from train.tokenizer import load_tokenizer
+from train.tokenizer import RANKS, load_tokenizer
 from train.tokens import content_hash
 
 SHARD_BYTES = 2**27  # of text; fingerprints of files that are in two shards depend on it
@@ -38,14 +38,21 @@ def tokenise(
     held_out: float,
     tokenizer: TokenizerConfig,
     folder: Path,
+    last_folder: Path,
+    last_files: list[list],
     limit_bytes: int | None = None,
     limit_tokens: int | None = None,
 ) -> dict:
     """Writes the tokens of a text into a folder, as far as they are not there yet; returns what its manifest says of
-    them. Ends with the document that reaches a limit (of text, of tokens in `train`)."""
+    them. Shards of the last pass over this text, when its files were `last_files`, are used up to the first file that
+    has changed. Ends with the document that reaches a limit (of text, of tokens in `train`)."""
     splitter = Splitter(parts, held_out)
     encoding = load_tokenizer(tokenizer, folder, lambda: sample(parts, splitter))
     limits = limit_bytes or math.inf, limit_tokens or math.inf
+    pairs = zip(last_files, (part.identity for part in parts), strict=False)
+    take_over(
+        last_folder, folder, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)), splitter
+    )
     with StudyProgress("tokenising", sum(part.size for part in parts)) as progress:
         shards = write_shards(parts, splitter, encoding, folder, progress, *limits)
     return manifest(title, parts, shards, token_type(encoding))
@@ -95,13 +102,14 @@ class Shard:
         self.digests[-1][1].update(head + os.fsencode(item.document) + b"\0" + data)
         return len(data)
 
-    def save(self, path: Path, ends: tuple[int, int], is_last: bool) -> dict:
-        """Writes the tokens to `path` (split by split), then what is known of them. `ends`: the next (part, item)."""
+    def save(self, path: Path, ends: tuple[int, int], is_last: bool, many: bool) -> dict:
+        """Writes the tokens to `path` (split by split), then what is known of them. `ends`: the next (part, item);
+        `many`: whether documents are split as a whole."""
         arrays = [ids for split in SPLITS for ids in self.ids[split]]
         write_atomic(path, memoryview(np.concatenate(arrays)).cast("B") if arrays else b"")
         digests = [(part, digest.hexdigest()) for part, digest in self.digests]
         counts = {"tokens": self.tokens, "text_bytes": self.text_bytes, "without_text": self.without_text}
-        about = {"path": path.name, "ends": ends, "is_last": is_last, **counts, "digests": digests}
+        about = {"path": path.name, "ends": ends, "is_last": is_last, "many": many, **counts, "digests": digests}
         write_json(path.with_suffix(".json"), about)
         return about
 
@@ -116,6 +124,20 @@ def whole_shards(folder: Path, dtype: np.dtype) -> list[dict]:
             break
         shards.append(about)
     return shards
+
+
+def take_over(last: Path, folder: Path, same: int, splitter: Splitter) -> None:
+    """Links the shards of another folder that are of the first `same` parts alone, if its vocabulary is the same."""
+    ranks = [(where / RANKS).read_bytes() if (where / RANKS).exists() else None for where in (last, folder)]
+    if last == folder or ranks[0] != ranks[1]:
+        return
+    for path in sorted(last.glob("*.bin")):
+        about = read_json(path.with_suffix(".json"))
+        kept = about and about["many"] == splitter.many and about["ends"][0] < same and not about["is_last"]
+        if not kept or (folder / path.name).exists():
+            return
+        os.link(path, folder / path.name)
+        write_json((folder / path.name).with_suffix(".json"), about)
 
 
 def write_shards(
@@ -141,10 +163,10 @@ def write_shards(
         trained_on += len(ids) if item.split == "train" else 0
         show(n, text)
         if shard.text_bytes >= SHARD_BYTES:
-            shards.append(shard.save(folder / f"{len(shards):05}.bin", ends, False))
+            shards.append(shard.save(folder / f"{len(shards):05}.bin", ends, False, splitter.many))
             shard = Shard()
     if not is_last:
-        shards.append(shard.save(folder / f"{len(shards):05}.bin", ends, True))
+        shards.append(shard.save(folder / f"{len(shards):05}.bin", ends, True, splitter.many))
     return shards
 
 

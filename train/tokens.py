@@ -30,7 +30,7 @@ from train.files import lock, read_json, write_json
 from train.progress import console
 from train.sections import TokenizerConfig
 from train.sources import Place, Source
-from train.tokenizer import load_tokenizer, token_bytes
+from train.tokenizer import RANKS, load_tokenizer, token_bytes
 
 FORMAT = 3  # to be raised when the same text gives other tokens
 MANIFEST = "manifest.json"
@@ -109,11 +109,16 @@ def default_cache_dir() -> Path:
 
 
 def open_or_build(
-    source: Source, tokenizer: TokenizerConfig, files: list[list], place: Place, build: Callable[[Path], dict]
+    source: Source,
+    tokenizer: TokenizerConfig,
+    files: list[list],
+    place: Place,
+    build: Callable[[Path, Path, list], dict],
 ) -> TokenSet:
-    """The tokens of `files`, each [name, size, modified, split]. If they are not there yet, `build(folder)` writes them
-    and returns the rest of their manifest: dtype, paths, segments and facts. Several processes may call this at once:
-    one builds, the others wait for it."""
+    """The tokens of `files`, each [name, size, modified, split]. If they are not there yet, `build` writes them and
+    returns the rest of their manifest: dtype, paths, segments and facts. It gets the folder to write to and, of the
+    last pass with these settings, the folder and the files as they were. Several processes may call this at once: one
+    builds, the others wait for it."""
     cache = default_cache_dir()
     asked = {"format": FORMAT, "corpus": source.model_dump(), "tokenizer": tokenizer.model_dump()}
     manifest = asked | {"files": files}
@@ -133,13 +138,15 @@ def open_or_build(
         if tokens := open_tokens(folder):
             return tokens
         latest = cache / f"latest-{content_hash([asked, *map(str, place.folders)])}.json"
-        if changed := changed_files(read_json(latest).get("files", []), files):
-            console.print(f"corpus: {changed}; the text is read again", markup=False, soft_wrap=True)
-        write_json(latest, {"files": files})
+        last = {"files": [], "folder": folder.name} | read_json(latest)
+        if changed := changed_files(last["files"], files):
+            console.print(f"corpus: {changed}; the text from there on is read again", markup=False, soft_wrap=True)
+        write_json(latest, {"files": files, "folder": folder.name})
         for path in folder.glob("*.tmp"):  # of a process that was killed
             path.unlink()
         try:
-            write_json(folder / MANIFEST, manifest | build(folder))
+            about = build(folder, cache / last["folder"], last["files"])
+            write_json(folder / MANIFEST, manifest | about)
         except OSError as e:
             advice = "make room there or set KVFRONTIER_CACHE; what was written is kept"
             raise InputError(f"cannot write tokens to {folder}: {e.strerror or e}; {advice}") from None
@@ -165,6 +172,8 @@ def open_tokens(folder: Path) -> TokenSet | None:
                 return None
         facts, settings = manifest["facts"], TokenizerConfig(**manifest["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    if settings.name == "bpe" and not (folder / RANKS).is_file():
         return None
     return TokenSet(*splits, load_tokenizer(settings, folder), facts, folder)
 

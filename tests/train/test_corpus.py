@@ -171,12 +171,18 @@ def test_the_first_folder_in_which_a_pattern_matches_wins(tmp_path):
     assert [texts[split] for split in SPLITS] == [["literal"], ["first"], ["only"]]
 
 
+PLAN = '{"runs": [], "settings": {}}'
+
+
 def test_what_studies_and_caches_hold_is_no_text(tmp_path):
     write(tmp_path, {"a.md": "text", "b.jsonl": '{"text": "row"}'})
-    write(tmp_path, {"runs/old/plan.json": "{}", "runs/old/x/metrics.jsonl": "{}", "runs/old/results.md": "#"})
+    write(
+        tmp_path,
+        {"runs/old/plan.json": PLAN, "plan.json": "{}", "runs/old/x/metrics.jsonl": "{}", "runs/old/results.md": "#"},
+    )
     write(tmp_path, {"runs/now/results.md": "#", f"cache/tokens-{16 * '0'}/manifest.json": "{}"})
     write(tmp_path, {f"cache/{name}": "{}" for name in (f"latest-{16 * 'f'}.json", f"tokens-{16 * '0'}.lock")})
-    for pattern, texts in (("**/*.md", ["text"]), ("**/*.jsonl", ["row"]), ("**/*", ["text", "row"])):
+    for pattern, texts in (("**/*.md", ["text"]), ("**/*.jsonl", ["row"]), ("**/*[dl]", ["text", "row"])):
         found = read(tmp_path, output=tmp_path / "runs" / "now", files=[pattern])
         assert sorted(itertools.chain(*found.values())) == sorted(texts), pattern
 

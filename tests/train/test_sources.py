@@ -70,7 +70,7 @@ def test_a_folder_that_is_damaged_or_no_data_set_is_one_line(tmp_path):
     repository(tmp_path)
     path = tmp_path / "data" / "data" / "train-00001-of-00003.parquet"
     path.write_bytes(path.read_bytes()[:-99])
-    assert "corpus: data/train 1/3 is damaged after row 0: Arrow" in refusal(load, tmp_path, {"hf": "data"})
+    assert "corpus: data/train 1/3 cannot be read after row 0: Arrow" in refusal(load, tmp_path, {"hf": "data"})
     (tmp_path / "empty").mkdir()
     assert "corpus: hf empty cannot be read: " in refusal(load, tmp_path, {"hf": "empty"})
 
@@ -190,7 +190,7 @@ def beyond(at):
         (beyond(4321), "train.bin: the id 257 at byte 8,642 is beyond the vocabulary of 257"),
         (header(beyond(4321)), "the id 257 at byte 9,666 is beyond the vocabulary"),
         (TRAIN.astype(np.int64).tobytes() + b"\1", "is it cut short?"),
-        (b"", "0 tokens in the split 'train', too few for one sequence of model.context=8"),
+        (b"", "no file of tokens has 'train' in its name, out of 1"),
     ],
 )
 def test_wrong_files_of_tokens_are_one_line_with_the_place(tmp_path, monkeypatch, train, message):

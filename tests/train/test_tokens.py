@@ -175,7 +175,7 @@ def test_a_changed_file_is_named(folder, capsys):
     assert capsys.readouterr().err == ""  # nothing has changed but the tokenizer
     write(folder, tune=["another text\n"])
     changed = load(folder)
-    assert capsys.readouterr().err == f"corpus: {folder}/tune.jsonl: changed; the text is read again\n"
+    assert capsys.readouterr().err == f"corpus: {folder}/tune.jsonl: changed; the text from there on is read again\n"
     assert documents(changed.tune[:], changed.tokenizer) == ["another text\n"]
     every = {"files": ["t*.jsonl"]}
     load(folder, **every)
@@ -254,6 +254,30 @@ def test_a_mistake_in_the_text_keeps_the_shards_before_it(folder, monkeypatch):
         assert len(list(folder.glob("cache/tokens-*/*.bin"))) >= 3
     (folder / "none.txt").touch()
     assert "corpus: empty, there is no text to train on" in refusal(load, folder, files=["none.txt"])
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE])
+def test_after_a_correction_the_shards_before_it_are_used_again(folder, monkeypatch, tokenizer):
+    """Equal to a pass that never saw the mistake. With another vocabulary, all is encoded again."""
+    monkeypatch.setattr(corpus, "MANY_DOCUMENTS", 9)
+    monkeypatch.setattr(shards, "GROUP_ITEMS", 1)
+    monkeypatch.setattr(shards, "cores", lambda: 1)
+    encode, numbers = shards.encoded, []
+    monkeypatch.setattr(shards, "encoded", lambda items, e: encode((numbers.append(i) or i for i in items), e))
+    for name, texts in (("a", TRAIN), ("b", TRAIN[::-1]), ("c", TRAIN[:9])):
+        write(folder, **{name: texts})
+    good = (folder / "b.jsonl").read_bytes()
+    (folder / "b.jsonl").write_bytes(good[: len(good) // 2] + b"\n" + good[len(good) // 2 :])
+    every = {"files": ["[abc].jsonl"]}
+    assert "b.jsonl:" in refusal(load, folder, tokenizer, **every)
+    (folder / "b.jsonl").write_bytes(good)
+    numbers.clear()
+    corrected = load(folder, tokenizer, **every)
+    kept = content(corrected.folder)
+    assert tokenizer == BPE or len(numbers) < 2 * len(TRAIN)
+    shutil.rmtree(folder / "cache")
+    fresh = load(folder, tokenizer, **every)
+    assert (fresh.folder, content(fresh.folder)) == (corrected.folder, kept)
 
 
 def _load_at(folder, caches, barrier, answers):

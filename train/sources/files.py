@@ -105,7 +105,9 @@ def matches(pattern: str, place: Place) -> list[Path]:
 @functools.lru_cache(maxsize=2**16)
 def is_written_by_a_study(folder: Path, output: Path | None) -> bool:
     """True for folders in a study's directory."""
-    if (output and folder == Path(os.path.abspath(output))) or {"runs", "settings"} <= read_json(folder / PLAN).keys():
+    if output and folder == Path(os.path.abspath(output)):
+        return True
+    if (folder / PLAN).is_file() and {"runs", "settings"} <= read_json(folder / PLAN).keys():
         return True
     return folder != folder.parent and is_written_by_a_study(folder.parent, output)
 

@@ -94,7 +94,7 @@ class Corpus(TextSource):
         except InputError:
             raise
         except Exception as e:
-            raise InputError(f"corpus: {part.name} is damaged after row {row}: {in_a_line(e)}") from None
+            raise InputError(f"corpus: {part.name} cannot be read after row {row}: {in_a_line(e)}") from None
 
 
 def in_a_line(error: Exception) -> str:

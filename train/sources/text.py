@@ -1,7 +1,7 @@
 """What all sources of text have: the share that is held out, limits, and the pass that makes tokens of them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -35,8 +35,8 @@ class TextSource(Source):
     def load(self, tokenizer: TokenizerConfig, place: Place) -> TokenSet:
         """InputError says what is wrong with the text; the shards before it are kept."""
 
-        def build(folder: Path) -> dict:
+        def build(folder: Path, *last: Any) -> dict:
             limits = self.limit_bytes, self.limit_tokens
-            return tokenise(self.title(), self.parts(place), self.held_out, tokenizer, folder, *limits)
+            return tokenise(self.title(), self.parts(place), self.held_out, tokenizer, folder, *last, *limits)
 
         return open_or_build(self, tokenizer, self.identity(place), place, build)

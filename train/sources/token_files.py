@@ -50,7 +50,8 @@ class Corpus(Source):
     limit_tokens: Count | None = None
 
     def load(self, tokenizer: TokenizerConfig, place: Place) -> TrainingData:
-        paths = sorted({path for pattern in self.tokens for path in matches(pattern, place) if path.stat().st_size})
+        found = sorted({path for pattern in self.tokens for path in matches(pattern, place)})
+        paths = list({path.stat().st_ino: path for path in reversed(found) if path.stat().st_size}.values())[::-1]
         splits = {path: split_of(path) for path in paths}
         if unknown := [path for path, split in splits.items() if split is None]:
             raise InputError(f"corpus: {unknown[0]} has none of train, val and test in its name; name its split so")
@@ -60,7 +61,7 @@ class Corpus(Source):
         stats = {path: path.stat() for path in paths}
         identity = [[str(path), stats[path].st_size, stats[path].st_mtime_ns, splits[path]] for path in paths]
 
-        def build(folder: Path) -> dict:
+        def build(folder: Path, *_: Any) -> dict:
             encoding = load_tokenizer(tokenizer, folder)
             files = {path: open_ids(path, encoding.n_vocab) for path in paths}
             with StudyProgress("checking tokens", sum(file.size for file in files.values())) as progress:
