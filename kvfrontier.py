@@ -191,7 +191,7 @@ def _run_stages(args: argparse.Namespace) -> int:
     else:
         raise InputError(f"{directory} has no {PLAN}: only plot works there; give the study's YAML file and --out")
     study = parse_study(settings, args.overrides)
-    known = saved.get("tokens") if args.one is not None else None
+    known = saved.get("tokens") if args.one is not None or args.stage == "eval" else None
     plan = Plan(study, load_data(study, study_file, directory, known), directory, study_file, measure_names())
     if args.one is not None:
         from train.runner import train_one

@@ -36,6 +36,7 @@ class Part:
     modified: int = 0  # nanoseconds
     split: str | None = None  # of all its documents; None: they are split
     has_one: bool = False  # document
+    document: str = ""  # the name of the one
     done: int = 0  # bytes on the disk that are read so far
 
     def documents(self) -> Iterator[Document]:
@@ -44,7 +45,7 @@ class Part:
 
     @property
     def identity(self) -> list:
-        return [self.name, self.size, self.modified, self.split]
+        return [self.name, self.size, self.modified, self.split, self.document]
 
 
 class Item(NamedTuple):

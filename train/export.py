@@ -18,7 +18,7 @@ from train.files import read_json, write_atomic, write_json
 from train.progress import console
 from train.store import read_plan
 from train.study import load_data, parse_study
-from train.tokenizer import END_OF_TEXT, as_hf
+from train.tokenizer import END_OF_TEXT, as_hf, vocabulary
 
 COMPUTES = "layer_attention", "new_layers", "hidden", "chunk", "append"  # a subclass changes none of these
 
@@ -78,6 +78,8 @@ def _encoding(run: Path, config: dict) -> tiktoken.Encoding | None:
     if data.tokenizer and data.facts["fingerprint"] != config["corpus_fingerprint"]:
         prints = f"{data.facts['fingerprint']}, it was {config['corpus_fingerprint']}"
         raise InputError(f"the corpus has changed since the run was trained ({prints}): restore the text")
+    if config["tokenizer"].get("vocabulary") not in (None, vocabulary(data.tokenizer)):
+        raise InputError("the vocabulary has changed since the run was trained: restore the text")
     return data.tokenizer
 
 

@@ -21,6 +21,7 @@ from train.files import read_json, write_json
 from train.machine import find_device, resolve_dtype, resolve_precision
 from train.store import PLAN
 from train.study import Study, TrainConfig
+from train.tokenizer import vocabulary
 from train.tuning import at_edge, best_rate, next_rate, tried_rates, tuning_seed
 from train.variants import Variant, on_meta, resolve_variants
 
@@ -138,6 +139,8 @@ class Plan:
 
     def _run(self, kind, variant: Variant, seed: int, lr: float, place: Path, name: str, tuning=None) -> Run:
         fingerprint, tokenizer = self.data.facts["fingerprint"], self.study.tokenizer.model_dump()
+        if tokenizer["name"] == "bpe":  # trained on text beyond a limit, too, which the fingerprint does not know
+            tokenizer["vocabulary"] = vocabulary(self.data.tokenizer)
         hashed = {
             "arch": variant.arch,
             "options": variant.options,

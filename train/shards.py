@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,9 +135,15 @@ def take_over(last: Path, folder: Path, same: int, splitter: Splitter) -> None:
     for path in sorted(last.glob("*.bin")):
         about = read_json(path.with_suffix(".json"))
         kept = about and about["many"] == splitter.many and about["ends"][0] < same and not about["is_last"]
-        if not kept or (folder / path.name).exists():
+        if not kept:
             return
-        os.link(path, folder / path.name)
+        if (folder / path.name).with_suffix(".json").exists():
+            continue
+        (folder / path.name).unlink(missing_ok=True)
+        try:
+            os.link(path, folder / path.name)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, folder / path.name)
         write_json((folder / path.name).with_suffix(".json"), about)
 
 

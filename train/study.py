@@ -286,7 +286,8 @@ def load_data(study: Study, study_file: Path, output: Path, folder: str | None =
     """The study's corpus in tokens, or its generated task. Files are looked for in the folder of `study_file`, then in
     the current one, not in `output`. If all tokens are in `folder`, they are opened without a look at any text.
     InputError says what to change."""
-    same = folder and read_json(Path(folder) / MANIFEST).get("corpus") == study.corpus.model_dump()
+    about = read_json(Path(folder) / MANIFEST) if folder else {}
+    same = all(about.get(section) == getattr(study, section).model_dump() for section in ("corpus", "tokenizer"))
     if same and (tokens := open_tokens(Path(folder))):
         return tokens
     return study.corpus.load(study.tokenizer, sources.Place([study_file.resolve().parent, Path.cwd()], output))

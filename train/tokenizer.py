@@ -58,6 +58,11 @@ def load_tokenizer(
         ) from error
 
 
+def vocabulary(encoding: tiktoken.Encoding) -> str:
+    """The hash of a vocabulary that was trained here."""
+    return encoding.name.rpartition("-")[2]
+
+
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     """int64 (n_vocab,): bytes of text that each token stands for; 0 for the end of text and for ids not in use."""
     sizes = np.zeros(encoding.n_vocab, dtype=np.int64)

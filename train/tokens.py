@@ -9,6 +9,7 @@ The folder's name is a hash of the settings and of the files' names, sizes and t
 and a changed corpus is another folder. With the folder nothing else is needed: a worker gets its name.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -141,7 +142,6 @@ def open_or_build(
         last = {"files": [], "folder": folder.name} | read_json(latest)
         if changed := changed_files(last["files"], files):
             console.print(f"corpus: {changed}; the text from there on is read again", markup=False, soft_wrap=True)
-        write_json(latest, {"files": files, "folder": folder.name})
         for path in folder.glob("*.tmp"):  # of a process that was killed
             path.unlink()
         try:
@@ -150,14 +150,20 @@ def open_or_build(
         except OSError as e:
             advice = "make room there or set KVFRONTIER_CACHE; what was written is kept"
             raise InputError(f"cannot write tokens to {folder}: {e.strerror or e}; {advice}") from None
-    return open_tokens(folder)
+        finally:
+            if any(folder.glob("*.json")):  # shards or a manifest
+                with contextlib.suppress(OSError):
+                    write_json(latest, {"files": files, "folder": folder.name})
+    if not (tokens := open_tokens(folder)):
+        raise InputError("corpus: a file was changed while it was read; give the same command again")
+    return tokens
 
 
 def open_tokens(folder: Path) -> TokenSet | None:
     """The tokens that a folder has the manifest of, without a look at any text; None if they are not all there."""
     manifest = read_json(folder / MANIFEST)
     try:
-        changes = {name: tuple(rest) for name, *rest, _ in manifest["files"]}
+        changes = {name: (size, modified) for name, size, modified, *_ in manifest["files"]}
         for name in changes.keys() & set(manifest["paths"]):  # tokens that lie elsewhere
             if changes[name] != (os.stat(name).st_size, os.stat(name).st_mtime_ns):
                 return None

@@ -171,6 +171,13 @@ def test_the_first_folder_in_which_a_pattern_matches_wins(tmp_path):
     assert [texts[split] for split in SPLITS] == [["literal"], ["first"], ["only"]]
 
 
+def test_a_circle_of_links_is_refused(tmp_path):
+    write(tmp_path, {"a.txt": "text"})
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert "leads through links in a circle" in refusal(read, tmp_path, files=["**/*.txt"])
+
+
 PLAN = '{"runs": [], "settings": {}}'
 
 

@@ -190,7 +190,7 @@ def beyond(at):
         (beyond(4321), "train.bin: the id 257 at byte 8,642 is beyond the vocabulary of 257"),
         (header(beyond(4321)), "the id 257 at byte 9,666 is beyond the vocabulary"),
         (TRAIN.astype(np.int64).tobytes() + b"\1", "is it cut short?"),
-        (b"", "no file of tokens has 'train' in its name, out of 1"),
+        (b"", "no file of tokens has 'train' in its name, of 1 with content"),
     ],
 )
 def test_wrong_files_of_tokens_are_one_line_with_the_place(tmp_path, monkeypatch, train, message):

@@ -17,6 +17,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from train import corpus, shards
 from train import tokens as module
+from train.plan import Plan
 from train.sections import TokenizerConfig
 from train.sources import Place, files, parse
 from train.study import load_data, parse_study
@@ -278,6 +279,51 @@ def test_after_a_correction_the_shards_before_it_are_used_again(folder, monkeypa
     shutil.rmtree(folder / "cache")
     fresh = load(folder, tokenizer, **every)
     assert (fresh.folder, content(fresh.folder)) == (corrected.folder, kept)
+
+
+def test_shards_are_not_used_again_where_names_have_changed(folder, monkeypatch):
+    """Names are relative to the folder that all files are in."""
+    monkeypatch.setattr(corpus, "MANY_DOCUMENTS", 9)
+    (folder / "t" / "a").mkdir(parents=True)
+    for n, text in enumerate(TRAIN):
+        (folder / "t" / "a" / f"{n}.txt").write_text(text)
+    every = {"files": ["t/**/*.txt"]}
+    load(folder, **every)
+    (folder / "t" / "z").mkdir()
+    (folder / "t" / "z" / "new.txt").write_text("new\n")
+    after = load(folder, **every)
+    kept = content(after.folder)
+    shutil.rmtree(folder / "cache")
+    assert content(load(folder, **every).folder) == kept
+
+
+def test_a_mistake_that_the_vocabulary_meets_keeps_the_shards_of_the_last_pass(folder, monkeypatch):
+    for name in "abc":
+        write(folder, **{name: TRAIN})
+    every = {"files": ["[abc].jsonl"]}
+    load(folder, **every)
+    good = (folder / "c.jsonl").read_bytes()
+    (folder / "c.jsonl").write_bytes(b"{" + good)
+    assert "c.jsonl:1 is not JSON" in refusal(load, folder, **every)
+    (folder / "c.jsonl").write_bytes(good)
+    saved, save = [], shards.Shard.save
+    monkeypatch.setattr(shards.Shard, "save", lambda *a: saved.append(a) or save(*a))
+    whole = content(load(folder, **every).folder)
+    assert len(saved) < sum(name.endswith(".bin") for name in whole) / 2
+
+
+def test_a_run_knows_its_vocabulary(folder):
+    """A vocabulary is trained on text beyond a limit, too, of which the fingerprint knows nothing."""
+    section, runs, small = {"files": ["[ab].jsonl"], "limit_bytes": 300}, [], BPE | {"vocab_size": 262}
+    study = {"corpus": section, "tokenizer": small, "model": {"width": 32, "layers": 2, "heads": 2, "context": 8}}
+    study |= {"variants": [{"arch": "mha"}], "train": {"tokens": 64, "batch_tokens": 64}}
+    write(folder, a=["x = y\n" * 99])
+    for text in (" beyond the limit" * 99, "other text there " * 99):
+        write(folder, b=[text])
+        data = load(folder, small, **section)
+        runs.append(Plan(parse_study(study), data, folder / "runs").look().runs[0])
+    assert len({run.settings["corpus_fingerprint"] for run in runs}) == 1
+    assert runs[0].key != runs[1].key
 
 
 def _load_at(folder, caches, barrier, answers):

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
@@ -12,6 +13,8 @@ from helpers import each_variant
 from lightning.pytorch.loggers import CSVLogger
 from miniature import one_run, tiny_study, train, train_runs
 
+from eval.evaluate import load_model
+from eval.subject import EvalContext
 from train.data import DataModule
 from train.errors import Interrupted
 from train.files import write_atomic
@@ -192,6 +195,22 @@ def test_every_variant_of_a_seed_sees_the_same_batches(data, tmp_path, monkeypat
     train_runs(Plan(tiny_study(), data, tmp_path))
     assert len(seen["mha"]) == 24
     assert all(torch.equal(a, b) for a, b in zip(seen["mha"], seen["mqa"], strict=True))
+
+
+def test_a_study_can_mask_documents(data, tmp_path):
+    """It is another run; one that does not ask for it keeps its key and says nothing of it."""
+    (plan, run), (plain_plan, plain) = (one_run(data, tmp_path / name, document_mask=name == "m") for name in "mp")
+    modules = [make_module(p, r, 128, 1) for p, r in ((plan, run), (plain_plan, plain))]
+    assert [module.hparams.document_end for module in modules] == [data.end_of_text, None]
+    assert run.key != plain.key
+    assert plan.config(run)["train"]["document_mask"] is True
+    assert "document_mask" not in plain_plan.config(plain)["train"]
+    train(plan, run)
+    context = EvalContext(load_model(run), data, plan.study.eval, torch.float32, 1.0, print, document_end=256)
+    masked, unmasked = (replace(context, document_end=end).predictions.nats_NT for end in (256, None))
+    assert torch.equal(masked, context.predictions.nats_NT)
+    assert not torch.equal(masked, unmasked)
+    assert math.isfinite(masked.sum())
 
 
 def test_bf16_trains_too(data, tmp_path):

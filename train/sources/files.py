@@ -26,9 +26,11 @@ from train.store import PLAN
 
 BLOCK = 2**20
 ROWS = 128  # of a parquet file in memory
-DEEPEST = 64  # folders in each other
+DEEPEST = 32  # folders in each other; Linux follows 40 links
 NOT_TEXT = {  # suffixes, and what to do with such a file
     ".json": "write a document a line as .jsonl",
+    ".geojson": "write a document a line as .jsonl",
+    ".ipynb": "write its cells as .md or .py",
     ".csv": "write a document a line as .jsonl",
     ".tsv": "write a document a line as .jsonl",
     ".arrow": "give its data set's folder as corpus: {hf: FOLDER}",
@@ -69,10 +71,12 @@ class Corpus(TextSource):
             kind = suffix(path.with_suffix(""))
         if kind in NOT_TEXT:
             raise InputError(f"corpus: {path} is no text: {NOT_TEXT[kind]}, or leave it out by other patterns")
-        read = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}.get(kind, read_text)
+        read = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".jsonlines": read_jsonl, ".parquet": read_parquet}.get(
+            kind, read_text
+        )
         reader = functools.partial(read, path, name, self.column)
         one = read is read_text
-        return Part(str(path), reader, stat.st_size, stat.st_mtime_ns, split, has_one=one)
+        return Part(str(path), reader, stat.st_size, stat.st_mtime_ns, split, one, name)
 
 
 def suffix(path: Path) -> str:
@@ -82,6 +86,7 @@ def suffix(path: Path) -> str:
 def matches(pattern: str, place: Place) -> list[Path]:
     """The files that a pattern means, without what studies have written. InputError if there are none."""
     expanded = os.path.expanduser(pattern)
+    hidden = 0
     for folder in place.folders:
         # A name that exists is meant literally, whatever brackets it has in it.
         found = glob.iglob(expanded, root_dir=folder, recursive=True)
@@ -91,9 +96,12 @@ def matches(pattern: str, place: Place) -> list[Path]:
                 raise InputError(f"corpus: {pattern!r} leads through links in a circle: {name[:60]}...; name files")
             if (folder / name).is_file():
                 paths.append(Path(os.path.abspath(folder / name)))
+        hidden += len(paths)
         paths = [path for path in paths if not any(map(CACHED.fullmatch, path.parts))]
         if paths := [path for path in paths if not is_written_by_a_study(path.parent, place.output)]:
             return paths
+    if hidden:
+        raise InputError(f"corpus: all {hidden} files that match {pattern!r} are in a study's output; see --out")
     places = dict.fromkeys(str(Path(folder).absolute()) for folder in place.folders)
     searched = "" if os.path.isabs(expanded) else f" in {' or '.join(places)}"
     if any(os.path.isdir(os.path.join(folder, expanded)) for folder in places):

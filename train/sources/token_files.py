@@ -26,6 +26,7 @@ from train.tokens import content_hash, open_or_build
 
 HEADER = 256  # int32
 MAGICS = {20240520: np.dtype(np.uint16), 20240801: np.dtype(np.uint32)}
+VERSIONS = 1, 7  # of GPT-2's tokens and of Llama 3's
 BLOCK = 2**24  # tokens that are checked together
 
 
@@ -51,14 +52,17 @@ class Corpus(Source):
 
     def load(self, tokenizer: TokenizerConfig, place: Place) -> TrainingData:
         found = sorted({path for pattern in self.tokens for path in matches(pattern, place)})
-        paths = list({path.stat().st_ino: path for path in reversed(found) if path.stat().st_size}.values())[::-1]
+        stats = {path: path.stat() for path in found}
+        by_file = {(stat.st_dev, stat.st_ino): path for path, stat in reversed(stats.items()) if stat.st_size}
+        paths = list(by_file.values())[::-1]
         splits = {path: split_of(path) for path in paths}
         if unknown := [path for path, split in splits.items() if split is None]:
             raise InputError(f"corpus: {unknown[0]} has none of train, val and test in its name; name its split so")
         for split, word in (("train", "train"), ("tune", "val")):
             if split not in splits.values():
-                raise InputError(f"corpus: no file of tokens has {word!r} in its name, out of {len(paths)}; give one")
-        stats = {path: path.stat() for path in paths}
+                raise InputError(
+                    f"corpus: no file of tokens has {word!r} in its name, of {len(paths)} with content; give one"
+                )
         identity = [[str(path), stats[path].st_size, stats[path].st_mtime_ns, splits[path]] for path in paths]
 
         def build(folder: Path, *_: Any) -> dict:
@@ -131,12 +135,14 @@ def open_ids(path: Path, n_vocab: int) -> Ids:
         if magic not in MAGICS:
             known = ", ".join(f"{magic} ({dtype})" for magic, dtype in MAGICS.items())
             raise InputError(f"corpus: {path}: unknown magic number {magic} at byte 0; known are {known}")
+        if version not in VERSIONS:
+            raise InputError(f"corpus: {path}: unknown version {version} at byte 4; known are {VERSIONS}")
         if MAGICS[magic] != needed:
             raise InputError(f"corpus: {path} has {MAGICS[magic]} by its magic number, the vocabulary needs {needed}")
         bytes_of_ids = size - 4 * HEADER
         if bytes_of_ids != count * needed.itemsize:
             says = f"its header (byte 8) says {count:,} tokens of {needed}, and {bytes_of_ids:,} bytes follow"
-            raise InputError(f"corpus: {path} is cut short or damaged: {says}, version {version}")
+            raise InputError(f"corpus: {path} is cut short or damaged: {says}")
         return Ids(path, needed, 4 * HEADER, count, size)
     if size % needed.itemsize:
         raise InputError(f"corpus: {path} has {size:,} bytes, no whole number of {needed} ids; is it cut short?")
