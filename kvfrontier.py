@@ -178,20 +178,20 @@ def _run_stages(args: argparse.Namespace) -> int:
         return _plot(directory)
     from eval import measure_names
     from train.errors import InputError
+    from train.files import read_json
     from train.plan import Plan
     from train.progress import console
     from train.store import PLAN, read_plan
     from train.study import load_data, parse_study, read_yaml
 
-    saved = read_plan(directory)
     if study_file:
         settings = read_yaml(study_file)
-    elif saved:
+    elif saved := read_plan(directory):
         settings, study_file = saved["settings"], Path(saved["study_file"])
     else:
         raise InputError(f"{directory} has no {PLAN}: only plot works there; give the study's YAML file and --out")
     study = parse_study(settings, args.overrides)
-    known = saved.get("tokens") if args.one is not None or args.stage == "eval" else None
+    known = read_json(directory / PLAN).get("tokens") if args.one is not None or args.stage == "eval" else None
     plan = Plan(study, load_data(study, study_file, directory, known), directory, study_file, measure_names())
     if args.one is not None:
         from train.runner import train_one

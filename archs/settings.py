@@ -5,7 +5,7 @@ A wrong one raises `SettingsError`, a ValueError of one line: the key, the value
 
 import difflib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -50,9 +50,8 @@ def explain(settings: type[Settings], error: ValidationError) -> SettingsError:
     key = ".".join(path)
     if kind == "extra_forbidden":
         known = list(settings.model_fields)
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return SettingsError(key, lambda path: f"unknown {settings.noun} {path!r}; allowed: {', '.join(known)}{hint}")
+        allowed = f"{', '.join(known)}{did_you_mean(key, known)}"
+        return SettingsError(key, lambda path: f"unknown {settings.noun} {path!r}; allowed: {allowed}")
     if kind == "missing":
         return SettingsError(key, lambda path: f"needs the {settings.noun} {path!r}")
     if kind != "value_error":
@@ -62,6 +61,11 @@ def explain(settings: type[Settings], error: ValidationError) -> SettingsError:
     if isinstance(cause, SettingsError):  # of settings within these
         return SettingsError(".".join(filter(None, (key, cause.path))), cause.line)
     return SettingsError(key, lambda path: ": ".join(filter(None, (path, str(cause)))))
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def in_words(annotation: Any, metadata: Any = ()) -> str:

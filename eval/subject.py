@@ -62,7 +62,8 @@ class EvalContext:
         rows = max(1, TOKENS_AT_ONCE // context)
         batches = self.data.held_out("test", context, rows, self.config.loss_tokens)
         for inputs, targets, batch_bytes in batches:
-            logits = self.model(inputs.to(device), documents(inputs.to(device), self.document_end))
+            document_BT = documents(inputs, self.document_end)
+            logits = self.model(inputs.to(device), document_BT if document_BT is None else document_BT.to(device))
             nats = token_nats(logits, targets.to(device))
             columns.append((inputs, targets, nats.cpu(), logits.argmax(-1).cpu() == targets))
             n_bytes += batch_bytes

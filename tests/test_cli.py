@@ -197,6 +197,10 @@ def test_the_generated_recall_task_goes_through_the_same_stages(folder, two_figu
     assert {c["metric"] for c in results["comparisons"]} == {"val_bpb", "accuracy"}
     assert all(run["loss"]["accuracy_at"].keys() == {"1", "2"} for run in results["runs"])
     assert (out / "figures" / "recall.pdf").exists()
+    assert kvf("export", next((out / "runs").glob("*/seed-0")), out / "hf") == 0
+    assert {"config.json", "model.safetensors"} == {path.name for path in (out / "hf").iterdir()}
+    (out / "plan.json").write_text("damaged")
+    assert kvf("eval", study, "--out", out) == 0  # the file of the study is enough
 
 
 def test_no_study_reads_its_own_output_or_its_cache_and_a_worker_reads_no_text(

@@ -36,7 +36,7 @@ class Part:
     modified: int = 0  # nanoseconds
     split: str | None = None  # of all its documents; None: they are split
     has_one: bool = False  # document
-    document: str = ""  # the name of the one
+    prefix: str = ""  # of its documents' names
     done: int = 0  # bytes on the disk that are read so far
 
     def documents(self) -> Iterator[Document]:
@@ -45,7 +45,7 @@ class Part:
 
     @property
     def identity(self) -> list:
-        return [self.name, self.size, self.modified, self.split, self.document]
+        return [self.name, self.size, self.modified, self.split, self.prefix]
 
 
 class Item(NamedTuple):
@@ -98,7 +98,7 @@ class Splitter:
                 yield split, (text for _, text in texts)
 
     def placed(self, document: Document, size: int) -> Iterator[tuple[str, str]]:
-        """(split, text) for short pieces of the document, cut before line ends where there are."""
+        """(split, text) for short pieces of the document, cut before a line end where there is one."""
         start, most = 0, int(size * min(self.shares.values()) / 5)
         for text in pieces(document.chunks(), max(1, min(PIECE_CHARS, most))):
             yield self.split_at(start / size), text

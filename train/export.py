@@ -78,7 +78,8 @@ def _encoding(run: Path, config: dict) -> tiktoken.Encoding | None:
     if data.tokenizer and data.facts["fingerprint"] != config["corpus_fingerprint"]:
         prints = f"{data.facts['fingerprint']}, it was {config['corpus_fingerprint']}"
         raise InputError(f"the corpus has changed since the run was trained ({prints}): restore the text")
-    if config["tokenizer"].get("vocabulary") not in (None, vocabulary(data.tokenizer)):
+    trained_with = config["tokenizer"].get("vocabulary")
+    if trained_with and trained_with != vocabulary(data.tokenizer):
         raise InputError("the vocabulary has changed since the run was trained: restore the text")
     return data.tokenizer
 

@@ -1,6 +1,7 @@
 """Atomic files, JSON in them, and locks that processes on one machine respect."""
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,11 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def content_key(content: Any) -> str:
+    """A hash of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_json(path: Path) -> dict:

@@ -6,7 +6,6 @@ hashed into its key, so a changed study retrains just the runs whose weights it 
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from archs.techniques import Technique, from_settings
 from train.batches import TrainingData
 from train.errors import InputError
-from train.files import read_json, write_json
+from train.files import content_key, read_json, write_json
 from train.machine import find_device, resolve_dtype, resolve_precision
 from train.store import PLAN
 from train.study import Study, TrainConfig
@@ -303,10 +302,6 @@ def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     steps = tokens // config.batch_tokens
     val_every = max(min(2, steps), steps // config.val_points)  # 2: leaves a step for a checkpoint between validations
     return steps // val_every * val_every, val_every
-
-
-def content_key(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:

@@ -21,12 +21,11 @@ import tiktoken
 
 from train.corpus import SPLITS, Item, Part, Splitter
 from train.errors import InputError
-from train.files import read_json, write_atomic, write_json
+from train.files import content_key, read_json, write_atomic, write_json
 from train.machine import cores
 from train.progress import StudyProgress
 from train.sections import TokenizerConfig
 from train.tokenizer import RANKS, load_tokenizer
-from train.tokens import content_hash
 
 SHARD_BYTES = 2**27  # of text; fingerprints of files that are in two shards depend on it
 GROUP_CHARS, GROUP_ITEMS = 2**18, 1024  # encoded together, at most
@@ -89,7 +88,7 @@ class Shard:
         self.digests: list[tuple[int, Any]] = []  # (number of a part, hash of its items here)
 
     def add(self, part: int, item: Item, ids: np.ndarray) -> int:
-        """Takes in an item; returns the bytes of its text."""
+        """Adds an item; returns the bytes of its text."""
         data = item.text.encode()
         self.text_bytes += len(data)
         if item.split:
@@ -258,7 +257,7 @@ def manifest(title: str, parts: Sequence[Part], shards: list[dict], dtype: np.dt
     by_part = {n: [digest for _, digest in group] for n, group in itertools.groupby(digests, lambda pair: pair[0])}
     facts = {
         "name": title,
-        "fingerprint": content_hash([digest for _, digest in digests]),
+        "fingerprint": content_key([digest for _, digest in digests]),
         "bytes": text,
         "train_tokens": counts["train"],
         "tune_tokens": counts["tune"],
@@ -271,5 +270,5 @@ def manifest(title: str, parts: Sequence[Part], shards: list[dict], dtype: np.dt
         "paths": [about["path"] for about in with_tokens],
         "segments": segments,
         "facts": facts,
-        "digests": [(parts[n].name, content_hash(each)) for n, each in by_part.items()],
+        "digests": [(parts[n].name, content_key(each)) for n, each in by_part.items()],
     }

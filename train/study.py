@@ -5,7 +5,6 @@ and train/plan.py its runs. studies/quick.yaml explains each key.
 """
 
 import copy
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from archs.decoder import Options
-from archs.settings import SettingsError
+from archs.settings import SettingsError, did_you_mean
 from archs.techniques import from_settings
 from train import sources
 from train.batches import TrainingData
@@ -174,8 +173,7 @@ class Study(Section):
 def refuse_unknown(given: Iterable[str], allowed: Sequence[str]) -> None:
     """SettingsError for the first key that is not allowed."""
     if unknown := [key for key in given if key not in allowed]:
-        close = difflib.get_close_matches(unknown[0], allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(unknown[0], allowed)
         raise SettingsError(unknown[0], lambda path: f"unknown key {path!r}; allowed: {', '.join(allowed)}{hint}")
 
 

@@ -10,8 +10,6 @@ and a changed corpus is another folder. With the folder nothing else is needed: 
 """
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from filelock import Timeout
 from train.batches import HeldOutBatches, TrainingBatches
 from train.corpus import SPLITS
 from train.errors import InputError
-from train.files import lock, read_json, write_json
+from train.files import content_key, lock, read_json, write_json
 from train.progress import console
 from train.sections import TokenizerConfig
 from train.sources import Place, Source
@@ -123,7 +121,7 @@ def open_or_build(
     cache = default_cache_dir()
     asked = {"format": FORMAT, "corpus": source.model_dump(), "tokenizer": tokenizer.model_dump()}
     manifest = asked | {"files": files}
-    folder = cache / f"tokens-{content_hash(manifest)}"
+    folder = cache / f"tokens-{content_key(manifest)}"
     if tokens := open_tokens(folder):
         return tokens
     try:
@@ -138,7 +136,7 @@ def open_or_build(
     with held:
         if tokens := open_tokens(folder):
             return tokens
-        latest = cache / f"latest-{content_hash([asked, *map(str, place.folders)])}.json"
+        latest = cache / f"latest-{content_key([asked, *map(str, place.folders)])}.json"
         last = {"files": [], "folder": folder.name} | read_json(latest)
         if changed := changed_files(last["files"], files):
             console.print(f"corpus: {changed}; the text from there on is read again", markup=False, soft_wrap=True)
@@ -198,7 +196,3 @@ def changed_files(old: list, new: list) -> str:
         if names
     ]
     return "; ".join(words) if before else ""
-
-
-def content_hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -281,16 +281,17 @@ def test_after_a_correction_the_shards_before_it_are_used_again(folder, monkeypa
     assert (fresh.folder, content(fresh.folder)) == (corrected.folder, kept)
 
 
-def test_shards_are_not_used_again_where_names_have_changed(folder, monkeypatch):
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_shards_are_not_used_again_where_names_have_changed(folder, monkeypatch, kind):
     """Names are relative to the folder that all files are in."""
     monkeypatch.setattr(corpus, "MANY_DOCUMENTS", 9)
     (folder / "t" / "a").mkdir(parents=True)
     for n, text in enumerate(TRAIN):
-        (folder / "t" / "a" / f"{n}.txt").write_text(text)
-    every = {"files": ["t/**/*.txt"]}
+        (folder / "t" / "a" / f"{n}.{kind}").write_text(text if kind == "txt" else json.dumps({"text": text}))
+    every = {"files": [f"t/**/*.{kind}"]}
     load(folder, **every)
     (folder / "t" / "z").mkdir()
-    (folder / "t" / "z" / "new.txt").write_text("new\n")
+    (folder / "t" / "z" / f"new.{kind}").write_text("new\n" if kind == "txt" else '{"text": "new"}')
     after = load(folder, **every)
     kept = content(after.folder)
     shutil.rmtree(folder / "cache")

@@ -4,16 +4,15 @@ Each module of this package with a class `Corpus`, a `Source`, is one kind of so
 the others do not have (`files`, `hf`, `tokens`), or by its `name` (stdlib, mqar). A further kind is one more file.
 """
 
-import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from archs.settings import Settings, SettingsError
+from archs.settings import Settings, SettingsError, did_you_mean
 from train.batches import TrainingData
 from train.sections import Section, TokenizerConfig
 
@@ -57,14 +56,11 @@ def parse(given: Any) -> Source:
     chosen = [key for key in ("name", *keys) if key in given]
     known = {field for kind in kinds() for field in kind.model_fields}
     if first := next((key for key in given if not chosen and key not in known), None):
-        raise SettingsError(first, lambda path: f"unknown key {path!r}: {allowed}{hint(first, ['name', *keys])}")
+        raise SettingsError(
+            first, lambda path: f"unknown key {path!r}: {allowed}{did_you_mean(first, ['name', *keys])}"
+        )
     Settings.check(len(chosen) == 1, f"has {' and '.join(chosen) or 'no source'}: {allowed}")
     name = str(given.get("name"))
     kind = names.get(name) if chosen == ["name"] else keys[chosen[0]]
-    Settings.check(kind is not None, f"unknown name {name!r}: {allowed}{hint(name, names)}")
+    Settings.check(kind is not None, f"unknown name {name!r}: {allowed}{did_you_mean(name, names)}")
     return kind(**given)
-
-
-def hint(given: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -75,8 +75,7 @@ class Corpus(TextSource):
             kind, read_text
         )
         reader = functools.partial(read, path, name, self.column)
-        one = read is read_text
-        return Part(str(path), reader, stat.st_size, stat.st_mtime_ns, split, one, name)
+        return Part(str(path), reader, stat.st_size, stat.st_mtime_ns, split, read is read_text, name)
 
 
 def suffix(path: Path) -> str:
@@ -224,7 +223,7 @@ def lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def row_document(row: Mapping[str, Any], column: str, where: str, name: str) -> Document:
-    """The document in a row's column. InputError, with `where`, if that has something else than text or null."""
+    """The document in a row's column. InputError, with `where`, if it holds anything other than text or null."""
     if column not in row:
         raise InputError(
             f"corpus: {where} has no {column!r}, but {', '.join(row) or 'nothing'}: name the one with text as column"

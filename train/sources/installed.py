@@ -34,7 +34,7 @@ class Corpus(TextSource):
         for name, path in sorted(paths.items()):
             stat = path.stat()
             read = functools.partial(read_source, path, name, is_named)
-            parts.append(Part(str(path), read, stat.st_size, stat.st_mtime_ns, has_one=True))
+            parts.append(Part(str(path), read, stat.st_size, stat.st_mtime_ns, None, True, name))
         return parts
 
 

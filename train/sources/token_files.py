@@ -17,12 +17,13 @@ import tiktoken
 from train.batches import TrainingData
 from train.corpus import SPLITS
 from train.errors import InputError
+from train.files import content_key
 from train.progress import StudyProgress
 from train.sections import Count, TokenizerConfig
 from train.sources import Place, Source
 from train.sources.files import Patterns, matches
 from train.tokenizer import load_tokenizer, token_bytes
-from train.tokens import content_hash, open_or_build
+from train.tokens import open_or_build
 
 HEADER = 256  # int32
 MAGICS = {20240520: np.dtype(np.uint16), 20240801: np.dtype(np.uint32)}
@@ -91,7 +92,7 @@ class Corpus(Source):
         counts = {split: sum(count for *_, count in parts) for split, parts in segments.items()}
         facts = {
             "name": "tokens",
-            "fingerprint": content_hash([segments, [digest for _, digest in digests]]),
+            "fingerprint": content_key([segments, [digest for _, digest in digests]]),
             "bytes": text,
             "train_tokens": counts["train"],
             "tune_tokens": counts["tune"],
