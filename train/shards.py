@@ -43,16 +43,15 @@ def tokenise(
     limit_bytes: int | None = None,
     limit_tokens: int | None = None,
 ) -> dict:
-    """Writes the tokens of a text into a folder, as far as they are not there yet; returns what its manifest says of
-    them. Shards of the last pass over this text, when its files were `last_files`, are used up to the first file that
-    has changed. Ends with the document that reaches a limit (of text, of tokens in `train`)."""
+    """Writes the shards of a text that are not in the folder yet, and returns the token part of the manifest. Shards of
+    the last pass, whose files were `last_files`, are reused up to the first file that has changed. The pass ends with
+    the document that reaches a limit (bytes of text, tokens of the split `train`)."""
     splitter = Splitter(parts, held_out)
     encoding = load_tokenizer(tokenizer, folder, lambda: sample(parts, splitter))
     limits = limit_bytes or math.inf, limit_tokens or math.inf
     pairs = zip(last_files, (part.identity for part in parts), strict=False)
-    take_over(
-        last_folder, folder, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)), splitter
-    )
+    unchanged = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    reuse_shards(last_folder, folder, unchanged, splitter)
     with StudyProgress("tokenising", sum(part.size for part in parts)) as progress:
         shards = write_shards(parts, splitter, encoding, folder, progress, *limits)
     return manifest(title, parts, shards, token_type(encoding))
@@ -103,8 +102,8 @@ class Shard:
         return len(data)
 
     def save(self, path: Path, ends: tuple[int, int], is_last: bool, many: bool) -> dict:
-        """Writes the tokens to `path` (split by split), then what is known of them. `ends`: the next (part, item);
-        `many`: whether documents are split as a whole."""
+        """Writes the tokens to `path`, split by split, and its metadata to a .json beside it. `ends`: (part, item) that
+        come next. `many`: documents are split as a whole."""
         arrays = [ids for split in SPLITS for ids in self.ids[split]]
         write_atomic(path, memoryview(np.concatenate(arrays)).cast("B") if arrays else b"")
         digests = [(part, digest.hexdigest()) for part, digest in self.digests]
@@ -115,7 +114,7 @@ class Shard:
 
 
 def whole_shards(folder: Path, dtype: np.dtype) -> list[dict]:
-    """What is known of the shards in a folder, up to the first that is missing or damaged."""
+    """The metadata of the shards in a folder, up to the first that is missing or damaged."""
     shards: list[dict] = []
     while not shards or not shards[-1]["is_last"]:
         path = folder / f"{len(shards):05}.bin"
@@ -126,14 +125,14 @@ def whole_shards(folder: Path, dtype: np.dtype) -> list[dict]:
     return shards
 
 
-def take_over(last: Path, folder: Path, same: int, splitter: Splitter) -> None:
-    """Links the shards of another folder that are of the first `same` parts alone, if its vocabulary is the same."""
+def reuse_shards(last: Path, folder: Path, unchanged: int, splitter: Splitter) -> None:
+    """Links shards of another folder that hold only the first `unchanged` parts, if both have the same vocabulary."""
     ranks = [(where / RANKS).read_bytes() if (where / RANKS).exists() else None for where in (last, folder)]
     if last == folder or ranks[0] != ranks[1]:
         return
     for path in sorted(last.glob("*.bin")):
         about = read_json(path.with_suffix(".json"))
-        kept = about and about["many"] == splitter.many and about["ends"][0] < same and not about["is_last"]
+        kept = about and about["many"] == splitter.many and about["ends"][0] < unchanged and not about["is_last"]
         if not kept:
             return
         if (folder / path.name).with_suffix(".json").exists():
@@ -155,7 +154,7 @@ def write_shards(
     most_text: float,
     most_tokens: float,
 ) -> list[dict]:
-    """Writes the shards that are missing; what is known of all of them."""
+    """Writes the missing shards and returns the metadata of all of them."""
     shards = whole_shards(folder, token_type(encoding))
     ends, is_last = (tuple(shards[-1]["ends"]), shards[-1]["is_last"]) if shards else ((0, 0), False)
     text, trained_on = (sum(about["text_bytes"] for about in shards), sum(about["tokens"]["train"] for about in shards))
@@ -240,7 +239,7 @@ def progress_of(parts: Sequence[Part], first: int, progress: StudyProgress) -> C
 
 
 def manifest(title: str, parts: Sequence[Part], shards: list[dict], dtype: np.dtype) -> dict:
-    """What the manifest says of shards that are all there. InputError if they have no text."""
+    """The token part of the manifest, from the metadata of all shards. InputError if they have no text."""
     text = sum(about["text_bytes"] for about in shards)
     if not text:
         some = ", ".join(part.name for part in parts[:3]) or "no file"
