@@ -33,6 +33,8 @@ class Options(Settings):
     rope_base: float = Field(10_000.0, ge=1, lt=2**31)
     tie_embeddings: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)
+    qk_norm: bool = False  # RMSNorm of each head's query and key (Qwen3, arXiv 2505.09388, section 2)
+    gate: bool = False  # each head's output times sigmoid(x W_gate) (arXiv 2505.06708, section 2.2: G1, headwise)
     rotary: ClassVar[str] = "head_dim"  # the option that says how many dimensions of a head are rotated
 
     @model_validator(mode="after")
@@ -80,6 +82,36 @@ class RMSNorm(nn.RMSNorm):
         return ops.rms_norm(x.to(self.weight.dtype), self.weight)
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm of queries and keys (B, H, T, D) before their rotation; one weight for each number in `heads`."""
+
+    def __init__(self, size: int, *heads: int):
+        super().__init__()
+        self.heads, self.parts = heads, nn.ModuleList(RMSNorm(size) for _ in heads)
+
+    def forward(self, x_BHTD: Tensor) -> Tensor:
+        split = zip(self.parts, x_BHTD.split(self.heads, dim=1), strict=True)
+        return torch.cat([norm(part_BHTD) for norm, part_BHTD in split], dim=1).to(x_BHTD.dtype)
+
+
+def head_norm(o: Options, size: int, *heads: int) -> nn.Module:
+    return HeadNorm(size, *heads) if o.qk_norm else nn.Identity()
+
+
+class Output(nn.Linear):
+    """The projection of all heads' outputs (B, H, T, E) to the residual stream, after the gate where there is one."""
+
+    def __init__(self, o: Options, size: int):
+        super().__init__(o.heads * size, o.width, bias=False)
+        self.gate = nn.Linear(o.width, o.heads, bias=False) if o.gate else None
+
+    def forward(self, out_BHTE: Tensor, x_BTW: Tensor) -> Tensor:
+        if self.gate:
+            gate_BTH = self.gate(x_BTW[:, -out_BHTE.shape[2] :]).sigmoid()
+            out_BHTE = out_BHTE * gate_BTH.mT[..., None]
+        return super().forward(ops.merge_heads(out_BHTE))
+
+
 class FFN(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate) * up)."""
 
@@ -111,7 +143,8 @@ class Decoder(Costs, nn.Module):
     """A language model whose layers `layer_attention` makes.
 
     An attention layer is called as `layer(x_BTW, chunk, kv)`: it appends the keys and values of the chunk to `kv`, and
-    returns the output of at least the last `chunk.queries` tokens. A decode step is recorded once and replayed, so
+    returns the output of at least the last `chunk.queries` tokens; `HeadNorm` and `Output` give it the options
+    `qk_norm` and `gate`. A decode step is recorded once and replayed, so
     anything that changes between steps must be a tensor. Name the output projection `out`: initialisation scales it.
     """
 
@@ -132,6 +165,10 @@ class Decoder(Costs, nn.Module):
             tie(self)
             self.register_load_state_dict_post_hook(tie)  # `assign` loads two parameters
         self.add_modules()
+        for option, part in (("qk_norm", HeadNorm), ("gate", Output)):
+            has_part = any(isinstance(module, part) for module in self.modules())
+            if getattr(o, option) and not has_part:
+                raise ValueError(f"{option}: the attention of {type(self).__name__} has no such part")
         for name, parameter in self.named_parameters():  # residual projections are scaled as in GPT-2
             if parameter.dim() > 1:
                 residual = name.endswith(("attention.out.weight", "ffn.down.weight"))

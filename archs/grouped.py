@@ -10,32 +10,32 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from archs.decoder import Chunk, Decoder, Options
+from archs.decoder import Chunk, Decoder, Options, Output, head_norm
 from archs.kv import KV
-from archs.ops import merge_heads, split_heads
+from archs.ops import split_heads
 from archs.settings import Size
 
 
 class GroupedAttention(nn.Module):
-    def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int):
+    def __init__(self, o: Options):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.heads, self.kv_heads, self.head_dim = o.heads, o.kv_heads, o.head_dim
+        self.qkv = nn.Linear(o.width, (o.heads + 2 * o.kv_heads) * o.head_dim, bias=False)
+        self.qk_norm = head_norm(o, o.head_dim, o.heads, o.kv_heads)
+        self.out = Output(o, o.head_dim)
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
         qk_BXTD, v_BGTD = split_heads(self.qkv(x_BTW), self.heads + self.kv_heads, self.kv_heads)
-        q_BHTD, k_BGTD = chunk.rotate(qk_BXTD).split((self.heads, self.kv_heads), dim=1)
+        q_BHTD, k_BGTD = chunk.rotate(self.qk_norm(qk_BXTD)).split((self.heads, self.kv_heads), dim=1)
         kv.append(chunk.start, k_BGTD, v_BGTD)
-        return self.out(merge_heads(kv.attend(q_BHTD[:, :, -chunk.queries :], self.head_dim**-0.5)))
+        return self.out(kv.attend(q_BHTD[:, :, -chunk.queries :], self.head_dim**-0.5), x_BTW)
 
 
 class Grouped(Decoder):
     """`options.kv_heads` KV heads in every layer."""
 
     def layer_attention(self, layer: int) -> nn.Module:
-        o = self.options
-        return GroupedAttention(o.width, o.heads, o.kv_heads, o.head_dim)
+        return GroupedAttention(self.options)
 
     def new_layers(self, make: Any) -> list:
         return [make.full(self.options.kv_heads, self.options.head_dim) for _ in range(self.options.layers)]
@@ -49,12 +49,14 @@ class Grouped(Decoder):
 
     def hf_class(self) -> tuple[str, str, dict]:
         o = self.options
-        return "llama", "LlamaForCausalLM", {"num_key_value_heads": o.kv_heads, "head_dim": o.head_dim}
+        names = ("qwen3", "Qwen3ForCausalLM") if o.qk_norm else ("llama", "LlamaForCausalLM")
+        return *names, {"num_key_value_heads": o.kv_heads, "head_dim": o.head_dim}
 
     def hf_attention(self, attention: GroupedAttention) -> dict[str, Tensor]:
         heads = attention.heads, attention.kv_heads, attention.kv_heads
         parts = attention.qkv.weight.split([count * attention.head_dim for count in heads])
-        return dict(zip(("q_proj", "k_proj", "v_proj"), parts, strict=True))
+        norms = [part.weight for part in attention.qk_norm.parts] if self.options.qk_norm else []
+        return dict(zip(("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"), [*parts, *norms], strict=False))
 
 
 class MHA(Grouped):
@@ -82,4 +84,4 @@ class GQA(Grouped):
         def complete(self) -> None:
             self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
 
-    examples = ({"kv_heads": 2}, {"kv_heads": 4})
+    examples = ({"kv_heads": 2}, {"kv_heads": 4, "qk_norm": True, "gate": True})

@@ -4,7 +4,8 @@ Each token keeps one latent of `kv_rank`, normed before it is cached, and one ro
 heads. Keys and values are linear in the latent, so decode never makes them: W_UK goes into the query and W_UV into the
 output (the absorbed form), and attention runs on what is cached as on a single KV head. Training makes them (the
 materialised form), which takes fewer FLOPs when many queries share them. RoPE acts on the rotary part alone: a rotated
-up-projection could not be absorbed.
+up-projection could not be absorbed. Nor could a norm of the keys: `qk_norm` norms queries and the rotary key, and the
+latent is normed anyway.
 
 Shapes: B batch, T tokens, S cached tokens, H heads, N nope_dim, P rope_dim, E v_dim, R kv_rank, W width, X = R + P.
 """
@@ -16,9 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from archs.costs import mean_seen
-from archs.decoder import Chunk, Decoder, Options, RMSNorm
+from archs.decoder import Chunk, Decoder, Options, Output, RMSNorm, head_norm
 from archs.kv import KV, View
-from archs.ops import head_linear, merge_heads, split_heads
+from archs.ops import head_linear, split_heads
 from archs.settings import Size
 
 
@@ -28,6 +29,7 @@ class MLAOptions(Options):
     q_rank: int = Field(0, ge=0, lt=2**31)  # 0: queries straight from the residual stream, as in DeepSeek-V2-Lite
     nope_dim: Size | None = None  # head_dim
     v_dim: Size | None = None  # head_dim
+    latent_scale: bool = False  # normed latents times sqrt(width / rank) (LongCat-Flash, arXiv 2509.01322, section 2.2)
     rotary: ClassVar[str] = "rope_dim"
 
     def complete(self) -> None:
@@ -46,20 +48,26 @@ class LatentAttention(nn.Module):
         self.kv_down = nn.Linear(o.width, o.kv_rank + o.rope_dim, bias=False)
         self.kv_norm = RMSNorm(o.kv_rank)
         self.kv_up = nn.Linear(o.kv_rank, o.heads * (o.nope_dim + o.v_dim), bias=False)
-        self.out = nn.Linear(o.heads * o.v_dim, o.width, bias=False)
+        self.head_norm = head_norm(o, o.nope_dim + o.rope_dim, o.heads)
+        self.rope_norm = head_norm(o, o.rope_dim, 1)
+        self.out = Output(o, o.v_dim)
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
         o, x_q_BTW = self.o, x_BTW[:, -chunk.queries :]
         latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.kv_rank, o.rope_dim), dim=-1)
-        k_rope_B1TP = chunk.rotate(k_rope_BTP[:, None]).to(latent_BTR.dtype)
-        kv.append(chunk.start, torch.cat((self.kv_norm(latent_BTR)[:, None], k_rope_B1TP), dim=-1))
+        k_rope_B1TP = chunk.rotate(self.rope_norm(k_rope_BTP[:, None])).to(latent_BTR.dtype)
+        kv.append(chunk.start, torch.cat((self.scaled(self.kv_norm(latent_BTR))[:, None], k_rope_B1TP), dim=-1))
 
-        (q_BHTX,) = split_heads(self.q_up(self.q_norm(self.q_down(x_q_BTW)) if o.q_rank else x_q_BTW), o.heads)
-        q_nope_BHTN, q_rope_BHTP = q_BHTX.split((o.nope_dim, o.rope_dim), dim=-1)
+        q_input = self.scaled(self.q_norm(self.q_down(x_q_BTW))) if o.q_rank else x_q_BTW
+        (q_BHTX,) = split_heads(self.q_up(q_input), o.heads)
+        q_nope_BHTN, q_rope_BHTP = self.head_norm(q_BHTX).split((o.nope_dim, o.rope_dim), dim=-1)
         queries = q_nope_BHTN, chunk.rotate(q_rope_BHTP)
         materialised = kv.dense is not None and not self.absorbing_is_cheaper(chunk.queries, kv.dense.k.shape[2])
         out_BHTE = self.materialised(*queries, kv.dense) if materialised else self.absorbed(*queries, kv)
-        return self.out(merge_heads(out_BHTE))
+        return self.out(out_BHTE, x_BTW)
+
+    def scaled(self, latent_BTR: Tensor) -> Tensor:
+        return latent_BTR * (self.o.width / latent_BTR.shape[-1]) ** 0.5 if self.o.latent_scale else latent_BTR
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """Compares the FLOPs of both forms for T queries after a longer prefix; never where all S tokens have one."""
@@ -94,7 +102,8 @@ class MLA(Decoder):
     Options = MLAOptions
     examples = (
         {"kv_rank": 32, "rope_dim": 8},
-        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20},
+        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20, "latent_scale": True},
+        {"kv_rank": 16, "rope_dim": 8, "qk_norm": True, "gate": True},
     )
 
     def layer_attention(self, layer: int) -> nn.Module:
@@ -120,6 +129,8 @@ class MLA(Decoder):
 
     def hf_class(self) -> tuple[str, str, dict]:
         o = self.options
+        if o.qk_norm:
+            raise ValueError("transformers has no class with a latent and qk_norm")
         latent = {
             "num_key_value_heads": o.heads,
             "kv_lora_rank": o.kv_rank,
@@ -137,4 +148,5 @@ class MLA(Decoder):
         queries = {"q_a_proj": a.q_down, "q_a_layernorm": a.q_norm} if self.options.q_rank else {}
         queries["q_b_proj" if self.options.q_rank else "q_proj"] = a.q_up
         modules = queries | {"kv_a_proj_with_mqa": a.kv_down, "kv_a_layernorm": a.kv_norm, "kv_b_proj": a.kv_up}
-        return {name: module.weight for name, module in modules.items()}
+        weights = {name: module.weight for name, module in modules.items()}
+        return weights | {name: a.scaled(weights[name]) for name in weights if name.endswith("layernorm")}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from archs.cache import Cache, State
 from archs.costs import mean_seen
-from archs.decoder import Chunk, Decoder, Options, RMSNorm
+from archs.decoder import Chunk, Decoder, Options, Output, RMSNorm, head_norm
 from archs.grouped import GroupedAttention
 from archs.kv import KV, Training
 from archs.ops import at_least_fp32, merge_heads, retention_step, rms_norm, self_score, split_heads
@@ -86,22 +86,24 @@ class GatedRetention(nn.Module):
     """Retention with a data-dependent decay a head, gamma = sigmoid(x W_gamma)^(1/16), normed a head and swish-gated.
 
     Computed in fp32 at least, whatever the model's precision: products of many decays lose their tails in bf16. The
-    cached state has the cache's dtype: in bf16 decode stays within about 1 % of the full forward.
+    cached state has the cache's dtype: in bf16 decode stays within about 1 % of the full forward. The option
+    `gate` adds nothing to its own gate.
     """
 
-    def __init__(self, width: int, heads: int, head_dim: int):
+    def __init__(self, o: YOCOOptions):
         super().__init__()
-        self.heads, self.head_dim = heads, head_dim
-        self.qkvg = nn.Linear(width, 4 * heads * head_dim, bias=False)
-        self.decay = nn.Linear(width, heads, bias=False)
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.heads, self.head_dim = o.heads, o.head_dim
+        self.qkvg = nn.Linear(o.width, 4 * o.heads * o.head_dim, bias=False)
+        self.qk_norm = head_norm(o, o.head_dim, o.heads, o.heads)
+        self.decay = nn.Linear(o.width, o.heads, bias=False)
+        self.out = nn.Linear(o.heads * o.head_dim, o.width, bias=False)
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: State | Training | None) -> Tensor:
         kv, document_BT = (None, kv.document_BT) if isinstance(kv, Training) else (kv, None)
         qk_BXTD, v_BHTD, gate_BHTD = split_heads(self.qkvg(x_BTW), 2 * self.heads, self.heads, self.heads)
         log_decay_BHT = F.logsigmoid(at_least_fp32(self.decay(x_BTW))).transpose(1, 2) / DECAY_TEMPERATURE
         with torch.autocast(x_BTW.device.type, enabled=False):
-            q_BHTD, k_BHTD = chunk.rotate(at_least_fp32(qk_BXTD)).chunk(2, dim=1)
+            q_BHTD, k_BHTD = chunk.rotate(at_least_fp32(self.qk_norm(qk_BXTD))).chunk(2, dim=1)
             inputs = q_BHTD, k_BHTD * self.head_dim**-0.5, at_least_fp32(v_BHTD)
             state = kv.read() if kv else None
             if state is not None and x_BTW.shape[1] == 1:
@@ -120,29 +122,31 @@ class GatedRetention(nn.Module):
 class SharedKV(nn.Module):
     """The one K and V of the cross-decoder, from the self-decoder's normed output; rotary positions applied once."""
 
-    def __init__(self, width: int, kv_heads: int, head_dim: int):
+    def __init__(self, o: YOCOOptions):
         super().__init__()
-        self.kv_heads = kv_heads
-        self.norm = RMSNorm(width)
-        self.kv = nn.Linear(width, 2 * kv_heads * head_dim, bias=False)
+        self.kv_heads = o.kv_heads
+        self.norm = RMSNorm(o.width)
+        self.kv = nn.Linear(o.width, 2 * o.kv_heads * o.head_dim, bias=False)
+        self.k_norm = head_norm(o, o.head_dim, o.kv_heads)
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> None:
         k_BGTD, v_BGTD = split_heads(self.kv(self.norm(x_BTW)), self.kv_heads, self.kv_heads)
-        kv.append(chunk.start, chunk.rotate(k_BGTD), v_BGTD)
+        kv.append(chunk.start, chunk.rotate(self.k_norm(k_BGTD)), v_BGTD)
 
 
 class CrossAttention(nn.Module):
     """Queries against the keys and values that another layer has appended."""
 
-    def __init__(self, width: int, heads: int, head_dim: int):
+    def __init__(self, o: YOCOOptions):
         super().__init__()
-        self.heads, self.head_dim = heads, head_dim
-        self.q = nn.Linear(width, heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, width, bias=False)
+        self.heads, self.head_dim = o.heads, o.head_dim
+        self.q = nn.Linear(o.width, o.heads * o.head_dim, bias=False)
+        self.q_norm = head_norm(o, o.head_dim, o.heads)
+        self.out = Output(o, o.head_dim)
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
         (q_BHTD,) = split_heads(self.q(x_BTW[:, -chunk.queries :]), self.heads)
-        return self.out(merge_heads(kv.attend(chunk.rotate(q_BHTD), self.head_dim**-0.5)))
+        return self.out(kv.attend(chunk.rotate(self.q_norm(q_BHTD)), self.head_dim**-0.5), x_BTW)
 
 
 class YOCO(Decoder):
@@ -152,19 +156,17 @@ class YOCO(Decoder):
     early_exit = True
     examples = (
         {"kv_heads": 4, "self_decoder": "swa", "window": 7},
-        {"kv_heads": 2, "self_decoder": "gret"},
+        {"kv_heads": 2, "self_decoder": "gret", "qk_norm": True, "gate": True},
     )
 
     def layer_attention(self, layer: int) -> nn.Module:
         o = self.options
         if layer >= o.layers // 2:
-            return CrossAttention(o.width, o.heads, o.head_dim)
-        if o.self_decoder == "swa":
-            return GroupedAttention(o.width, o.heads, o.kv_heads, o.head_dim)
-        return GatedRetention(o.width, o.heads, o.head_dim)
+            return CrossAttention(o)
+        return GroupedAttention(o) if o.self_decoder == "swa" else GatedRetention(o)
 
     def add_modules(self) -> None:
-        self.shared_kv = SharedKV(self.options.width, self.options.kv_heads, self.options.head_dim)
+        self.shared_kv = SharedKV(self.options)
 
     def new_layers(self, make: Any) -> list:
         """Windows or states, then the same shared K/V for each layer of the cross-decoder."""

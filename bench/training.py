@@ -19,7 +19,8 @@ from peers import peer, peer_name
 
 from archs.ops import gains_by_compiling
 from train.machine import matmul_flops_per_s, resolve_precision
-from train.module import LanguageModel, adamw
+from train.module import LanguageModel
+from train.optimizers import adamw
 
 
 def main() -> int:

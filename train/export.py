@@ -90,6 +90,8 @@ def hf_config(model: Decoder) -> dict[str, Any]:
     parent = next((cls for cls in variant.__mro__ if "hf_class" in vars(cls)), None)
     if parent is None or any(getattr(variant, name) is not getattr(parent, name) for name in COMPUTES):
         raise ValueError(f"transformers has no class that computes {variant.__name__}")
+    if o.gate:
+        raise ValueError("transformers has no class with a gate for each head")
     model_type, architecture, special = model.hf_class()
     sizes = {"vocab_size": o.vocab_size, "hidden_size": o.width, "intermediate_size": o.ffn_width}
     sizes |= {"num_hidden_layers": o.layers, "num_attention_heads": o.heads, "max_position_embeddings": o.context}

@@ -1,8 +1,9 @@
 """Training of one language model as a LightningModule that works with any Trainer.
 
-AdamW with decay on matrices alone, linear warm-up and a cosine to a tenth, clipped gradients: nanoGPT's conventions.
-Blocks, the last norm and, on a GPU, the loss are compiled if the run is long enough to gain by it. The x axis of every
-logger is the number of tokens seen, and tags are the same for every variant.
+AdamW with decay on matrices alone, linear warm-up and a cosine to a tenth, clipped gradients: nanoGPT's conventions;
+`optimizer` and `schedule` choose others of train/optimizers.py. Blocks, the last norm and, on a GPU, the loss are
+compiled if the run is long enough to gain by it. The x axis of every logger is the number of tokens seen, and tags are
+the same for every variant.
 """
 
 import math
@@ -19,12 +20,13 @@ from archs import build, ops
 from archs.techniques import Technique
 from train.batches import IGNORED, documents
 from train.machine import matmul_flops_per_s
+from train.optimizers import OPTIMIZERS, SCHEDULES
 
 
 class LanguageModel(L.LightningModule):
     """`arch` and `options` go to `archs.build`; the rest is the recipe.
 
-    tokens: the training budget, where the cosine ends. warmup_tokens: tokens until the peak rate `lr`. clip: limit of
+    tokens: the training budget, where the schedule ends. warmup_tokens: tokens until the peak rate `lr`. clip: limit of
     the gradient's norm. pieces: the number of parts in which a batch goes through the model, each once more for its
     gradient, in less memory and a third more time. document_end: the id of the token that ends a document; with it a
     token attends only to its own document, in validation too. Logs train/* every `log_every_n_steps` of the Trainer,
@@ -41,6 +43,8 @@ class LanguageModel(L.LightningModule):
         warmup_tokens: int = 0,
         weight_decay: float = 0.1,
         clip: float = 1.0,
+        optimizer: str = "adamw",
+        schedule: str = "cosine",
         seed: int = 0,
         pieces: int = 1,
         document_end: int | None = None,
@@ -57,7 +61,7 @@ class LanguageModel(L.LightningModule):
         self.checkpoint_seconds = 0.0
 
     def configure_optimizers(self) -> dict:
-        optimizer = adamw(self, self.hparams.lr, self.hparams.weight_decay)
+        optimizer = OPTIMIZERS[self.hparams.optimizer](self.model, self.hparams.lr, self.hparams.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.rate(self.tokens_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -66,7 +70,7 @@ class LanguageModel(L.LightningModule):
         h = self.hparams
         warmup = (tokens + 1) / (h.warmup_tokens + 1)
         done = min(1.0, max(0.0, tokens - h.warmup_tokens) / max(1, h.tokens - h.warmup_tokens))
-        return min(1.0, warmup) * (0.55 + 0.45 * math.cos(math.pi * done))
+        return min(1.0, warmup) * SCHEDULES[self.hparams.schedule](done)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         limit = gradient_clip_val or self.hparams.clip
@@ -248,13 +252,6 @@ class Retrofit(LanguageModel):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) + self.technique.penalty(self.model, self._done)
-
-
-def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices alone."""
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def _rate(seconds: float, tokens: int) -> float:

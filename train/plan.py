@@ -19,15 +19,17 @@ from train.errors import InputError
 from train.files import content_key, read_json, write_json
 from train.machine import find_device, resolve_dtype, resolve_precision
 from train.store import PLAN
-from train.study import Study, TrainConfig
+from train.study import RECIPE, Study, TrainConfig
 from train.tokenizer import vocabulary
-from train.tuning import at_edge, best_rate, next_rate, tried_rates, tuning_seed
+from train.tuning import Tuned, choose, facts, next_rate, tried, tuning_seeds
 from train.variants import Variant, on_meta, resolve_variants
 
 # Settings that do not determine a run's result. Devices share one batch.
-NOT_IN_KEY = "tuning_tokens", "devices", "num_nodes", "strategy", "checkpoint_seconds", "checkpoint_steps"
+NOT_IN_KEY = {"tuning_seeds", "tuning_share", "devices", "num_nodes", "strategy"}
+NOT_IN_KEY |= {"checkpoint_seconds", "checkpoint_steps"}
 # Settings that came later: at their default they are left out, so that the keys of earlier runs stay as they were.
-ADDED = ("document_mask",)
+ADDED = {"document_mask": False, "optimizer": "adamw", "schedule": "cosine"}
+ADDED |= {"qk_norm": False, "gate": False, "latent_scale": False}  # of the options
 # Keys of config.json that follow from others or only name the run.
 DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match", "corpus"}
 
@@ -77,10 +79,8 @@ class Plan:
         self.variants = resolve_variants(study, data.n_vocab, study_file.parent)
         data.check(study.model["context"])
         self.rates = study.train.lr if isinstance(study.train.lr, list) else None
-        train = {key: value for key, value in study.train.model_dump().items() if key not in NOT_IN_KEY}
-        for key in [key for key in ADDED if train[key] == TrainConfig.model_fields[key].default]:
-            del train[key]
-        self._train_settings = train | {"precision": resolve_precision(study.train.precision)}
+        train = study.train.model_dump(exclude=NOT_IN_KEY.union(RECIPE))
+        self._train_settings = _without_added(train) | {"precision": resolve_precision(study.train.precision)}
         evaluation = study.eval.model_dump() | {"level": None}  # of intervals: no measure depends on it
         self.evaluation = [evaluation, sorted(measures), resolve_dtype(study.eval.dtype), find_device().type]
 
@@ -127,14 +127,27 @@ class Plan:
             raise InputError(f"cannot write to {self.directory}: {e.strerror}; choose another with --out") from None
 
     def compared_run(self, variant: Variant, seed: int, lr: float, tuning: dict | None) -> Run:
-        """`tuning`: how the rate was found, {seed, at_edge, rates: [{lr, val_bpb}]}; None if the study gives it."""
+        """`tuning`: how the rate was found (tuning.facts); None if the study gives it."""
         place = Path("runs") / variant.label / f"seed-{seed}"
         return self._run("compared", variant, seed, lr, place, f"{variant.label} seed {seed}", tuning)
 
-    def tuning_run(self, variant: Variant, lr: float) -> Run:
-        variant = dataclasses.replace(variant, tokens=self.study.train.tuning_tokens or variant.tokens)
-        place, seed = Path("tuning") / variant.label / f"lr-{lr!r}", tuning_seed(self.study.seeds)
-        return self._run("tuning", variant, seed, lr, place, f"{variant.label} lr {lr:g}")
+    def tuning_run(self, variant: Variant, lr: float, seed: int) -> Run:
+        tokens = f"tokens {variant.tokens}" if self.study.train.tuning_share else ""
+        name = f"{variant.label} lr {lr!r} seed {seed} {tokens}".strip()
+        place = Path("tuning") / variant.label / name.removeprefix(f"{variant.label} ").replace(" ", "-")
+        return self._run("tuning", variant, seed, lr, place, name)
+
+    def shortened(self, variant: Variant) -> Variant:
+        """The variant with the tokens of the runs that try its learning rates."""
+        return dataclasses.replace(variant, tokens=int(variant.tokens * (self.study.train.tuning_share or 1)))
+
+    @cached_property
+    def smallest(self) -> dict[str, Variant]:
+        """Label without size -> the variant in the size with the least work; {} where rates are tried on all tokens."""
+        if not self.study.train.tuning_share:
+            return {}
+        ordered = sorted(self.variants, key=lambda variant: variant.work, reverse=True)
+        return {variant.short: variant for variant in ordered}
 
     def _run(self, kind, variant: Variant, seed: int, lr: float, place: Path, name: str, tuning=None) -> Run:
         fingerprint, tokenizer = self.data.facts["fingerprint"], self.study.tokenizer.model_dump()
@@ -142,11 +155,11 @@ class Plan:
             tokenizer["vocabulary"] = vocabulary(self.data.tokenizer)
         hashed = {
             "arch": variant.arch,
-            "options": variant.options,
+            "options": _without_added(variant.options),
             "seed": seed,
             "corpus": fingerprint,
             "tokenizer": tokenizer,
-            "train": self._train_settings | {"lr": lr, "tokens": variant.tokens},
+            "train": self._run_settings(variant, lr),
         }
         if variant.source:  # the place of its file does not determine the weights
             hashed |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
@@ -160,6 +173,9 @@ class Plan:
             "key": content_key(hashed),
         }
         return Run(kind, variant, seed, lr, settings, self.directory / place, name)
+
+    def _run_settings(self, variant: Variant, lr: float) -> dict:
+        return self._train_settings | _without_added(variant.recipe) | {"lr": lr, "tokens": variant.tokens}
 
     def retrofits(self, run: Run) -> list[Run]:
         """The runs that train `run` further, one for each technique that needs it and can act on the model."""
@@ -181,8 +197,7 @@ class Plan:
 
     def config(self, run: Run) -> dict:
         """The content of a run's config.json: what determines its result, and its names."""
-        train = self._train_settings | {"lr": run.lr, "tokens": run.variant.tokens}
-        config = run.settings | {"train": train, "corpus": self.data.facts}
+        config = run.settings | {"train": self._run_settings(run.variant, run.lr), "corpus": self.data.facts}
         if run.technique:
             config["retrofit"] = run.technique.model_dump() | {"of": run.parent.key, "is_full": run.technique.is_full}
         return config
@@ -209,6 +224,7 @@ class Snapshot:
         self.tuning_runs: list[Run] = []
         self.untuned: list[Variant] = []
         self._without_rate: list[Variant] = []  # those of `untuned` for which no rate is left to try
+        self._found: dict[tuple[str, int], tuple[Tuned, dict] | None] = {}  # by label and tokens
         for variant in plan.variants:
             lr, tuning = (plan.study.train.lr, None) if plan.rates is None else self._tune(variant)
             if lr is None:
@@ -218,21 +234,39 @@ class Snapshot:
 
     def _tune(self, variant: Variant) -> tuple[float | None, dict | None]:
         """(learning rate, how it was found), as far as it is known, and adds the variant's tuning runs."""
-        plan = self.plan
-        losses = tried_rates(plan.rates, lambda lr: self._tuning_loss(plan.tuning_run(variant, lr)))
+        plan, small = self.plan, self.plan.smallest.get(variant.short)
+        if small in (None, variant):
+            found = self._search(variant)
+            if small:  # for the other sizes
+                self._search(plan.shortened(variant))
+            return (found[0].lr, found[1]) if found else (None, None)
+        needed = variant, plan.shortened(variant), small, plan.shortened(small)
+        found, full, short = (self._search(each) for each in needed[1:])
+        if not (found and full and short):
+            return None, None
+        tuned = found[0].shifted(full[0], short[0])
+        return tuned.lr, found[1] | vars(tuned) | {"tokens": needed[1].tokens, "tuned_on": found[1]["lr"]}
+
+    def _search(self, variant: Variant) -> tuple[Tuned, dict] | None:
+        """The rate of the variant for its number of tokens, and how it was found; None as long as runs are missing."""
+        if (variant.label, variant.tokens) in self._found:
+            return self._found[variant.label, variant.tokens]
+        plan, seeds = self.plan, tuning_seeds(self.plan.study.seeds, self.plan.study.train.tuning_seeds)
+        losses = tried(plan.rates, lambda lr: self._tuning_losses([plan.tuning_run(variant, lr, s) for s in seeds]))
         further = next_rate(plan.rates, losses)
         rates = dict.fromkeys([*plan.rates, *losses, *([] if further is None else [further])])
-        self.tuning_runs += [plan.tuning_run(variant, lr) for lr in rates]
-        best = best_rate(losses)
-        if further is None and best is None:
+        self.tuning_runs += [plan.tuning_run(variant, lr, seed) for lr in rates for seed in seeds]
+        tuned = None if further is not None else choose(losses)
+        if further is None and tuned is None:
             self._without_rate.append(variant)
-        if further is not None or best is None:
-            return None, None
-        curve = [{"lr": lr, "val_bpb": loss if math.isfinite(loss) else None} for lr, loss in sorted(losses.items())]
-        tuning = {"seed": tuning_seed(plan.study.seeds), "at_edge": at_edge(losses), "rates": curve}
-        if plan.study.train.tuning_tokens:
-            tuning["tokens"] = plan.study.train.tuning_tokens
-        return best, tuning
+        found = (tuned, facts(tuned, losses)) if tuned else None
+        self._found[variant.label, variant.tokens] = found
+        return found
+
+    def _tuning_losses(self, runs: list[Run]) -> dict[int, float] | None:
+        """The loss of each seed; None as long as one of the runs is missing."""
+        losses = {run.seed: self._tuning_loss(run) for run in runs}
+        return None if None in losses.values() else losses
 
     def _tuning_loss(self, run: Run) -> float | None:
         """Bits per byte at the end of training, infinite where it diverged; None where that is not known."""
@@ -302,6 +336,11 @@ def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     steps = tokens // config.batch_tokens
     val_every = max(min(2, steps), steps // config.val_points)  # 2: leaves a step for a checkpoint between validations
     return steps // val_every * val_every, val_every
+
+
+def _without_added(settings: dict) -> dict:
+    """The settings without those of ADDED that have their defaults."""
+    return {key: value for key, value in settings.items() if key not in ADDED or value != ADDED[key]}
 
 
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:

@@ -188,6 +188,7 @@ def write_record(run: Run, module: LanguageModel, curve: list[dict]) -> None:
         "mfu": module.mfu(module.tokens_per_s),
         "seconds": module.train_seconds,
         "lr": run.lr,
+        **run.variant.recipe,
         "checkpoint_seconds": module.checkpoint_seconds,
         "device": device_name(module.trainer.strategy.root_device),
         "flops_per_token": 3 * module.model.flops_per_token(run.variant.options["context"]),
@@ -211,6 +212,7 @@ def make_module(plan: Plan, run: Run, tokens: int, pieces: int) -> LanguageModel
     warmup = min(config.warmup_tokens, tokens // 2)  # else a short run would never reach its rate
     recipe = {"tokens": tokens, "lr": run.lr, "warmup_tokens": warmup, "seed": run.seed, "pieces": pieces}
     recipe |= {"weight_decay": config.weight_decay, "clip": config.clip, "document_end": plan.document_end}
+    recipe |= run.variant.recipe
     arch, options, technique = run.variant.arch, run.variant.options, run.technique
     if not technique:
         return LanguageModel(arch, options, **recipe)

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
@@ -27,7 +27,8 @@ from train.tokens import MANIFEST, open_tokens
 
 MERGED = "model", "train", "eval"  # sections that a study overrides key by key; it replaces the others as a whole
 MODEL_KEYS = [name for name in Options.model_fields if name != "vocab_size"]
-SIZE_KEYS = ["tokens", *(name for name in MODEL_KEYS if name != "context")]
+RECIPE = "optimizer", "schedule"
+SIZE_KEYS = ["tokens", *RECIPE, *(name for name in MODEL_KEYS if name != "context")]
 EXAMPLE = "{label: mha, arch: mha}"
 
 
@@ -47,7 +48,10 @@ class TrainConfig(Section):
     checkpoint_seconds: Positive  # between two checkpoints, at most
     checkpoint_steps: Count | None = None  # likewise
     document_mask: bool = False  # a token attends to its own document alone
-    tuning_tokens: Count | None = None  # of a run that tries a learning rate; None: as many as the compared runs
+    optimizer: Literal["adamw", "muon"] = "adamw"  # this and the next may differ between sizes
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    tuning_seeds: Count = 2  # with which each learning rate of a list is tried
+    tuning_share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens, in the runs that try a rate
 
     @field_validator("lr")
     @classmethod
@@ -113,6 +117,9 @@ class Study(Section):
             refuse_unknown(size, SIZE_KEYS)
             tokens = whole(size.get("tokens", 1))
             cls.check(type(tokens) is int, f"tokens={tokens!r}: must be a whole number, such as 20_000_000")
+            for key in size.keys() & set(RECIPE):
+                allowed = get_args(TrainConfig.model_fields[key].annotation)
+                cls.check(size[key] in allowed, f"{key}={size[key]!r}: must be one of {', '.join(allowed)}")
         return [{key: whole(value) if key == "tokens" else value for key, value in size.items()} for size in sizes]
 
     @field_validator("variants")
@@ -148,8 +155,13 @@ class Study(Section):
         sequences = f"the batch's {batch // context} sequences (train.batch_tokens / model.context)"
         names = f"train.devices={train.devices} and train.num_nodes={train.num_nodes}"
         self.check(batch // context % (train.devices * train.num_nodes) == 0, f"{names} must divide {sequences}")
-        budgets = [("train.tokens", train.tokens), ("train.tuning_tokens", train.tuning_tokens or batch)]
-        budgets += [("sizes: tokens", size.get("tokens", train.tokens)) for size in self.sizes]
+        budgets = [("sizes: tokens", size.get("tokens", train.tokens)) for size in self.sizes]
+        budgets = budgets or [("train.tokens", train.tokens)]
+        if share := train.tuning_share:
+            name = f"train.tuning_share={share}"
+            several = "the smallest of several sizes measures what shorter runs change; give sizes, or leave it out"
+            self.check(len(self.sizes) > 1, f"{name}: {several}")
+            budgets += [(f"{name}: tokens", int(share * min(tokens for _, tokens in budgets)))]
         for name, tokens in budgets:
             self.check(tokens >= batch, f"{name}={tokens} is less than one batch of train.batch_tokens={batch}")
         return self

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from archs import VARIANTS, Decoder, build
 from archs.decoder import Options
 from train.errors import InputError
-from train.study import Study, check_label, combinations, variant_label
+from train.study import RECIPE, Study, check_label, combinations, variant_label
 
 FREE = {"ffn": "ffn_width", "heads": "heads", "none": None}  # the option that each matching rule sets
 MATCH_TOLERANCE = 0.005
@@ -35,7 +35,13 @@ class Variant:
     options: dict[str, Any]
     params: int
     tokens: int  # training budget
+    recipe: dict[str, str]  # optimizer and schedule
     source: str = ""  # hash of the file that defines it; empty for the architectures of archs/
+
+    @property
+    def short(self) -> str:
+        """The label without the size."""
+        return self.label.removesuffix(f"-{self.size}") if self.size else self.label
 
     @property
     def work(self) -> int:
@@ -44,7 +50,7 @@ class Variant:
 
     def facts(self) -> dict:
         """The fields that a run's record has."""
-        left_out = {"tokens"} if self.source else {"tokens", "source"}
+        left_out = {"tokens", "recipe", *([] if self.source else ["source"])}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
@@ -59,6 +65,7 @@ class Draft:
     model: dict[str, Any]  # the options that all variants of this size share
     options: dict[str, Any]  # its own options
     tokens: int
+    recipe: dict[str, str]
 
     def resolve(self, rule: str, baseline: Variant | None) -> Variant:
         """The variant, matched by `rule` to the `baseline` of its size; None: it is that itself. ValueError if a model
@@ -72,7 +79,7 @@ class Draft:
             options |= matching_heads(self.arch, options, baseline.params)
         model = on_meta(self.arch, options)
         first = baseline.label if baseline else self.label
-        facts = model.options.model_dump(), model.count_params(), self.tokens, source_hash(self.arch)
+        facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, source_hash(self.arch)
         return Variant(self.label, self.family, self.size, first, self.arch, *facts)
 
 
@@ -97,8 +104,10 @@ def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
     """Every variant in every size, with every combination of the values in its lists. Other values than numbers
     (`swa`, `gret`) make families of their own."""
     for size, size_name in zip(study.sizes or [{}], size_names(study), strict=True):
-        model = {"vocab_size": vocab_size, **study.model, **{k: v for k, v in size.items() if k != "tokens"}}
+        shared = {key: value for key, value in size.items() if key not in ("tokens", *RECIPE)}
+        model = {"vocab_size": vocab_size, **study.model, **shared}
         tokens = size.get("tokens", study.train.tokens)
+        recipe = {key: size.get(key, getattr(study.train, key)) for key in RECIPE}
         for variant in study.variants:
             name, arch = variant_label(variant), find_arch(variant["arch"], folder)
             options = {key: value for key, value in variant.items() if key not in ("label", "arch")}
@@ -106,7 +115,7 @@ def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
                 words = [(str(value).lower(), type(value) in (int, float)) for value in chosen.values()]
                 label = "-".join([name, *(word for word, _ in words), *([size_name] if size_name else [])])
                 family = "-".join([name, *(word for word, is_number in words if not is_number)])
-                yield Draft(label, family, size_name, arch, model, options | chosen, tokens)
+                yield Draft(label, family, size_name, arch, model, options | chosen, tokens, recipe)
 
 
 def size_names(study: Study) -> list[str]:
@@ -118,8 +127,16 @@ def size_names(study: Study) -> list[str]:
     if len(set(names)) < len(names):
         others = dict.fromkeys(key for size in study.sizes for key in size if key not in ("width", "layers"))
         differing = [key for key in others if len({str(size.get(key)) for size in sizes}) > 1]
-        names = ["-".join([n, *(f"{key}{s.get(key)}" for key in differing)]) for s, n in zip(sizes, names, strict=True)]
+        ways = [[in_a_word(key, size[key]) for key in differing if key in size] for size in sizes]
+        names = ["-".join([name, *way]) for name, way in zip(names, ways, strict=True)]
     return names
+
+
+def in_a_word(key: str, value: Any) -> str:
+    """`ffn_width512`, `muon`, `gate` or `no-gate`."""
+    if isinstance(value, bool):
+        return key if value else f"no-{key}"
+    return value if isinstance(value, str) else f"{key}{value}"
 
 
 def find_arch(arch: str, folder: Path) -> str:

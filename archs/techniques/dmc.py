@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from archs.decoder import Chunk, Decoder
 from archs.grouped import GroupedAttention
 from archs.kv import KV, Training, Uncached
-from archs.ops import masked_attention, merge_heads, split_heads
+from archs.ops import masked_attention, split_heads
 from archs.techniques.slots import Slots
 from archs.techniques.technique import Technique
 
@@ -48,6 +48,8 @@ class DMC(Technique):
     def validate_model(self, model: Decoder) -> None:
         full = {id(kv) for kv in model.new_layers(Training()) if isinstance(kv, Uncached) and not kv.window}
         suited = all(type(block.attention) in (GroupedAttention, MergingAttention) for block in model.blocks)
+        if model.options.qk_norm:
+            raise ValueError("DMC merges keys and values of KV heads by elements of them that are not normed: leave out qk_norm")
         if not suited or len(full) < len(model.blocks):
             name = type(model).__name__
             raise ValueError(f"DMC merges keys and values of KV heads, and {name} does not keep them in every layer")
@@ -110,7 +112,7 @@ class MergingAttention(nn.Module):
         if chunk.start:
             kv.append(chunk.start, k_BGTD, v_BGTD)
             merge_last(kv, weight_BGT.flatten(), decision_BGT.flatten() > 0)
-            return self.out(merge_heads(kv.attend(q_BHTD, self.head_dim**-0.5)))
+            return self.out(kv.attend(q_BHTD, self.head_dim**-0.5), x_BTW)
         log_merge_BGT, log_append_BGT = self.decisions(decision_BGT)
         future_TT = torch.full((x_BTW.shape[1],) * 2, -torch.inf, device=x_BTW.device).triu(1)
         share_BGTT, weight_BGT = merged_shares(log_merge_BGT, weight_BGT, future_TT)
@@ -124,7 +126,7 @@ class MergingAttention(nn.Module):
         mask_BGTT = hidden_BGT[:, :, None].expand_as(share_BGTT).tril(-1) + future_TT
         mask_BHTT = mask_BGTT.repeat_interleave(self.heads // self.kv_heads, 1)
         q, k, v = (x.float() for x in (q_BHTD, chunk.rotate(k_BGTD), v_BGTD))
-        return self.out(merge_heads(masked_attention(q, k, v, self.head_dim**-0.5, mask_BHTT).to(q_BHTD.dtype)))
+        return self.out(masked_attention(q, k, v, self.head_dim**-0.5, mask_BHTT).to(q_BHTD.dtype), x_BTW)
 
     def decisions(self, decision_BGT: Tensor) -> tuple[Tensor, Tensor]:
         """How much each token merges into the last slot, and how much it opens one, as logarithms."""

@@ -21,7 +21,7 @@ from archs.techniques.quantised import pack, quantise, unpack
 PROMPT, LATER = 40, 12
 SIZE = 2, PROMPT + LATER
 OPTIONS = {"snapkv": {"window": 6}, "vatp": {"first": 4}}
-GROUPED = [(arch, options) for arch, options in CASES if arch in ("mha", "mqa", "gqa")]
+GROUPED = [case for case in CASES if case[0] in ("mha", "mqa", "gqa") and "qk_norm" not in case[1]]
 EACH = [(name, *case) for name in TECHNIQUES for case in CASES]
 ACTING = [
     (name, arch, options)

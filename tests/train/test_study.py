@@ -4,6 +4,7 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from texts import refusal
 
@@ -13,7 +14,7 @@ from train.files import write_json
 from train.plan import Plan
 from train.store import STUDIES, find_study
 from train.study import load_data, parse_study, read_yaml
-from train.tuning import WIDENED_AT_MOST
+from train.tuning import WIDENED_AT_MOST, Tuned, choose
 from train.variants import matching_heads, on_meta, resolve_variants
 
 THREE = "[{arch: mha}, {arch: mqa}, {arch: gqa, kv_heads: 2}]"
@@ -52,7 +53,7 @@ WRONG = [
     ({"train": {"lr": [1e-3, 0]}}, "train.lr=[0.001, 0]: must be a number above 0"),
     ({"train": {"lr": [1e-3, 1e-3]}}, "train.lr: 0.001 stands twice"),
     ({"train": {"lr": []}}, "train.lr: at least one is needed"),
-    ({"sizes": [{"depth": 3}]}, "unknown key 'sizes.depth'; allowed: tokens, width"),
+    ({"sizes": [{"depth": 3}]}, "unknown key 'sizes.depth'; allowed: tokens, optimizer, schedule, width"),
     ({"sizes": [{"width": 64, "tokens": "many"}]}, "sizes: tokens='many': must be a whole number"),
     ({"sizes": {"width": 3}}, "sizes={'width': 3}: must be a list"),
     ({"eval": {"level": 1.0}}, "eval.level=1.0: must be a number above 0 and below 1"),
@@ -278,46 +279,98 @@ def tried(plan, losses):
     """Trains nothing: writes the records that the tuning runs of an invented loss would leave."""
     order = []
     while (ready := plan.look().ready) and (run := ready[0]).kind == "tuning":
-        order.append((run.variant.label, run.lr))
-        loss = losses(run.variant.label, run.lr)
+        order.append(run)
+        loss = losses(run)
         record = {"failed": "x", "diverged": True} if loss is None else {"train": {}, "curve": [{"val_bpb": loss}]}
         write_json(run.directory / "record.json", {"key": run.key} | record)
     return order
 
 
-def test_each_variant_is_tuned_on_a_seed_of_its_own_until_the_best_lies_inside(data, tmp_path):
-    best = {"mha": 4e-3, "mqa": 2.5e-4, "gqa": 1e-3}
+def parabola(best):
+    """A loss with its least value at the rate `best`, and an offset that each seed has for itself."""
+    return lambda run: 2 + 0.3 * math.log2(run.lr / best(run)) ** 2 + run.seed % 7
+
+
+def test_each_variants_rate_is_the_vertex_of_a_parabola_over_seeds_of_its_own(data, tmp_path):
+    best = {"mha": 3.3e-3, "mqa": 2.1e-4, "gqa": 1.3e-3}
     plan = Plan(study("train.lr=[5e-4, 1e-3, 2e-3]", "seeds=[0, 1000]", "variants=" + THREE), data, tmp_path)
     assert plan.look().runs == []
-    assert len(plan.look().variants_to_train) == 3 * 3 + 3 * 2
-    order = tried(plan, lambda label, lr: 2 + abs(math.log(lr / best[label])))
-    assert [lr for label, lr in order if label == "mha"] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    assert [lr for label, lr in order if label == "mqa"] == [5e-4, 1e-3, 2e-3, 2.5e-4, 1.25e-4]
-    assert [lr for label, lr in order if label == "gqa"] == [5e-4, 1e-3, 2e-3]
+    assert len(plan.look().variants_to_train) == 3 * 3 * 2 + 3 * 2
+    order = tried(plan, parabola(lambda run: best[run.variant.label]))
+    rates = {label: list(dict.fromkeys(run.lr for run in order if run.variant.label == label)) for label in best}
+    assert rates["mha"] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    assert rates["mqa"] == [5e-4, 1e-3, 2e-3, 2.5e-4, 1.25e-4]
+    assert rates["gqa"] == [5e-4, 1e-3, 2e-3, 4e-3]  # the best lies inside of three, and four are wanted
     runs = plan.look().runs
     assert {run.variant.label: run.lr for run in runs} == best
     assert {run.seed for run in runs} == {0, 1000}
-    assert {run.seed for run in plan.look().tuning_runs} == {1001} == {run.settings["tuning"]["seed"] for run in runs}
-    assert [rate["lr"] for rate in runs[0].settings["tuning"]["rates"]] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    assert not runs[0].settings["tuning"]["at_edge"]
+    assert {run.seed for run in order} == {1001, 1002}
+    for run in runs:
+        tuning = run.settings["tuning"]
+        assert [rate["lr"] for rate in tuning["rates"]] == sorted(rates[run.variant.label])
+        assert (tuning["seeds"], tuning["at_edge"], tuning["lr"]) == ([1001, 1002], False, run.lr)
+        assert tuning["octaves_error"] == pytest.approx(0, abs=1e-6)
+        assert tuning["cost_of_sqrt2"] == pytest.approx(0.3 / 4)
     assert plan.look().ready == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
-    single = Plan(study("train.lr=4e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
+    single = Plan(study("train.lr=3.3e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
     assert single.key == runs[0].key  # how a rate was found does not change the run
 
 
-def test_runs_that_try_a_rate_may_be_shorter(data, tmp_path):
-    settings = "train.lr=[1e-3, 2e-3, 4e-3]", "variants=[{arch: mha}]"
-    plan = Plan(study(*settings, "train.tuning_tokens=4_096"), data, tmp_path)
-    tried(plan, lambda label, lr: 2 + abs(math.log(lr / 2e-3)))
-    (run,) = plan.look().runs
-    assert (run.lr, run.settings["tuning"]["tokens"]) == (2e-3, 4096)
-    assert {run.variant.tokens for run in plan.look().tuning_runs} == {4096}
-    assert run.variant.tokens > 4096
+def test_a_fitted_rate_is_off_by_as_much_as_its_error_says():
+    """Over many draws of noise the vertices scatter by the error that is stated, as least squares in numpy gives it."""
+    rng = np.random.default_rng(0)
+    rates, errors, stated = [1e-3, 2e-3, 4e-3, 8e-3], [], []
+    for _ in range(400):
+        losses = {
+            rate: {seed: 2 + seed + 0.1 * (math.log2(rate / 2.6e-3)) ** 2 + 0.01 * rng.normal() for seed in range(3)}
+            for rate in rates
+        }
+        tuned = choose(losses)
+        x = np.log2([rate / 2e-3 for rate in rates])
+        c, b, _ = np.polyfit(x, [np.mean(list(losses[rate].values())) for rate in rates], 2)
+        assert tuned.lr == pytest.approx(2e-3 * 2 ** (-b / 2 / c), rel=5e-3)
+        errors.append(math.log2(tuned.lr / 2.6e-3))
+        stated.append(tuned.octaves_error)
+    assert np.std(errors) == pytest.approx(np.mean(stated), rel=0.15)
+
+
+def test_rates_that_are_no_parabola_give_the_best_one_that_was_tried():
+    """Far away the loss rises as it likes; a maximum, a vertex outside and too few finite rates are no fit."""
+    near = {rate: {0: 2 + math.log2(rate / 1e-3) ** 2} for rate in (5e-4, 1e-3, 2e-3, 4e-3)}
+    exact = Tuned(1e-3, pytest.approx(0, abs=1e-6), pytest.approx(0.25))
+    assert choose(near | {8e-3: {0: 99.0}, 1.6e-2: {0: 5.0}}) == exact
+    assert choose({1e-3: {0: 3.0}, 2e-3: {0: 2.0}, 4e-3: {0: 1.2}}) == Tuned(4e-3, None, None)
+    assert choose({1e-3: {0: 1.0}, 2e-3: {0: 1.2}, 4e-3: {0: 1.1}}) == Tuned(1e-3, None, None)
+    assert choose({1e-3: {0: 1.0}, 2e-3: {0: math.inf}, 4e-3: {0: math.inf}}) == Tuned(1e-3, None, None)
+    assert choose({1e-3: {0: math.inf, 1: 1.0}}) is None  # a rate counts where it trains with every seed
+
+
+SIZES = ["sizes=[{width: 64, layers: 2, tokens: 8192}, {width: 96, layers: 2, tokens: 16384}]"]
+
+
+def test_shorter_tuning_is_corrected_by_what_the_smallest_size_measures(data, tmp_path):
+    """The best rate here falls with the square root of the tokens, and differs between variants and sizes."""
+
+    def best(run):
+        at = {"mha": 2e-3, "gqa": 3e-3}[run.variant.short] / (run.variant.options["width"] / 64)
+        return at * math.sqrt(8192 / run.variant.tokens)
+
+    settings = "train.lr=[1e-3, 2e-3, 4e-3, 8e-3]", "variants=[{arch: mha}, {arch: gqa, kv_heads: 2}]", *SIZES
+    plan = Plan(study(*settings, "train.tuning_share=0.25"), data, tmp_path)
+    order = tried(plan, parabola(best))
+    tokens = {(run.variant.size, run.variant.tokens) for run in order}
+    assert tokens == {("64x2", 8192), ("64x2", 2048), ("96x2", 4096)}
+    runs = plan.look().runs
+    assert len(runs) == 4
+    for run in runs:
+        assert run.lr == pytest.approx(best(run), rel=1e-2)
     whole = Plan(study(*settings), data, tmp_path / "whole")
-    tried(whole, lambda label, lr: 2 + abs(math.log(lr / 2e-3)))
-    assert whole.look().runs[0].key == run.key  # how long rates were tried does not change the run
-    short = "train.tuning_tokens=10"
-    assert f"{short} is less than one batch" in refusal(lambda: Plan(study(*settings, short), data, tmp_path))
+    tried(whole, parabola(best))
+    assert whole.look().runs[0].key == runs[0].key  # how a rate was found does not change the run
+    alone = refusal(lambda: study("train.tuning_share=0.5"))
+    assert "train.tuning_share=0.5: the smallest of several sizes measures what shorter runs change" in alone
+    short = refusal(lambda: study(*SIZES, "train.tuning_share=0.01"))
+    assert "train.tuning_share=0.01: tokens=81 is less than one batch" in short
 
 
 def test_a_variant_in_a_file_of_the_users_own_is_found_beside_the_study_and_its_source_decides_its_key(data, tmp_path):
@@ -340,7 +393,8 @@ def test_a_variant_in_a_file_of_the_users_own_is_found_beside_the_study_and_its_
 
 def test_rates_that_diverge_lose_and_a_search_without_end_is_given_up(data, tmp_path):
     plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=" + THREE), data, tmp_path)
-    tried(plan, lambda label, lr: {"mha": None, "mqa": 2.0 - lr if lr < 3e-3 else None, "gqa": 2.0 - lr}[label])
+    losses = {"mha": lambda lr: None, "mqa": lambda lr: 2.0 - lr if lr < 3e-3 else None, "gqa": lambda lr: 2.0 - lr}
+    tried(plan, lambda run: losses[run.variant.label](run.lr))
     chosen = {run.variant.label: run for run in plan.look().runs}
     assert [line.split(":")[0] for line in plan.look().failures] == ["mha"]
     assert chosen["mqa"].lr == 2e-3
@@ -353,9 +407,9 @@ def test_a_run_that_failed_for_another_reason_says_nothing_of_its_rate(data, tmp
     plan = Plan(study("train.lr=[1e-3, 2e-3]", "variants=[{arch: mha}]"), data, tmp_path)
     run = plan.look().ready[0]
     write_json(run.directory / "record.json", {"key": run.key, "failed": "x", "diverged": False})
-    assert [run.lr for run in plan.look().ready] == [1e-3, 2e-3]
+    assert [run.lr for run in plan.look().ready] == [1e-3, 1e-3, 2e-3, 2e-3]
     assert plan.look().runs == []
-    assert plan.look().failures == ["mha lr 0.001 failed: x"]
+    assert plan.look().failures == ["mha lr 0.001 seed 1000 failed: x"]
 
 
 def test_a_generated_task_needs_its_own_tokenizer():
