@@ -3,6 +3,7 @@
 Seeds are the unit, paired: with the same seed both variants saw the same tokens in the same order.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -74,12 +75,9 @@ def paired(own: dict[int, float], base: dict[int, float], level: float) -> dict:
 
 
 def gap_changes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
-    """How each variant's gap to the baseline changes from the size with the fewest parameters to that with the most:
-    the mean over seeds of (gap there - gap here), with its interval."""
-    sizes = {record["size"]: record["params"] for record in sorted(records, key=lambda r: r["params"])}
-    if len(sizes) < 2:
-        return []
-    first, *_, last = sizes
+    """How each variant's gap to the baseline changes from the study's first size to each of the others: the mean over
+    seeds of (gap there - gap here), with its interval."""
+    first, *others = dict.fromkeys(record["size"] for record in records)
     losses: dict[tuple[str, str], dict[int, float]] = {}  # (size, label without it) -> seed
     for record in records:
         if math.isfinite(record["loss"][METRIC]):
@@ -87,12 +85,12 @@ def gap_changes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
             losses.setdefault(at, {})[record["seed"]] = record["loss"][METRIC]
     baseline = records[0]["baseline"].removesuffix(f"-{records[0]['size']}")
     changes = []
-    for name in dict.fromkeys(name for _, name in losses if name != baseline):
-        here, base_here, there, base_there = (losses.get((s, n), {}) for s in (first, last) for n in (name, baseline))
+    for other, name in itertools.product(others, dict.fromkeys(name for _, name in losses if name != baseline)):
+        here, base_here, there, base_there = (losses.get((s, n), {}) for s in (first, other) for n in (name, baseline))
         seeds = sorted(set(here).intersection(base_here, there, base_there))
         if seeds:
             changed = [there[seed] - base_there[seed] - (here[seed] - base_here[seed]) for seed in seeds]
-            what = {"label": name, "baseline": baseline, "metric": METRIC, "sizes": [first, last], "seeds": seeds}
+            what = {"label": name, "baseline": baseline, "metric": METRIC, "sizes": [first, other], "seeds": seeds}
             changes.append(what | mean_and_interval(changed, level))
     return changes
 

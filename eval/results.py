@@ -12,6 +12,7 @@ from archs import VARIANTS
 from eval.compare import compare, gap_changes
 from eval.equal_bytes import equal_bytes, technique_differences
 from eval.frontier import bytes_for_baseline
+from eval.scaling import scaling
 from train.files import read_json, write_atomic, write_json
 from train.plan import Plan, Snapshot
 from train.store import RESULTS
@@ -44,6 +45,7 @@ def write_results(plan: Plan) -> int:
         "comparisons": comparisons,
         "bytes_for_baseline": bytes_for_baseline(records, level),
         "gap_changes": gap_changes(records, level),
+        "scaling": scaling(records, level),
         "techniques": technique_differences(records, level),
         "equal_bytes": equal_bytes(records, level),
         "details": details,

@@ -22,6 +22,7 @@ from eval import loss, recall, speed, techniques
 from eval.compare import NotComparable, compare, gap_changes, t_cdf, t_interval, t_quantile
 from eval.frontier import bytes_for_baseline, crossing
 from eval.memory import CONTEXTS, BytesDiffer, measure_memory
+from eval.scaling import scaling
 from eval.speed import measure_decode, measure_recompute, measure_roof, timed
 from eval.subject import EvalContext, Predictions
 from train.batches import IGNORED
@@ -221,11 +222,51 @@ def test_the_change_of_the_gap_with_size_is_paired_by_seed_too():
         for seed in (0, 1, 2)
         for is_b, name in enumerate("ab")
     ]
-    (change,) = gap_changes(records)
+    to_m, change = gap_changes(records)
+    assert to_m["sizes"] == ["s", "m"]
     assert (change["label"], change["baseline"], change["sizes"]) == ("b", "a", ["s", "l"])
     assert change["mean_diff"] == pytest.approx(0.22)
     assert (change["verdict"], change["seeds"]) == ("higher", [0, 1, 2])
     assert gap_changes([r for r in records if r["size"] == "s"]) == []
+
+
+def sized(label, size, seed, bpb, tokens=1000, n_bytes=64):
+    """A record of one size of 10, 20, 40, ... parameters, trained with 6 FLOPs a parameter and token."""
+    params = 10 * 2**size
+    more = {"train": {"flops_per_token": 6 * params}, "train_tokens": tokens * params}
+    more |= {"kv": {"bytes_per_token": n_bytes * 2**size}}
+    return record(f"{label}-{size}", seed, bpb, size=str(size), params=params, baseline=f"a-{size}") | more
+
+
+@pytest.mark.parametrize("better", [1.2, 0.8])
+def test_a_gap_is_worth_the_training_compute_that_makes_up_for_it(better):
+    """The baseline's loss is an exact power law of its FLOPs, each seed with its own factor; the other variant has the
+    loss that the baseline has after `better` times its FLOPs, and the same slope."""
+    law = lambda size, seed, times=1.0: (2 + 0.1 * seed) * (6e3 * 100 * 4**size * times) ** -0.07  # noqa: E731
+    seeds, sizes = (0, 1, 2), (0, 1, 2)
+    records = [sized("a", n, s, law(n, s)) for s in seeds for n in sizes]
+    records += [sized("b", n, s, law(n, s, better), n_bytes=16) for s in seeds for n in sizes]
+    a, b = scaling(records)
+    assert (a["label"], a["at"], a["sizes"]) == ("a", [], ["0", "1", "2"])
+    for entry in (a, b):  # FLOPs grow with the square of the parameters
+        assert entry["train_flops_slope"] == pytest.approx({"mean": 0.07, "low": 0.07, "high": 0.07})
+        assert entry["params_slope"]["mean"] == pytest.approx(0.14)
+    for at in b["at"]:
+        assert at["compute"] == pytest.approx(dict.fromkeys(("mean", "low", "high"), better))
+        # the baseline's cache doubles with four times the FLOPs, so that at equal loss it holds sqrt(better) times more
+        assert at["bytes"]["mean"] == pytest.approx(64 * 2 ** int(at["size"]) * math.sqrt(better))
+        assert at["bytes_per_token"] == 16 * 2 ** int(at["size"])
+
+
+def test_nothing_is_said_beyond_twice_the_trained_compute_nor_from_sizes_that_are_none():
+    records = [sized("a", n, s, 2.0 * 4 ** (-0.1 * n)) for s in (0, 1) for n in range(3)]
+    far = records + [sized("b", n, s, 2.0 * 4 ** (-0.1 * n - 0.06)) for s in (0, 1) for n in range(3)]
+    assert [at["compute"] is None for at in scaling(far)[1]["at"]] == [False, False, True]
+    assert scaling([r for r in far if r["size"] != "1"]) == []  # two sizes
+    same = [r | {"train": {"flops_per_token": 1}, "train_tokens": 1} for r in far]
+    assert scaling(same) == []  # recipes of one size
+    (only,) = scaling([r for r in far if r["label"] != "b-1"])
+    assert only["label"] == "a"
 
 
 def test_gaps_are_to_the_studys_baseline_alone():

@@ -66,8 +66,12 @@ def test_a_run_leaves_signals_as_they_were_and_nothing_of_itself(data, tmp_path,
 
 @pytest.fixture
 def stopped(data, tmp_path, monkeypatch):
+    return stopped_run(data, tmp_path / "stopped", monkeypatch)
+
+
+def stopped_run(data, directory, monkeypatch, **settings):
     """A run with two checkpoints that was stopped on its way, and how to go on with it."""
-    plan, run = one_run(data, tmp_path / "stopped", checkpoint_steps=1)
+    plan, run = one_run(data, directory, checkpoint_steps=1, **settings)
     whole = CheckpointAndStop.on_train_batch_end
 
     def stop(self, trainer, *rest):
@@ -104,6 +108,16 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(damage, man
     straight, expected = one_run(data, tmp_path / "straight")
     train_runs(straight)
     assert (metrics(run.directory), run.record()["curve"]) == (metrics(expected.directory), expected.record()["curve"])
+    assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(expected).values(), strict=True))
+
+
+def test_a_run_of_two_optimizers_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
+    recipe = {"optimizer": "muon", "schedule": "wsd"}
+    plan, run = stopped_run(data, tmp_path / "stopped", monkeypatch, **recipe)
+    straight, expected = one_run(data, tmp_path / "straight", **recipe)
+    assert [train_runs(plan), train_runs(straight)] == [[], []]
+    assert run.record()["train"]["optimizer"] == "muon"
+    assert run.record()["curve"] == expected.record()["curve"]
     assert all(torch.equal(a, b) for a, b in zip(weights(run).values(), weights(expected).values(), strict=True))
 
 

@@ -13,7 +13,7 @@ from helpers import each_variant
 from lightning.pytorch.loggers import CSVLogger
 from miniature import one_run, tiny_study, train, train_runs
 
-from eval.evaluate import load_model
+from eval.evaluate import evaluate_runs, load_model
 from eval.subject import EvalContext
 from train.data import DataModule
 from train.errors import Interrupted
@@ -21,6 +21,7 @@ from train.files import write_atomic
 from train.module import LanguageModel
 from train.plan import Plan, step_counts
 from train.runner import make_module
+from train.study import parse_study
 
 QUIET = dict.fromkeys(("enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
 OPTIONS = {"vocab_size": 257, "width": 32, "layers": 2, "heads": 2, "context": 16}
@@ -111,6 +112,33 @@ def test_the_rate_warms_up_and_falls_to_a_tenth(data, tmp_path):
     assert rates[-1] == pytest.approx(0.1)
     short = make_module(*one_run(data, tmp_path, warmup_tokens=10**9), tokens=2000, pieces=1)
     assert max(map(short.rate, range(2001))) == 1.0  # a warm-up that is meant for longer runs is shortened
+
+
+def test_a_wsd_schedule_is_constant_and_then_falls_to_zero():
+    model = LanguageModel("mha", OPTIONS, tokens=11_000, lr=1.0, warmup_tokens=1000, schedule="wsd")
+    assert [model.rate(tokens) for tokens in range(1000, 9001, 500)] == pytest.approx([1.0] * 17)
+    falling = [model.rate(tokens) for tokens in range(9000, 11_001, 500)]
+    assert falling == pytest.approx([1 - math.sqrt(done / 4) for done in range(5)])
+
+
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest():
+    """Muon's update is an orthogonal matrix times 0.2 sqrt(the larger side), so that its elements have AdamW's size."""
+    options = OPTIONS | {"kv_rank": 8, "rope_dim": 4}
+    model = LanguageModel("mla", options, tokens=1, lr=1e-2, optimizer="muon", weight_decay=0)
+    optimizer = model.configure_optimizers()["optimizer"]
+    before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
+    tokens = torch.randint(257, (8, 17))
+    model.mean_nats(tokens[:, :-1], tokens[:, 1:]).backward()
+    for group in optimizer.param_groups:  # as a schedule sets it
+        group["lr"] = 1e-3
+    optimizer.step()
+    for name, p in model.model.named_parameters():
+        moved = (p.detach() - before[name]) / 1e-3
+        if p.dim() == 2 and "embed" not in name:
+            singular = torch.linalg.svdvals(moved / (0.2 * max(p.shape) ** 0.5))
+            assert 0.9 < singular.max() < 1.4, name  # five steps of the iteration do not reach the smallest
+        else:
+            assert moved.abs().max() <= 1.001, name  # the first step of Adam is the sign of the gradient
 
 
 def test_checkpoints_are_no_training_time(data, tmp_path, monkeypatch):
@@ -210,6 +238,29 @@ def test_a_study_can_mask_documents(data, tmp_path):
     masked, unmasked = (replace(context, document_end=p.document_end).predictions.nats_NT for p in (plan, plain_plan))
     assert not torch.equal(masked, unmasked)
     assert math.isfinite(masked.sum())
+
+
+class Closed:
+    """A split that nothing may read."""
+
+    def __len__(self):
+        return 10**6
+
+    def __getitem__(self, places):
+        raise AssertionError("a closed split was read")
+
+
+def test_rates_are_chosen_and_models_trained_without_a_look_at_test(data, tmp_path):
+    """The text that comparisons read is opened by evaluation alone, which in turn reads no other."""
+    study = parse_study(tiny_study(lr=[1e-3, 2e-3], tuning_seeds=1).model_dump() | {"variants": [{"arch": "mha"}]})
+    training = Plan(study, replace(data, test=Closed()), tmp_path)
+    assert train_runs(training) == []
+    tuning = [run.record() for run in training.look().tuning_runs]
+    assert len(tuning) >= 4
+    assert all(record["curve"] for record in tuning)
+    evaluation = Plan(study, replace(data, train=Closed(), tune=Closed()), tmp_path)
+    assert evaluate_runs(evaluation) == []
+    assert all(run.record()["loss"]["val_bpb"] > 0 for run in evaluation.look().runs)
 
 
 def test_bf16_trains_too(data, tmp_path):
