@@ -209,11 +209,11 @@ def difference_findings(results: Results, metric: str, about: str, quality: str,
         else:
             sentences.append(
                 f"{each.label}: not separable from {each.baseline}: {each.mean:+.4f} {unit} ({each.interval}); at this "
-                f"level a difference larger than {max(abs(each.low), abs(each.high)):.4f} is excluded"
-                f"{rates}."
+                f"level a difference larger than {max(abs(each.low), abs(each.high)):.4f} is excluded{rates}."
             )
+    known = any(results.cost_of_rates(each) is not None for each in compared)
+    costs = "; in brackets, what a rate off by a factor of 1.41 would cost at most" if known else ""
     for baseline, texts in single.items():
-        costs = "; in brackets, what a rate off by a factor of 1.41 would cost at most" * any("(" in t for t in texts)
         sentences.append(
             f"Nothing can be concluded about which variant has the better {quality}: one seed. Differences to "
             f"{baseline}, without intervals (n = 1): {', '.join(texts)} {unit}{costs}."

@@ -93,7 +93,7 @@ def draw_rates(rows: d.Rows, results: Results, width: float) -> Figure:
     return fig
 
 
-BAR, THIN, DASHED = 1.1, 0.7, (0, (4, 2))
+BAR, THIN, DASHED = 1.1, 0.7, (0, (2, 1.2))
 
 
 def draw_variant(ax: Axes, rows: d.Rows, look: style.Look, index: int) -> None:
@@ -102,7 +102,7 @@ def draw_variant(ax: Axes, rows: d.Rows, look: style.Look, index: int) -> None:
     filled = hollow | {"markerfacecolor": look.color}
     tried, fits = kinds.get("tried", []), kinds.get("fit", [])
     curve = [[row["lr"] for row in tried], [row["val_bpb"] for row in tried]]
-    ax.plot(*curve, color=look.color, linestyle=look.line, linewidth=0.9, alpha=0.45 if fits else 1)
+    ax.plot(*curve, color=look.color, linestyle=look.line, linewidth=0.9, alpha=0.35 if fits else 1)
     for row in kinds.get("diverged", []):  # a step lower for each variant, so that no mark hides another
         at, marks = (row["lr"], 1 - 0.07 * index), {"marker": "x", "color": look.color, "clip_on": False}
         ax.plot(*at, transform=ax.get_xaxis_transform(), linestyle="none", zorder=4, **marks)
@@ -114,7 +114,7 @@ def draw_variant(ax: Axes, rows: d.Rows, look: style.Look, index: int) -> None:
         ys = [row["val_bpb"] + height(x, row["lr"], row["cost_of_sqrt2"]) for x in xs]
         ax.plot(xs, ys, color=look.color, linestyle=DASHED, linewidth=THIN, zorder=2)
         if row["lr_low"]:
-            ends, caps = [row["lr_low"], row["lr_high"]], {"marker": "|", "markersize": 5}
+            ends, caps = [row["lr_low"], row["lr_high"]], {"marker": "|", "markersize": 3.6}
             ax.plot(ends, [row["val_bpb"]] * 2, color=look.color, linewidth=BAR, zorder=4, **caps)
         ax.plot(row["lr"], row["val_bpb"], linestyle="none", zorder=5, **filled)
 
@@ -139,9 +139,9 @@ def rate_caption(results: Results, rows: d.Rows) -> str:
     fitted = any(row["kind"] == "fit" for row in rows)
     if fitted:
         sentences.append(
-            f"Hollow: the rates tried{several}. Dashed: the parabola in the logarithm of the rate that was fitted to "
-            "those within a factor of 4 of the best. Filled: its minimum, the rate that was chosen; bars: plus and "
-            "minus one standard error of that rate."
+            f"Hollow: the rates tried{several}. Thin, dashed: the parabola in the logarithm of the rate, fitted to "
+            f"those within a factor of {NEAR:g} of the best. Filled: its minimum, the rate that was chosen; bars: plus "
+            "and minus one standard error of that rate."
         )
         if others := unfitted(results):
             names = ", ".join(variant.label for variant in others)
