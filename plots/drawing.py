@@ -149,6 +149,14 @@ def loss_axis_name(results: Results) -> str:
     return f"validation bits per byte\n({results.seeds_text})"
 
 
+def tuning_axis_name(results: Results, seeds: str, is_short: bool) -> str:
+    """The name of an axis of losses as curves and tuning measure them."""
+    if is_short:
+        return "tune bits/byte" if results.has_tuning_text else "val bits/byte"
+    text = "bits per byte of tuning text" if results.has_tuning_text else "validation bits per byte"
+    return f"{text}\n({seeds})"
+
+
 def draw_differences(ax: Axes, x: str, lines: dict[str, Rows], results: Results, aside: float) -> None:
     """Draw differences to the baseline against column `x`, a line for each group of rows. Lines with intervals are
     moved apart by a factor `aside`, so that no interval hides another."""
@@ -185,24 +193,30 @@ def difference_findings(results: Results, metric: str, about: str, quality: str,
     sentences, single = [], {}
     compared = [each for each in results.comparisons if each.metric == metric]
     for each in compared:
+        cost = results.cost_of_rates(each)
+        rates = "" if cost is None else f"; a rate off by a factor of 1.41 would cost up to {cost:.4f}"
         if each.mean is None:
             sentences.append(f"{each.label}: no finite {quality} to compare with {each.baseline}.")
         elif each.low is None:
-            single.setdefault(each.baseline, []).append(f"{each.label} {each.mean:+.4f}")
+            single.setdefault(each.baseline, []).append(
+                f"{each.label} {each.mean:+.4f}{'' if cost is None else f' ({cost:.4f})'}"
+            )
         elif each.separable:
             sentences.append(
                 f"{each.label} has a {each.verdict} {quality} than {each.baseline}: {each.mean:+.4f} {unit} "
-                f"({each.interval})."
+                f"({each.interval}){rates}."
             )
         else:
             sentences.append(
                 f"{each.label}: not separable from {each.baseline}: {each.mean:+.4f} {unit} ({each.interval}); at this "
-                f"level a difference larger than {max(abs(each.low), abs(each.high)):.4f} is excluded."
+                f"level a difference larger than {max(abs(each.low), abs(each.high)):.4f} is excluded{rates}."
             )
+    known = any(results.cost_of_rates(each) is not None for each in compared)
+    costs = "; in brackets, what a rate off by a factor of 1.41 would cost at most" if known else ""
     for baseline, texts in single.items():
         sentences.append(
             f"Nothing can be concluded about which variant has the better {quality}: one seed. Differences to "
-            f"{baseline}, without intervals (n = 1): {', '.join(texts)} {unit}."
+            f"{baseline}, without intervals (n = 1): {', '.join(texts)} {unit}{costs}."
         )
     labels = {each.label for each in compared}
     for variant in results.variants:

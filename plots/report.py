@@ -7,8 +7,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from plots.figures import FIGURES
-from plots.results import Results, dig
-from plots.tables import Table, options_table
+from plots.results import Results, dig, number
+from plots.tables import CACHED, IN_CACHE, Table, options_table
 
 MEANINGS = {
     "KV per token": "Bytes that each further token adds to the KV cache once every window is full: measured from the "
@@ -20,13 +20,15 @@ MEANINGS = {
     "decode ms/token": "Median time of one decode step, prefill excluded, caches allocated beforehand, after warm-up.",
     "decode tokens/s": "Tokens per second that are decoded for the whole batch.",
     "of memory roof": "(Weights and KV bytes that one step must read) / step time / the read bandwidth measured on the "
-    "same device in the same run. Only near 100 % does saving bytes save time in proportion; more than 100 % means "
-    "reads from the processor's caches.",
-    "not bound by memory": "Launches, Python or arithmetic set the time of this point, not memory.",
+    "same device in the same run. Only near 100 % does saving bytes save time in proportion. "
+    f'"{IN_CACHE}" stands for more than 100 %: {CACHED}.',
+    "not bound by memory": "Launches, Python or arithmetic set the time of this point, or the processor's cache holds "
+    "the model.",
     "train tokens/s": "Training throughput, for orientation only: it depends on what else the machine did.",
 }
 
 
+ENOUGH = 5  # training tokens per parameter, below which a study's losses are no finding
 FEW = 60  # a figure's data is shown in the report if it has at most this many rows
 
 
@@ -95,9 +97,21 @@ def conclusions(results: Results) -> list[tuple[str, str]]:
         ("Size", size_conclusion(results)),
         ("Reach", reach_conclusion(results)),
     ]
+    if demonstration := demonstration_conclusion(results):
+        sentences.insert(0, ("Demonstration", demonstration))
     if results.gaps:  # these may be no accident: where a variant diverges, the seeds that are left flatter it
         sentences.insert(0, ("Gaps", f"{results.gaps} Means and intervals are over the other runs alone."))
     return sentences
+
+
+def demonstration_conclusion(results: Results) -> str:
+    """A sentence on a study that is too small for its losses to mean anything, else empty."""
+    shapes = [[number(variant.first(key)) for key in ("train_tokens", "params")] for variant in results.variants]
+    trained = max((tokens / params for tokens, params in shapes if tokens and params), default=ENOUGH)
+    why = ["one seed"] if results.seeds[1] == 1 else []
+    if trained < ENOUGH:
+        why.append(f"{trained:.2g} training tokens per parameter at most")
+    return f"This study shows the method: with {' and '.join(why)}, its losses are no finding." if why else ""
 
 
 def loss_conclusion(results: Results) -> str:

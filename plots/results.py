@@ -36,6 +36,11 @@ def mean(values) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def is_in_cache(timing: dict) -> bool:
+    """True for a decode timing that reads faster than memory can: the model fits into the processor's cache."""
+    return (number(timing.get("roof_fraction")) or 0) > 1
+
+
 def one_line(text: str) -> str:
     return " ".join(text.split())
 
@@ -152,12 +157,24 @@ class VariantResults:
     def mean(self, path: str) -> float | None:
         return mean(self.values(path))
 
+    @property
+    def tuning_seeds(self) -> list[int]:
+        """The seeds that each learning rate was tried with, [] where the study gives the rate."""
+        tuning = self.first("tuning") or {}
+        return tuning.get("seeds") or [tuning[key] for key in ("seed",) if key in tuning]  # once there was one seed
+
+    @property
+    def cost_of_sqrt2(self) -> float | None:
+        """The bits per byte that a learning rate off by a factor of sqrt(2) costs; None where nothing was fitted."""
+        return number(self.first("tuning.cost_of_sqrt2"))
+
     @cached_property
     def decode(self) -> dict[tuple[int, int], dict]:
         """(batch, context) -> the fastest timing over seeds, as speed depends on the shape and not on the seed.
 
         `slowest_tokens_per_s` is that of the slowest seed, None where there is one seed. Where a run timed several
-        backends, its fastest counts.
+        backends, its fastest counts. A timing above the memory roof was served by the processor's cache, so it does
+        not count as bound by memory.
         """
         points: dict[tuple[int, int], dict[int, dict]] = {}
         for run in self.runs:
@@ -173,6 +190,8 @@ class VariantResults:
             slowest = min(speeds.values()) if len(speeds) > 1 else None
             over_seeds = {"slowest_tokens_per_s": slowest, "seeds": len(speeds)}
             timings[at] = {key: fastest.get(key) for key in keys} | over_seeds
+            if is_in_cache(timings[at]):
+                timings[at]["memory_bound"] = False
         return timings
 
 
@@ -268,6 +287,22 @@ class Results:
         if len(gaps) > NAMED:
             names.append(f"and {len(gaps) - NAMED} more")
         return f"Without results: {'; '.join(names)}."
+
+    @property
+    def has_tuning_text(self) -> bool:
+        """True if curves and tuning are of the split `tune`, and not of the text that the losses are measured on."""
+        return dig(self.raw, "corpus.tune_tokens") is not None
+
+    @property
+    def tuning_seeds_text(self) -> str:
+        seeds = sorted({seed for variant in self.variants for seed in variant.tuning_seeds})
+        return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+    def cost_of_rates(self, each: Difference) -> float | None:
+        """The bits per byte that a difference may owe to one learning rate that is off by a factor of sqrt(2): the
+        larger of the two variants' costs. None for another metric, and where one of the two is not known."""
+        pair = [self.labels[label].cost_of_sqrt2 for label in (each.label, each.baseline) if label in self.labels]
+        return max(pair) if each.metric == "val_bpb" and len(pair) == 2 and None not in pair else None
 
     def difference_row(self, variant: VariantResults, metric: str) -> dict:
         if each := self.differences.get((variant.label, metric)):

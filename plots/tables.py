@@ -3,13 +3,14 @@ LaTeX, and HTML by the report's template. Every cell is escaped where it is rend
 
 from dataclasses import dataclass
 
-from plots.results import Results, VariantResults, number
+from plots.results import Results, VariantResults, is_in_cache, number
 from plots.style import bytes_text
 
 MISSING = "–"  # noqa: RUF001  an en dash, what papers print for "not measured"
 NOT_BOUND = "†"
 TUNED = "‡"
 NOT_FINITE = "§"
+IN_CACHE = "in cache"
 LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -23,8 +24,17 @@ LATEX = {
     NOT_BOUND: r"$^{\dagger}$",
     TUNED: r"$^{\ddagger}$",
     NOT_FINITE: r"\textsuperscript{\S}",
+    "±": r"$\pm$",
 } | {sign: "\\" + sign for sign in "$&#_%"}
 MARKDOWN = {sign: "\\" + sign for sign in "\\`*_[]"} | {sign: f"&#{ord(sign)};" for sign in "<>&|~$"}
+
+
+CACHED = "the model fits into the processor's cache, so it is no statement about memory"
+
+SHIFTED = (
+    " Rates were tried on fewer tokens, and the choice was multiplied by the ratio that the smallest size measured "
+    "between the best rates on all tokens and on as few."
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,14 @@ def results_table(results: Results) -> Table:
         if any(point["seeds"] > 1 for point in timed.values()):
             notes.append("Decode speed is that of the fastest seed, as it depends on shapes and not on the seed.")
     if tuned := [variant for variant in results.variants if variant.first("tuning")]:
-        seeds = sorted({str(variant.first("tuning.seed")) for variant in tuned})
-        notes.append(
-            f"{TUNED} Tuned for each variant: the best of the rates tried on seed {', '.join(seeds)}, which is none of "
-            "the seeds compared."
-        )
+        best = [variant.label for variant in tuned if variant.cost_of_sqrt2 is None]
+        how = "the minimum of a parabola over the rates" if len(best) < len(tuned) else "the best of the rates"
+        note = f"{TUNED} Tuned for each variant: {how} tried with {results.tuning_seeds_text}, used by no comparison."
+        if 0 < len(best) < len(tuned):
+            note += f" Nothing could be fitted for {', '.join(best)}: the best of the rates tried."
+        notes.append(note + (SHIFTED if any(variant.first("tuning.tuned_on") for variant in tuned) else ""))
+    if any(row[-3] == IN_CACHE for row in rows):
+        notes.append(f"{IN_CACHE}: above the memory roof, as {CACHED}.")
     if any(row[-3].endswith(NOT_BOUND) for row in rows):
         notes.append(f"{NOT_BOUND} Not bound by memory: launches, Python, arithmetic or another program set the time.")
     if results.gaps:
@@ -96,8 +109,8 @@ def results_table(results: Results) -> Table:
 
 
 def _row(variant: VariantResults, decode: dict) -> list[str]:
-    roof = decode.get("roof_fraction")
-    share = MISSING if number(roof) is None else f"{significant(100 * roof, 2)} %"
+    roof, mark = decode.get("roof_fraction"), NOT_BOUND if decode.get("memory_bound") is False else ""
+    share = (MISSING if number(roof) is None else f"{significant(100 * roof, 2)} %") + mark
     return [
         variant.label,
         variant.arch,
@@ -110,7 +123,7 @@ def _row(variant: VariantResults, decode: dict) -> list[str]:
         fixed_text(variant.mean("loss.val_nats"), 4),
         significant(decode.get("token_ms")),
         significant(decode.get("tokens_per_s")),
-        share + (NOT_BOUND if decode.get("memory_bound") is False else ""),
+        IN_CACHE if is_in_cache(decode) else share,
         significant(variant.mean("train.tokens_per_s")),
         str(variant.seeds),
     ]
@@ -128,12 +141,21 @@ def comparison_table(results: Results) -> Table | None:
     for each in results.comparisons:
         interval = f"{each.low:+.4f} to {each.high:+.4f} ({100 * each.level:g} %)" if each.low is not None else MISSING
         difference = MISSING if each.mean is None else f"{each.mean:+.4f}"
-        rows.append([each.label, each.baseline, each.metric, difference, interval, str(each.seeds), each.verdict])
+        cost = fixed_text(results.cost_of_rates(each), 4)
+        cells = [each.label, each.baseline, each.metric, difference, interval, str(each.seeds)]
+        rows.append([*cells, each.verdict, cost])
     header = ["variant", "against", "metric", "mean difference", "confidence interval", "seeds", "verdict"]
+    header.append("a rate off by 1.41 costs up to")
     note = "Differences are paired by seed; negative: lower than the baseline."
+    if all(row[-1] == MISSING for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    else:
+        note += (
+            f" Costs in bits per byte, by the fitted parabolas: the larger of the two variants' ({MISSING}: unknown)."
+        )
     if all(each.low is None for each in results.comparisons):
         note += " One seed gives no interval, so these differences establish nothing."
-    return Table(header, rows, "lllrrrl", [note], "Differences to the baseline") if rows else None
+    return Table(header, rows, "lllrrrlr"[: len(header)], [note], "Differences to the baseline") if rows else None
 
 
 RULES = {

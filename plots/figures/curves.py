@@ -5,7 +5,7 @@ from matplotlib.ticker import MaxNLocator
 
 from plots import drawing as d
 from plots import style
-from plots.results import Results, dig, number
+from plots.results import Results, number
 
 
 def curve_rows(results: Results) -> d.Rows:
@@ -57,17 +57,9 @@ def draw_curves(rows: d.Rows, results: Results, width: float) -> Figure:
     for ax, (_, part) in zip(axes[1:], late, strict=True):  # families of a size share a scale, to be compared
         same = sizes[part[0]["size"]]
         ax.set_ylim(*d.widened(min(row["val_bpb_min"] for row in same), max(row["val_bpb_max"] for row in same)))
-    short, long = "val bits/byte", d.loss_axis_name(results)
-    if has_own_split(results):
-        short, long = "tune bits/byte", f"bits per byte of tuning text\n({results.seeds_text})"
-    d.label_outer(axes, "training tokens", short if several else long)
+    d.label_outer(axes, "training tokens", d.tuning_axis_name(results, results.seeds_text, several))
     style.add_legend(fig, d.legend_entries(rows, results))
     return fig
-
-
-def has_own_split(results: Results) -> bool:
-    """True if curves are of the split `tune`, and not of the text that the records' losses are measured on."""
-    return dig(results.raw, "corpus.tune_tokens") is not None
 
 
 def curve_caption(results: Results, rows: d.Rows) -> str:
@@ -79,7 +71,7 @@ def curve_caption(results: Results, rows: d.Rows) -> str:
     elif parts > 1:
         late = "; first all of training, then its last third, with one scale for each model size"
     text = "Validation bits per byte"
-    if has_own_split(results):
+    if results.has_tuning_text:
         text = "Bits per byte of the tuning text, which no comparison uses,"
     return (
         f"{text} against training tokens seen ({results.seeds_text}{band}){late}. All variants of a "

@@ -100,8 +100,8 @@ def decode_caption(results: Results, rows: d.Rows) -> str:
         bound = "Every point is bound by memory traffic."
     else:
         bound = (
-            f"Hollow points ({flags.count(False)} of {len(flags)}): launches, Python or arithmetic set the time, not "
-            "memory; they say nothing about what a smaller cache saves."
+            f"Hollow points ({flags.count(False)} of {len(flags)}): launches, Python or arithmetic set the time, or "
+            "the processor's cache holds the model; they say nothing about what a smaller cache saves."
         )
     if as_dots(rows):
         against, axes, panel = "with the context in the cache", "logarithmic axis", "batch size and context"

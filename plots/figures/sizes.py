@@ -9,11 +9,16 @@ from plots import drawing as d
 from plots import style
 from plots.results import Difference, Results, number
 from plots.style import plain_text
+from plots.tables import MISSING, Table
+
+EQUAL = 1.3  # sizes whose parameters differ by less than this factor differ in the recipe, not in size
 
 
 def size_rows(results: Results) -> d.Rows:
     if len(results.sizes) < 2:
         raise d.NotInResults("one model size")
+    if are_equal(results):
+        raise d.NotInResults("sizes of equal parameters")
     rows = []
     for variant in chain(*results.sizes.values()):
         params, loss = number(variant.first("params")), variant.mean("loss.val_bpb")
@@ -25,6 +30,11 @@ def size_rows(results: Results) -> d.Rows:
     if not rows:
         raise d.NotInResults("no finite validation loss with parameter counts")
     return rows
+
+
+def are_equal(results: Results) -> bool:
+    counts = [count for variant in results.variants if (count := number(variant.first("params")))]
+    return bool(counts) and max(counts) < EQUAL * min(counts)
 
 
 def draw_sizes(rows: d.Rows, results: Results, width: float) -> Figure:
@@ -69,16 +79,44 @@ def size_findings(results: Results) -> d.Findings:
         change = Difference.of(entry)
         first, last = entry["sizes"]
         if change.low is None:
-            verdict = "one seed, so nothing can be concluded about a trend"
+            verdict = "one seed, so nothing can be concluded from this change"
         elif change.separable:
-            verdict = f"it is {change.verdict} at the larger size"
+            verdict = f"it is {change.verdict} at {last}"
         else:
-            verdict = "no trend with size can be separated from chance"
+            verdict = "this change cannot be separated from chance"
         sentences.append(
             f"{change.label}: from {first} to {last} its difference to {change.baseline} changes by {change.mean:+.4f} "
             f"bits per byte ({change.interval}): {verdict}."
         )
-    return [("Gap by size", sentence) for sentence in sentences]
+    return [("Gap by recipe" if are_equal(results) else "Gap by size", sentence) for sentence in sentences]
 
 
-FIGURE = d.Drawing("sizes", 20, "Model sizes", size_rows, draw_sizes, size_caption, size_findings)
+def difference_table(results: Results) -> Table | None:
+    """Each variant's difference to the baseline at every size, None where there is one size or no comparison."""
+    sizes = dict.fromkeys(variant.size for variant in results.variants)  # in the study's order
+    if len(sizes) < 2 or not results.comparisons:
+        return None
+    metric = results.comparisons[-1].metric  # the last is the one that the study is about
+    compared = [each for each in results.comparisons if each.metric == metric]
+    cells: dict[str, dict[str, str]] = {}  # short label -> size
+    for each in compared:
+        variant = results.labels[each.label]
+        cells.setdefault(variant.short, {})[variant.size] = difference_cell(each)
+    rows = [[name, *(of_size.get(size, MISSING) for size in sizes)] for name, of_size in cells.items()]
+    levels = " / ".join(f"{level:g} %" for level in sorted({100 * e.level for e in compared if e.low is not None}))
+    bars = f"± half the width of the {levels} interval; *: separable from zero" if levels else "one seed: no intervals"
+    note = f"Mean differences in {metric} to the baseline of the same size, paired by seed; {bars}."
+    return Table(["variant", *sizes], rows, "l" + "r" * len(sizes), [note], "Difference to the baseline by size")
+
+
+def difference_cell(each: Difference) -> str:
+    if each.mean is None:
+        return MISSING
+    half = "" if each.low is None else f" ± {(each.high - each.low) / 2:.4f}"
+    return f"{each.mean:+.4f}{half}{'*' if each.separable else ''}"
+
+
+FIGURE = d.Drawing(
+    "sizes", 20, "Model sizes",
+    size_rows, draw_sizes, size_caption, size_findings, difference_table,
+)  # fmt: skip

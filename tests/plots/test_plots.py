@@ -21,8 +21,9 @@ import plots
 from eval.compare import compare
 from eval.equal_bytes import equal_bytes, technique_differences
 from plots import drawing, figures, labels, report, style, tables, technique_tables
-from plots.figures import frontier, techniques
+from plots.figures import frontier, rates, techniques
 from plots.results import TechniqueResult, load
+from train.tuning import choose, facts
 
 FIVE = json.loads((Path(__file__).parent / "five.json").read_text())
 NAMES = ["frontier", "cache_bytes", "decode", "curves", "recompute"]  # the figures of five.json
@@ -44,21 +45,32 @@ SHAPES = {  # label: family, bytes per token, what it adds to the loss of mha-16
 }  # fmt: skip
 
 
+def tuned(worse: float, falling: bool = False) -> dict:
+    """A tuning with two seeds whose best rate is 0.005, or which nothing could be fitted to, as the loss falls on."""
+    draw, losses = random.Random(worse), {}
+    for rate in (0.001, 0.002, 0.004, 0.008, 0.016):
+        octaves = math.log2(rate / 0.005)
+        loss = 2.1 + worse - (0.02 * octaves if falling else -0.01 * octaves**2)
+        losses[rate] = {seed: loss + 0.05 * (seed == 1001) + draw.gauss(0, 0.003) for seed in (1000, 1001)}
+    if not falling:
+        losses[0.032] = {1000: math.inf, 1001: 9.0}
+    return facts(choose(losses), losses)
+
+
 def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text", labels=tuple(SHAPES)) -> dict:
     """A study with all that comparisons record: families, sizes, tuned rates, details, bytes for a baseline's loss."""
     draw, runs = random.Random(0), []
     for (scale, size), label, seed in ((a, b, c) for a in enumerate(sizes, 1) for b in labels for c in range(seeds)):
         family, kept, worse = SHAPES[label]
+        scale = 1 if "muon" in size else scale
         run = copy.deepcopy(FIVE["runs"][FIVE["archs"].index(family)])
         full, first = (f"{name}-{size}" if size else name for name in (label, labels[0]))
         run |= {"label": full, "family": family, "size": size, "baseline": first, "seed": seed, "match": "ffn"}
         run["corpus_fingerprint"] = FIVE["corpus"]["fingerprint"]
         run |= {"params": run["params"] * scale**2, "tokenizer": {"name": "bpe", "vocab_size": 1024}}
         run["kv"] |= {"bytes_per_token": kept * scale, "formula_bytes_per_token": kept * scale}
-        run["train"] |= {"lr": 0.004, "flops_per_token": 6e6 * scale**2}
-        rates = [(0.002, 2.2 + worse), (0.004, 2.1 + worse), (0.008, None)]
-        run["tuning"] = {"seed": 99, "at_edge": label == "mqa"}
-        run["tuning"]["rates"] = [{"lr": lr, "val_bpb": loss} for lr, loss in rates]
+        run["tuning"] = tuned(worse, falling=label == "mqa")
+        run["train"] |= {"lr": run["tuning"]["lr"], "flops_per_token": 6e6 * scale**2}
         bpb = 2.1 - 0.2 * math.log(scale) + 0.02 * seed + worse + draw.gauss(0, 0.001)
         run["loss"] = {"val_bpb": bpb, "val_nats": 2 * bpb, "tokens": 1000}
         if task == "text":
@@ -168,6 +180,7 @@ STUDIES = {
     "sizes": families(("64x2", "128x4"), labels=("mha-16", "gqa-2", "mla-32", "mqa")),
     "recall": families(task="recall", labels=("mha-16", "mha-8", "gqa-2", "mla-32", "yoco-2", "mqa")),
     "one seed": families(seeds=1),
+    "recipes": families(("64x2", "64x2-muon"), labels=("mha-16", "gqa-2", "mqa")),
 }
 
 
@@ -530,7 +543,8 @@ LAYOUTS = [  # (study, width, figures): what crowds each figure most; the narrow
     ("families", 3.35, [*NAMES, "rates", "positions", "recall_hits"]),
     ("families", 6.9, ["frontier", "rates", "positions"]),
     ("sizes", 3.35, ["frontier", "sizes", "cache_bytes", "decode"]),
-    ("sizes", 6.9, ["frontier", "sizes"]),
+    ("sizes", 6.9, ["frontier", "sizes", "rates"]),
+    ("recipes", 3.35, ["rates", "curves"]),
     ("long labels, one context", 3.35, ["decode", "recompute"]),
     ("recall", 3.35, ["recall"]),
     ("techniques", 3.35, ["techniques"]),
@@ -670,9 +684,136 @@ def test_labels_are_escaped(hostile):
 
 def test_tuned_rates_are_marked(studies):
     table = tables.results_table(studies["families"])
-    assert {row[table.header.index("learning rate")] for row in table.rows} == {"0.004" + tables.TUNED}
-    assert any("seed 99" in note for note in table.notes)
-    assert r"0.004$^{\ddagger}$" in tables.to_latex(table)
+    rates = [variant.first("tuning.lr") for variant in studies["families"].variants]
+    assert [row[table.header.index("learning rate")] for row in table.rows] == [f"{r:g}{tables.TUNED}" for r in rates]
+    (note,) = (note for note in table.notes if note.startswith(tables.TUNED))
+    assert "a parabola over the rates tried with seeds 1000, 1001, used by no comparison. Nothing" in note
+    assert "fitted for mqa: the best of the rates tried." in note
+    assert rf"{rates[0]:g}$^{{\ddagger}}$" in tables.to_latex(table)
+
+
+def test_a_fit_is_drawn_at_its_minimum_with_its_standard_error(studies):
+    data, fig = drawn("rates", studies["families"])
+    for label, group in drawing.grouped(data, "label").items():
+        tuning = studies["families"].labels[label].first("tuning")
+        chosen = [row for row in group if row["chosen"]]
+        assert [(row["kind"], row["lr"]) for row in chosen] == [("tried" if label == "mqa" else "fit", tuning["lr"])]
+        if label != "mqa":
+            (fit,) = chosen
+            octaves = math.log2(fit["lr_high"] / fit["lr"]), math.log2(fit["lr"] / fit["lr_low"])
+            assert octaves == pytest.approx([tuning["octaves_error"]] * 2)
+            assert fit["val_bpb"] == pytest.approx(2.125 + SHAPES[label][2], abs=0.005)  # as `tuned` made it
+            assert rates.height(2**0.5 * fit["lr"], fit["lr"], fit["cost_of_sqrt2"]) == pytest.approx(0.0025, rel=0.2)
+    dashed = [line for ax in fig.axes for line in ax.lines if line.get_linewidth() == rates.THIN]
+    fits = [row for row in data if row["kind"] == "fit"]
+    assert [min(line.get_ydata()) for line in dashed] == pytest.approx([row["val_bpb"] for row in fits], abs=1e-4)
+    caption = rates.rate_caption(studies["families"], data)
+    assert "with seeds 1000, 1001, which no comparison uses" in caption
+    assert "Nothing could be fitted for mqa" in caption
+
+
+def test_rates_tried_on_fewer_tokens_are_drawn_where_they_were_tried(tmp_path):
+    study = families(seeds=2)
+    for run in study["runs"]:
+        run["tuning"] |= {"tokens": 100, "tuned_on": run["tuning"]["lr"], "lr": 0.7 * run["tuning"]["lr"]}
+        run["train"] |= {"lr": run["tuning"]["lr"]}
+    study = load(put(tmp_path, study))
+    data, _ = drawn("rates", study)
+    chosen = [(row["lr"], row["compared_lr"]) for row in data if row["chosen"]]
+    assert chosen == [(v.first("tuning.tuned_on"), v.first("train.lr")) for v in study.variants]
+    for text in (rates.rate_caption(study, data), " ".join(tables.results_table(study).notes)):
+        assert tables.SHIFTED in text
+
+
+def test_tuning_of_before_the_fits_is_read(tmp_path):
+    study = families(seeds=2)
+    for run in study["runs"]:
+        run["tuning"] = {"seed": 99, "at_edge": False, "rates": run["tuning"]["rates"]}
+    study = load(put(tmp_path, study))
+    data, fig = drawn("rates", study, 3.35)
+    check_texts(fig, "rates")
+    assert {row["kind"] for row in data} == {"tried", "diverged"}
+    assert "with seed 99, which" in rates.rate_caption(study, data)
+    assert any("the best of the rates tried with seed 99, used" in note for note in tables.results_table(study).notes)
+    (warning, _) = rates.coarseness(study)
+    assert "nothing was fitted for all 9 variants" in warning
+    assert "1.41" not in " ".join(findings(study))
+    assert len(tables.comparison_table(study).header) == 7
+
+
+def test_findings_say_how_sure_the_rates_are(studies):
+    (sentence, *_) = rates.coarseness(studies["families"])
+    variants = [variant for variant in studies["families"].variants if variant.label != "mqa"]
+    errors = {variant.label: 2 ** variant.first("tuning.octaves_error") for variant in variants}
+    costs = {variant.label: variant.cost_of_sqrt2 for variant in variants}
+    assert "seeds 1000, 1001: 8 of 9 variants." in sentence
+    for values, digits in ((errors, 2), (costs, 4)):
+        low, high = min(values.values()), max(values.values())
+        assert f"{low:.{digits}f} to {high:.{digits}f} (most: " in sentence
+        assert max(values, key=values.get) in sentence
+
+
+@pytest.mark.parametrize("name", ["families", "one seed", "recall"])
+def test_every_difference_in_loss_says_what_its_rates_may_cost(studies, name):
+    study = studies[name]
+    found, table = dict(report.findings(study)), tables.comparison_table(study)
+    for each, row in zip(study.comparisons, table.rows, strict=True):
+        pair = [study.labels[label].cost_of_sqrt2 for label in (each.label, each.baseline)]
+        is_known = each.metric == "val_bpb" and each.label != "mqa"  # to mqa's tuning nothing could be fitted
+        assert row[-1] == (f"{max(pair):.4f}" if is_known else tables.MISSING)
+        of_metric = found["Loss" if each.metric == "val_bpb" else "Recall"]
+        (sentence,) = (s for s in of_metric if f"{each.mean:+.4f}" in s and each.label in s)
+        if name == "one seed":
+            assert (f"{each.label} {each.mean:+.4f} ({row[-1]})" in sentence) == is_known
+        else:
+            said = f"; a rate off by a factor of 1.41 would cost up to {row[-1]}."
+            assert (sentence.endswith(said), "1.41" in sentence) == (is_known, is_known)
+
+
+def test_recipes_have_no_figure_by_size_but_a_table(studies):
+    with pytest.raises(drawing.NotInResults, match="sizes of equal parameters"):
+        drawn("sizes", studies["recipes"])
+    for name in ("recipes", "sizes"):
+        study = studies[name]
+        table = figures.FIGURES["sizes"].table(study)
+        assert table.header == ["variant", *dict.fromkeys(run["size"] for run in study.raw["runs"])]
+        for short, *cells in table.rows:
+            for size, cell in zip(table.header[1:], cells, strict=True):
+                each = study.differences[f"{short}-{size}", "val_bpb"]
+                assert cell.startswith(f"{each.mean:+.4f} ± {each.high - each.mean:.4f}")
+                assert cell.endswith("*") == each.separable
+    assert figures.FIGURES["sizes"].table(studies["families"]) is None
+
+
+def test_what_reads_faster_than_memory_is_in_cache_and_not_bound_by_memory(tmp_path):
+    study = copy.deepcopy(FIVE)
+    for point in study["runs"][0]["decode"]:
+        point |= {"roof_fraction": 1.52, "memory_bound": True}
+    study = load(put(tmp_path, study))
+    table = tables.results_table(study)
+    column = [row[table.header.index("of memory roof")] for row in table.rows]
+    assert [cell == "in cache" for cell in column] == [True, False, False, False, False]
+    assert any(note.startswith("in cache: ") and "no statement about memory" in note for note in table.notes)
+    data = figures.FIGURES["decode"].rows(study)
+    assert not any(row["memory_bound"] for row in data if row["label"] == study.variants[0].label)
+    assert "152" not in tables.to_markdown(table)
+
+
+def test_a_study_of_one_seed_or_few_tokens_calls_itself_a_demonstration(studies, tmp_path):
+    def first(change: dict, seeds: int = 3) -> tuple[str, str]:
+        study = families(seeds=seeds)
+        for run in study["runs"]:
+            run |= change
+        return report.conclusions(load(put(tmp_path, study)))[0]
+
+    many = {"train_tokens": 10**7}
+    assert first(many)[0] == "Loss"
+    assert first(many, seeds=1) == (
+        "Demonstration", "This study shows the method: with one seed, its losses are no finding."
+    )  # fmt: skip
+    about, sentence = first({"train_tokens": 4 * 10**6})
+    assert about == "Demonstration"
+    assert "training tokens per parameter at most, its losses are no finding" in sentence
 
 
 def test_bytes_for_the_baselines_loss_are_tabled(studies):
@@ -796,15 +937,16 @@ def test_findings_on_bytes_sizes_and_recall_hits(studies):
     assert any(sentence.startswith("gqa-2 against mha-16: higher on recall hits: +0.04") for sentence in found)
     unsure, sure = (s for s in findings(studies["sizes"]) if s.startswith("gqa-2: from 64x2 to 128x4"))
     assert "+0.0100 bits per byte (95 % interval -0.0100 to +0.0300, n = 3)" in unsure
-    assert unsure.endswith("no trend with size can be separated from chance.")
-    assert sure.endswith("it is higher at the larger size.")
+    assert unsure.endswith("this change cannot be separated from chance.")
+    assert sure.endswith("it is higher at 128x4.")
 
 
 def test_untuned_and_edge_rates_are_warned_of(studies, five):
     (warning,) = dict(report.findings(load(five)))["Learning rate"]
     assert "one learning rate (0.002) was used for all variants" in warning
-    (warning,) = dict(report.findings(studies["families"]))["Learning rate"]
-    assert "edge of the rates tried for mqa:" in warning
+    _, unfitted, edge, _ = dict(report.findings(studies["families"]))["Learning rate"]
+    assert "nothing was fitted for mqa: the rate is the best of those tried, a factor of 2 apart" in unfitted
+    assert "edge of the rates tried for mqa:" in edge
 
 
 def test_what_is_missing_is_left_out_and_said(hostile):
