@@ -17,9 +17,11 @@ from archs.techniques import Technique, from_settings
 from eval.compare import METRIC, paired
 
 MEASURED = (  # what eval.techniques adds to the settings of an entry
-    "prompt", "tokens", "val_nats", "val_bpb", "accuracy", "bytes_held", "notes_bytes", "tokens_per_s", "skipped",
+    "prompt", "tokens", "val_nats", "val_bpb", "accuracy", "accuracy_at", "bytes_held", "notes_bytes",
+    "tokens_per_s", "skipped",
 )  # fmt: skip
 TOLERANCE = 0.01  # share of the allowed bytes: slots and groups are whole, so a share of a cache is a little off
+ACCURACIES = 0.99, 0.9, 0.5
 ANY_PROMPT = 2**31  # tokens; the settings were checked for the study's prompt already
 
 
@@ -124,6 +126,30 @@ def equal_bytes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
                 groups.setdefault((point.label, point.kind), []).append(entry | paired(values, base_values, level))
         chosen = sorted((min(of, key=rank) | {"chosen_from": len(of)} for of in groups.values()), key=rank)
         rows += [entry | {"best": n == 0 and better * entry["mean_diff"] > 0} for n, entry in enumerate(chosen)]
+    return rows
+
+
+def bytes_for_accuracy(records: Sequence[dict]) -> list[dict]:
+    """For each variant, kind of technique and number of pairs of the recall task {label, size, kind, pairs, bytes}: the
+    fewest bytes of a sequence's cache, over the settings that were measured, with which at least a share of ACCURACIES
+    of the queries is answered right in the mean over seeds; null where no setting is good enough."""
+    groups: dict[tuple[str, str, str], list[Point]] = {}
+    for point in _points(records):
+        if point.entries:
+            groups.setdefault((point.label, point.size, "full" if point.is_full else point.kind), []).append(point)
+    rows = []
+    for (label, size, kind), points in groups.items():
+        first = next(iter(points[0].entries.values()))
+        for pairs in sorted(first.get("accuracy_at", {}), key=int):
+            reached = [
+                (statistics.fmean(entry["accuracy_at"][pairs] for entry in point.entries.values()), point.bytes_held)
+                for point in points
+            ]
+            needed = {
+                f"{share:g}": min((held for accuracy, held in reached if accuracy >= share), default=None)
+                for share in ACCURACIES
+            }
+            rows.append({"label": label, "size": size, "kind": kind, "pairs": int(pairs), "bytes": needed})
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from archs import VARIANTS
 from eval.compare import compare, gap_changes
-from eval.equal_bytes import equal_bytes, technique_differences
+from eval.equal_bytes import bytes_for_accuracy, equal_bytes, technique_differences
 from eval.frontier import bytes_for_baseline
 from eval.scaling import scaling
 from train.files import read_json, write_atomic, write_json
@@ -48,6 +48,7 @@ def write_results(plan: Plan) -> int:
         "scaling": scaling(records, level),
         "techniques": technique_differences(records, level),
         "equal_bytes": equal_bytes(records, level),
+        "bytes_for_accuracy": bytes_for_accuracy(records),
         "details": details,
     }
     path = plan.directory / RESULTS

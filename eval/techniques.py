@@ -12,6 +12,7 @@ import torch
 
 from archs import Decoder
 from archs.techniques import Quantisation, Technique, compressed_cache, from_settings
+from eval.recall import answers
 from train.batches import IGNORED, TrainingData
 from train.module import bits_per_byte, token_nats
 
@@ -48,7 +49,7 @@ def evaluate_with_technique(
 ) -> dict:
     """The measured part of a technique's entry; `prompt` is in tokens."""
     kinds = token_kinds(subject.data).to(model.embed.weight.device)
-    nats, right, nbytes, notes, seconds = 0.0, 0, 0, 0, 0.0
+    nats, right, nbytes, notes, seconds = 0.0, [], 0, 0, 0.0
     context = model.options.context
     p = subject.predictions
     numbers = subject.data.spread(-(-subject.config.technique_tokens // context), len(p.inputs_NT))
@@ -67,17 +68,20 @@ def evaluate_with_technique(
         seconds += time.perf_counter() - start
         logits_BTV = torch.stack(logits, 1)
         nats += token_nats(logits_BTV, targets).double().sum().item()
-        right += ((logits_BTV.argmax(-1) == targets) & (targets != IGNORED)).sum().item()
+        right.append((logits_BTV.argmax(-1) == targets).cpu())
         nbytes, notes = nbytes + cache.nbytes, notes + cache.metadata_nbytes
-    predicted_N = targets_NT[:, prompt - 1 :]
-    predicted_N = predicted_N[predicted_N != IGNORED]
+    asked_NT, pairs_N = targets_NT[:, prompt - 1 :] != IGNORED, (targets_NT != IGNORED).sum(1)
+    predicted_N = targets_NT[:, prompt - 1 :][asked_NT]
     text_bytes = int(subject.data.token_bytes[predicted_N].sum())
+    found = answers(torch.cat(right), asked_NT, pairs_N) if len(predicted_N) else {"accuracy": None}
+    if (targets_NT != IGNORED).all():  # text
+        del found["accuracy_at"]
     return {
         "prompt": prompt,
         "tokens": context,
         "val_nats": nats / len(predicted_N) if len(predicted_N) else None,  # None: nothing is predicted there
         "val_bpb": bits_per_byte(nats, text_bytes) if text_bytes else None,
-        "accuracy": right / len(predicted_N) if len(predicted_N) else None,
+        **found,
         "bytes_held": nbytes / sequences,
         "notes_bytes": notes / sequences,
         "tokens_per_s": sequences * (context - prompt) / seconds,

@@ -9,7 +9,7 @@ from texts import byte_tokens
 
 from archs import build
 from eval import techniques
-from eval.equal_bytes import MEASURED, TOLERANCE, equal_bytes, technique_differences
+from eval.equal_bytes import MEASURED, TOLERANCE, bytes_for_accuracy, equal_bytes, technique_differences
 from eval.subject import EvalContext
 from train.study import parse_study
 
@@ -182,3 +182,18 @@ def test_what_was_trained_further_is_compared_with_what_was_trained_as_much():
     assert against["b", "a", "dmc"]["mean_diff"] == pytest.approx(0.101)  # with b under dmc, not with b
     assert not any(kind == "dmc" and baseline == "c" for baseline, _, kind in against)  # c has none to compare with
     assert not any(entry["best"] for entry in against.values() if entry["kind"] == "dmc")
+
+
+def test_the_fewest_bytes_for_an_accuracy_are_over_the_settings_and_the_mean_of_the_seeds():
+    runs = records(seeds=2, metric="accuracy", bytes_of=(("a", 1000),))
+    accuracy = {0.25: (0.4, 0.7), 0.5: (0.9, 0.92), 12: (0.88, 0.9)}  # at 4 pairs, by the budget, for two seeds
+    for run in runs:
+        for entry in run["techniques"]:
+            at = accuracy.get(entry.get("budget"), (1.0, 1.0))[run["seed"]]
+            entry["accuracy_at"] = {"4": at, "16": at / 2}
+    rows = {(row["kind"], row["pairs"]): row["bytes"] for row in bytes_for_accuracy(runs)}
+    assert set(rows) == {(kind, pairs) for kind in ("full", "quantised", "h2o", "l2-norm") for pairs in (4, 16)}
+    assert rows["h2o", 4] == {"0.99": None, "0.9": 500.0, "0.5": 250.0}
+    assert rows["full", 4] == dict.fromkeys(("0.99", "0.9", "0.5"), 1000.0)
+    assert rows["full", 16] == {"0.99": None, "0.9": None, "0.5": 1000.0}
+    assert bytes_for_accuracy(records()) == []

@@ -419,6 +419,12 @@ def test_techniques_see_every_number_of_pairs_equally_often(pairs, monkeypatch):
     assert measured["accuracy"] is not None
 
 
+def test_a_query_is_as_far_as_its_pair_stands_back():
+    inputs = torch.tensor([[5, 9, 6, 8, 6, 0, 0, 5], [6, 9, 7, 8, 0, 7, 6, 0]])
+    asked = torch.tensor([[0, 0, 0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 1, 1, 0]]).bool()
+    assert recall.distances(inputs, asked).tolist() == [2, 7, 3, 6]
+
+
 @torch.inference_mode()
 def test_without_a_query_there_is_no_accuracy():
     context = recall_subject([1], 32, 32)
