@@ -73,7 +73,7 @@ def draw(directory: Path) -> list[Path]:
             )
 
     short = [tables.results_table(results), tables.comparison_table(results)]
-    short += [figure.table(results) for figure in FIGURES.values()]
+    short += [table(results) for figure in FIGURES.values() for table in figure.tables]
     short = [table for table in short if table]
     text = tables.to_markdown(*short)
     write("tables/results.md", text)

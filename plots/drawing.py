@@ -32,7 +32,7 @@ class Drawing:
     draw: Callable[[Rows, Results, float], Figure]  # (rows, results, page width in inches)
     caption: Callable[[Results, Rows], str]
     findings: Callable[[Results], Findings] = lambda results: []  # sentences, also where nothing could be drawn
-    table: Callable[[Results], Table | None] = lambda results: None
+    tables: tuple[Callable[[Results], Table | None], ...] = ()
     long_tables: Callable[[Results], list[Table]] = lambda results: []  # in their own file, closed in the report
 
 
@@ -157,21 +157,21 @@ def tuning_axis_name(results: Results, seeds: str, is_short: bool) -> str:
     return f"{text}\n({seeds})"
 
 
-def draw_differences(ax: Axes, x: str, lines: dict[str, Rows], results: Results, aside: float) -> None:
-    """Draw differences to the baseline against column `x`, a line for each group of rows. Lines with intervals are
-    moved apart by a factor `aside`, so that no interval hides another."""
-    if all(row["difference_low"] is None for group in lines.values() for row in group):
+def draw_differences(
+    ax: Axes, x: str, lines: dict[str, Rows], results: Results, aside: float, y: str = "difference", base: float = 0
+) -> None:
+    """Draw differences to the baseline, which is at `base`, against column `x`, a line for each group of rows. Lines
+    with intervals are moved apart by a factor `aside`, so that no interval hides another."""
+    if all(row[f"{y}_low"] is None for group in lines.values() for row in group):
         aside = 1.0
     for index, group in enumerate(lines.values()):
         look = results.labels[group[0]["label"]].look
         xs = [row[x] * aside ** (index - (len(lines) - 1) / 2) for row in group]
         for at, row in zip(xs, group, strict=True):
-            if row["difference_low"] is not None:
-                bar = [row["difference_low"], row["difference_high"]]
-                ax.plot([at, at], bar, color=look.color, linewidth=0.7, zorder=2)
-        differences = [row["difference"] for row in group]
-        ax.plot(xs, differences, linestyle=look.line, markersize=3.4, zorder=3, **look.marks())
-    ax.axhline(0, color=style.GREY, linewidth=0.6, zorder=1)
+            if row[f"{y}_low"] is not None:
+                ax.plot([at, at], [row[f"{y}_low"], row[f"{y}_high"]], color=look.color, linewidth=0.7, zorder=2)
+        ax.plot(xs, [row[y] for row in group], linestyle=look.line, markersize=3.4, zorder=3, **look.marks())
+    ax.axhline(base, color=style.GREY, linewidth=0.6, zorder=1)
 
 
 def interval_caption(results: Results, rows: Rows, low: str = "difference_low", bars: str = "Bars") -> str:

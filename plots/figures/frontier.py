@@ -243,5 +243,5 @@ def need_table(results: Results) -> Table | None:
 
 FIGURE = d.Drawing(
     "frontier", 10, "Memory against quality",
-    frontier_rows, draw_frontier, frontier_caption, frontier_findings, need_table,
+    frontier_rows, draw_frontier, frontier_caption, frontier_findings, (need_table,),
 )  # fmt: skip

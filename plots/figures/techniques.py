@@ -311,5 +311,5 @@ def cost_sentences(results: Results) -> list[str]:
 
 FIGURE = d.Drawing(
     "techniques", 25, "Techniques on the cache",
-    technique_rows, draw_techniques, technique_caption, technique_findings, winner_table, technique_tables,
+    technique_rows, draw_techniques, technique_caption, technique_findings, (winner_table,), technique_tables,
 )  # fmt: skip

@@ -3,6 +3,7 @@ studies that are derived from it here."""
 
 import copy
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -20,8 +21,9 @@ import pytest
 import plots
 from eval.compare import compare
 from eval.equal_bytes import equal_bytes, technique_differences
+from eval.scaling import scaling
 from plots import drawing, figures, labels, report, style, tables, technique_tables
-from plots.figures import frontier, rates, techniques
+from plots.figures import frontier, rates, sizes, techniques
 from plots.results import TechniqueResult, load
 from train.tuning import choose, facts
 
@@ -101,13 +103,33 @@ def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text",
             need | {"family": "gqa", "labels": mqa, "verdict": "at most", "bytes_per_token": 128},
         ],
         "gap_changes": [
-            {"label": "gqa-2", "baseline": "mha-16", "metric": "val_bpb", "sizes": list(sizes), "seeds": [0, 1, 2]}
+            {
+                "label": "gqa-2",
+                "baseline": "mha-16",
+                "metric": "val_bpb",
+                "sizes": [sizes[0], sizes[-1]],
+                "seeds": [0, 1, 2],
+            }
             | {"mean_diff": 0.01, "ci_low": low, "ci_high": 0.03, "level": 0.95, "verdict": verdict}
             for low, verdict in ((-0.01, "not separable"), (0.005, "higher"))
             if len(sizes) > 1
         ],
         "matching": {"none": shapes, "ffn": shapes, "heads": [{"label": "mla-64", "error": "cannot be done"}]},
     }
+
+
+def power_laws(seeds: int = 3) -> dict:
+    """Three sizes, whose baseline's loss falls with its training FLOPs to the power of 0.07. Of the others one has the
+    loss that it has after 0.8 times these FLOPs, one nearly its loss, and one ever better ones."""
+    names, draw = ("64x2", "128x4", "256x6"), random.Random(0)
+    study = families(names, seeds=seeds, labels=("mha-16", "gqa-2", "mla-32", "mqa"))
+    for run in study["runs"]:
+        scale = 1 + names.index(run["size"])
+        run["train"]["flops_per_token"] = 6e6 * scale**2
+        worth = {"mha": 1, "gqa": 0.8, "mla": 1.01, "mqa": 1.3 * scale**0.6}[run["arch"]]
+        law = (2.5 + 0.1 * run["seed"]) * (worth * scale**2) ** -0.07
+        run["loss"]["val_bpb"] = law * math.exp(draw.gauss(0, 0.003 if run["arch"] == "mla" else 1e-6))
+    return study | {"comparisons": compare(study["runs"])[0], "scaling": scaling(study["runs"])}
 
 
 SHARES = {("contiguous", None): 0.5, ("doubling", None): 0.2, ("paged", 16): 0.02, ("paged", 64): 0.05}  # wasted
@@ -180,6 +202,7 @@ STUDIES = {
     "sizes": families(("64x2", "128x4"), labels=("mha-16", "gqa-2", "mla-32", "mqa")),
     "recall": families(task="recall", labels=("mha-16", "mha-8", "gqa-2", "mla-32", "yoco-2", "mqa")),
     "one seed": families(seeds=1),
+    "scaling": power_laws(),
     "recipes": families(("64x2", "64x2-muon"), labels=("mha-16", "gqa-2", "mqa")),
 }
 
@@ -544,6 +567,8 @@ LAYOUTS = [  # (study, width, figures): what crowds each figure most; the narrow
     ("families", 6.9, ["frontier", "rates", "positions"]),
     ("sizes", 3.35, ["frontier", "sizes", "cache_bytes", "decode"]),
     ("sizes", 6.9, ["frontier", "sizes", "rates"]),
+    ("scaling", 3.35, ["sizes"]),
+    ("scaling", 6.9, ["sizes"]),
     ("recipes", 3.35, ["rates", "curves"]),
     ("long labels, one context", 3.35, ["decode", "recompute"]),
     ("recall", 3.35, ["recall"]),
@@ -775,14 +800,79 @@ def test_recipes_have_no_figure_by_size_but_a_table(studies):
         drawn("sizes", studies["recipes"])
     for name in ("recipes", "sizes"):
         study = studies[name]
-        table = figures.FIGURES["sizes"].table(study)
+        table = sizes.difference_table(study)
         assert table.header == ["variant", *dict.fromkeys(run["size"] for run in study.raw["runs"])]
         for short, *cells in table.rows:
             for size, cell in zip(table.header[1:], cells, strict=True):
                 each = study.differences[f"{short}-{size}", "val_bpb"]
                 assert cell.startswith(f"{each.mean:+.4f} ± {each.high - each.mean:.4f}")
                 assert cell.endswith("*") == each.separable
-    assert figures.FIGURES["sizes"].table(studies["families"]) is None
+    assert sizes.difference_table(studies["families"]) is None
+
+
+def test_what_a_gap_is_worth_is_said_with_the_numbers_of_known_power_laws(studies):
+    study = studies["scaling"]
+    found = dict(report.findings(study))["What a gap is worth"]
+    gqa, mla, mqa, slopes = found
+    assert gqa == (
+        "gqa-2 at 256x6: the baseline mha-16 would need 0.8 times its training compute for the same loss (95 % "
+        "interval 0.8 to 0.8, n = 3), so gqa-2 is worth less than mha-16; along mha-16's sizes, at equal loss gqa-2 "
+        "keeps 768 B per token where mha-16 keeps 2.683 KiB (2.683 KiB to 2.683 KiB)."  # 3 KiB times the root of 0.8
+    )
+    assert "), which is not separable from 1; along mha-16's sizes, " in mla
+    assert mqa == (
+        "mqa at 256x6: the training compute that the baseline mha-16 would need for the same loss is beyond twice the "
+        "trained compute, so nothing is said of it."
+    )
+    assert slopes == (
+        "The slope of mha-16's loss over training FLOPs is 0.07 (95 % interval 0.07 to 0.07, n = 3); intervals that "
+        "lie apart from its: mqa 0.091 (0.091 to 0.091); no other slope is said to differ."
+    )
+
+
+def test_a_table_says_what_a_gap_is_worth_at_every_size(studies):
+    study = studies["scaling"]
+    table = sizes.worth_table(study)
+    entries = {entry["label"]: {at["size"]: at for at in entry["at"]} for entry in study.raw["scaling"]}
+    assert [row[:2] for row in table.rows] == [[name, size] for name in entries for size in ("64x2", "128x4", "256x6")]
+    for name, size, kept, _, *worth in table.rows:
+        assert kept == style.bytes_text(study.labels[f"{name}-{size}"].bytes_per_token)
+        at = entries[name].get(size)
+        if at and at["compute"]:
+            low, high = (style.bytes_text(at["bytes"][end]) for end in ("low", "high"))
+            assert worth[0].startswith(f"{tables.significant(at['compute']['mean'])} (")
+            assert worth[1] == f"{style.bytes_text(at['bytes']['mean'])} ({low} to {high})"
+            assert worth[2] == f"{100 * at['bytes_per_token'] / at['bytes']['mean']:.3g} %"
+        else:
+            assert worth == ["beyond twice the trained compute" if at else tables.MISSING, *[tables.MISSING] * 2]
+    assert table.notes[-1].startswith("Beyond twice the trained compute: ")
+
+
+def test_one_seed_concludes_nothing_from_fits_over_sizes(tmp_path):
+    study = load(put(tmp_path, power_laws(seeds=1)))
+    *worth, slopes = dict(report.findings(study))["What a gap is worth"]
+    assert all("so nothing can be concluded" in told or "nothing is said" in told for told in [*worth, slopes])
+    assert any("0.8 times its training compute for the same loss (n = 1)" in told for told in worth)
+    assert "nothing can be concluded" in sizes.worth_table(study).notes[1]
+    _, fig = drawn("sizes", study)
+    assert len(fig.axes) == 4
+
+
+def test_fitted_lines_are_drawn_where_there_are_fits(studies):
+    data, fig = drawn("sizes", studies["scaling"])
+    for row, line in zip([row for row in data if row["size"] == "64x2"], fig.axes[1].lines[1::2], strict=True):
+        xs, ys = line.get_data()
+        assert -math.log(ys[-1] / ys[0]) / math.log(xs[-1] / xs[0]) == pytest.approx(row["slope"])
+        assert (xs[0], ys[0]) == pytest.approx((row["train_flops"], row["val_bpb"]), rel=0.02)
+    assert [row["compute"] is None for row in data if row["variant"] == "mqa"] == [False, False, True]
+    study = studies["scaling"]
+    before = dataclasses.replace(study, raw={key: value for key, value in study.raw.items() if key != "scaling"})
+    data, fig = drawn("sizes", before)
+    assert len(fig.axes) == 3
+    assert [line.get_linestyle() for line in fig.axes[1].lines] == [line.get_linestyle() for line in fig.axes[0].lines]
+    assert len(fig.axes[1].lines) == 4
+    assert sizes.worth_table(before) is None
+    assert "What a gap is worth" not in dict(report.findings(before))
 
 
 def test_what_reads_faster_than_memory_is_in_cache_and_not_bound_by_memory(tmp_path):
