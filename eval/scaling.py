@@ -15,6 +15,7 @@ from eval.compare import METRIC, t_interval
 
 LEAST_SIZES = 3
 APART = 1.5  # times the training FLOPs of the next smaller size, at least
+FURTHEST = 100.0  # no gap is worth more than e to this: there the slope is none
 BEYOND = 2.0  # nothing is said beyond the trained sizes by more than this factor
 
 AXES = {
@@ -76,27 +77,33 @@ def _slope(runs: Runs, sizes: Sequence[str], seed: int, axis: str) -> float:
 
 def _equivalents(own: Runs, base: Runs, sizes: Sequence[str], level: float) -> Iterator[dict]:
     """For each size {size, bytes_per_token, compute, bytes}. `compute` is null, and so is `bytes`, where the baseline
-    would have to be trained for more than BEYOND times its largest FLOPs, or less than that part of its smallest."""
+    would have to be trained for more than BEYOND times its largest FLOPs, or less than that part of its smallest, and
+    where its own loss does not fall with its FLOPs at every seed; `bytes` too where its cache does not grow."""
     common = sorted(set(_seeds(own, sizes)) & set(_seeds(base, sizes)))
     if not common:
         return
     first = {size: base[size][common[0]] for size in sizes}
     flops = {size: AXES["train_flops"](record) for size, record in first.items()}
-    held = [math.log(max(1, record["kv"]["bytes_per_token"])) for record in first.values()]
-    growth = statistics.linear_regression([math.log(x) for x in flops.values()], held).slope  # of bytes with FLOPs
+    held = {size: record["kv"]["bytes_per_token"] for size, record in first.items()}
+    slopes = [_slope(base, sizes, seed, "train_flops") for seed in common]
     for size in sizes:
-        times = []  # logarithms
-        for seed in common:
-            gap = math.log(base[size][seed]["loss"][METRIC] / own[size][seed]["loss"][METRIC])
-            times.append(gap / _slope(base, sizes, seed, "train_flops"))
-        needed = flops[size] * math.exp(statistics.fmean(times))
+        losses = [[runs[size][seed]["loss"][METRIC] for seed in common] for runs in (own, base)]
+        gaps = [math.log(b / a) for a, b in zip(*losses, strict=True)]
+        falls = all(slope > abs(gap) / FURTHEST for gap, slope in zip(gaps, slopes, strict=True))
+        times = [gap / slope for gap, slope in zip(gaps, slopes, strict=True)] if falls else []  # logarithms
+        needed = flops[size] * math.exp(statistics.fmean(times)) if falls else 0.0
         inside = flops[sizes[0]] / BEYOND <= needed <= flops[sizes[-1]] * BEYOND
-        in_bytes = [math.log(first[size]["kv"]["bytes_per_token"]) + growth * t for t in times]
-        n_bytes = own[size][common[0]]["kv"]["bytes_per_token"]
-        found = {"size": size, "seeds": common, "bytes_per_token": n_bytes}
-        for name, logs in (("compute", times), ("bytes", in_bytes)):
-            found[name] = {key: math.exp(v) for key, v in _with_interval(logs, level).items()} if inside else None
+        found = {"size": size, "seeds": common, "bytes_per_token": own[size][common[0]]["kv"]["bytes_per_token"]}
+        found |= {"compute": _as_factors(times, level) if inside else None, "bytes": None}
+        if inside and min(held.values()) > 0:
+            xs, ys = ([math.log(value) for value in of.values()] for of in (flops, held))
+            growth = statistics.linear_regression(xs, ys).slope  # of the baseline's bytes with its FLOPs
+            found["bytes"] = _as_factors([math.log(held[size]) + growth * t for t in times], level)
         yield found
+
+
+def _as_factors(logarithms: Sequence[float], level: float) -> dict[str, float]:
+    return {key: math.exp(value) for key, value in _with_interval(logarithms, level).items()}
 
 
 def _with_interval(values: Sequence[float], level: float) -> dict[str, float]:

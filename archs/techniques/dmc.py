@@ -49,7 +49,7 @@ class DMC(Technique):
         full = {id(kv) for kv in model.new_layers(Training()) if isinstance(kv, Uncached) and not kv.window}
         suited = all(type(block.attention) in (GroupedAttention, MergingAttention) for block in model.blocks)
         if model.options.qk_norm:
-            raise ValueError("DMC merges keys and values of KV heads by elements of them that are not normed: leave out qk_norm")
+            raise ValueError("DMC merges keys and values of KV heads by elements of them, unnormed: leave out qk_norm")
         if not suited or len(full) < len(model.blocks):
             name = type(model).__name__
             raise ValueError(f"DMC merges keys and values of KV heads, and {name} does not keep them in every layer")

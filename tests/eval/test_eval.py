@@ -263,6 +263,12 @@ def test_nothing_is_said_beyond_twice_the_trained_compute_nor_from_sizes_that_ar
     far = records + [sized("b", n, s, 2.0 * 4 ** (-0.1 * n - 0.06)) for s in (0, 1) for n in range(3)]
     assert [at["compute"] is None for at in scaling(far)[1]["at"]] == [False, False, True]
     assert scaling([r for r in far if r["size"] != "1"]) == []  # two sizes
+    for rising in (1.0, 1.1):  # a baseline that does not learn more is no measure of compute
+        flat = [r if r["label"][0] == "b" else r | {"loss": {"val_bpb": 2 * rising ** int(r["size"])}} for r in far]
+        assert {at["compute"] for at in scaling(flat)[1]["at"]} == {None}
+    none = [r | {"kv": {"bytes_per_token": 0}} for r in far]
+    assert [at["compute"] is None for at in scaling(none)[1]["at"]] == [False, False, True]
+    assert {at["bytes"] for at in scaling(none)[1]["at"]} == {None}
     same = [r | {"train": {"flops_per_token": 1}, "train_tokens": 1} for r in far]
     assert scaling(same) == []  # recipes of one size
     (only,) = scaling([r for r in far if r["label"] != "b-1"])
