@@ -84,6 +84,19 @@ def test_a_sequence_depends_on_seed_and_number_alone():
     assert len({tuple(inputs.flatten().tolist()) for inputs in (whole, *others)}) == 4
 
 
+def test_a_curriculum_begins_with_few_pairs_and_ends_with_all_of_them():
+    task = RecallTask([2, 3, 4, 6, 8], 64, curriculum=30)
+    inputs, targets = task.training(context=32, batch_size=120, seed=0)[0]
+    asked = (targets != IGNORED).sum(1)
+    sets = [set(part.tolist()) for part in asked.split(30)]
+    assert sets == [{2, 3, 4}, {2, 3, 4, 6}, {2, 3, 4, 6, 8}, {2, 3, 4, 6, 8}]
+    held_out = task.held_out("tune", context=32, batch_size=10, limit=320)[0][1]
+    assert set((held_out != IGNORED).sum(1).tolist()) == {2, 3, 4, 6, 8}
+    without = RecallTask([2, 3, 4, 6, 8], 64)
+    assert task.facts["fingerprint"] != without.facts["fingerprint"]
+    assert torch.equal(inputs[:3], without.training(context=32, batch_size=3, seed=0)[0][0])
+
+
 def test_validation_is_the_same_for_all_and_has_every_number_of_pairs_equally_often():
     task = RecallTask([2, 4, 8], 300)
     batches = list(task.held_out("test", context=32, batch_size=7, limit=32 * 29))

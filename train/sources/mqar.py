@@ -24,23 +24,27 @@ from train.sources import Place, Source
 FORMAT = 3  # to be raised when the same settings give other sequences
 SEEDS = {"test": 0, "tune": 1}  # of held-out sequences
 BLANK = 0
+EASY = 3
 CROWDING = 0.01  # exponent of the power law of a query's distance from the pairs
 
 
 class Corpus(Source):
-    """`pairs`: the numbers of key-value pairs in a sequence, equally often."""
+    """`pairs`: the numbers of key-value pairs in a sequence, equally often. With a `curriculum` training has the least
+    EASY of them at first, and after each `curriculum` sequences one more: on many pairs alone attention learns late or
+    never to look back."""
 
     key: ClassVar[str] = "name"
     names: ClassVar[tuple[str, ...]] = ("mqar",)
     has_documents: ClassVar[bool] = False
     name: Literal["mqar"]
     pairs: list[Count] = Field([])
+    curriculum: Count | None = None
 
     def load(self, tokenizer: TokenizerConfig, place: Place) -> "RecallTask":
         if tokenizer.name != "ids" or not tokenizer.vocab_size or not self.pairs:
             needs = "pairs, such as [4, 16], and tokenizer: {name: ids, vocab_size: 256}"
             raise InputError(f"corpus mqar is generated, as token ids: it needs {needs}")
-        return RecallTask(self.pairs, tokenizer.vocab_size)
+        return RecallTask(self.pairs, tokenizer.vocab_size, self.curriculum)
 
 
 class RecallTask:
@@ -48,19 +52,20 @@ class RecallTask:
 
     tokenizer = folder = end_of_text = None
 
-    def __init__(self, pairs: Sequence[int], vocab_size: int):
+    def __init__(self, pairs: Sequence[int], vocab_size: int, curriculum: int | None = None):
         most = (vocab_size - 2) // 2
         if not pairs or len(set(pairs)) < len(pairs) or not all(0 < n <= most for n in pairs):
             allowed = f"different numbers of key-value pairs, each from 1 to {most}"
             half = f"as half of tokenizer.vocab_size={vocab_size} are keys"
             raise InputError(f"corpus.pairs={list(pairs)}: must be {allowed}, {half}")
-        self.pairs, self.n_vocab = sorted(pairs), vocab_size
+        self.pairs, self.n_vocab, self.curriculum = sorted(pairs), vocab_size, curriculum
         self.token_bytes = np.full(vocab_size, ((vocab_size - 1).bit_length() + 7) // 8)
 
     @property
     def facts(self) -> dict:
         """The "corpus" of results.json: there is no text, and there are as many tokens as are trained on."""
         settings = {"task": "mqar", "format": FORMAT, "pairs": self.pairs, "vocab_size": self.n_vocab}
+        settings |= {"curriculum": self.curriculum} if self.curriculum else {}
         fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         counts = {
             "bytes": 0,
@@ -94,7 +99,8 @@ class RecallBatches(Dataset):
     """Item k is (inputs, targets), both int64 (batch_size, context); targets are IGNORED except at the queries.
 
     With `sequences` these are that many held-out sequences, and an item's third entry is the bytes that its targets
-    stand for. Sequence n has the n-th number of pairs, counted in a circle, and depends on (seed, n) alone.
+    stand for. Sequence n has the n-th number of pairs, counted in a circle through those that the curriculum has
+    reached, and depends on (seed, n) alone.
     """
 
     def __init__(self, task: RecallTask, context: int, batch_size: int, seed: int, sequences: int | None = None):
@@ -115,9 +121,16 @@ class RecallBatches(Dataset):
             return inputs, targets
         return inputs, targets, int(self.task.token_bytes[targets[targets != IGNORED]].sum())
 
+    def pairs_of(self, n: int) -> int:
+        """The number of key-value pairs in sequence n."""
+        reached = self.task.pairs
+        if self.task.curriculum and self.sequences is None:
+            reached = reached[: EASY + n // self.task.curriculum]
+        return reached[n % len(reached)]
+
     def _sequence(self, n: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((self.sequences is not None, self.seed, n))
-        pairs, half = self.task.pairs[n % len(self.task.pairs)], self.task.n_vocab // 2
+        pairs, half = self.pairs_of(n), self.task.n_vocab // 2
         keys = 1 + rng.choice(half - 1, pairs, replace=False)
         values = half + rng.integers(self.task.n_vocab - half, size=pairs)
         inputs = np.full(self.context, BLANK)
