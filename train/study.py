@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from archs.decoder import Options
 from archs.settings import SettingsError, did_you_mean
@@ -112,9 +120,12 @@ class Study(Section):
 
     @field_validator("sizes")
     @classmethod
-    def sizes_have_known_keys(cls, sizes: list[dict]) -> list[dict]:
+    def sizes_have_known_keys(cls, sizes: list[dict], info: ValidationInfo) -> list[dict]:
+        labels = [variant_label(variant) for variant in info.data.get("variants", [])]
         for size in sizes:
-            refuse_unknown(size, SIZE_KEYS)
+            refuse_unknown([key for key in size if key not in labels], SIZE_KEYS)
+            for label in size.keys() & set(labels):
+                cls.check(isinstance(size[label], dict), f"{label}={size[label]!r}: must be a mapping of its options")
             tokens = whole(size.get("tokens", 1))
             cls.check(type(tokens) is int, f"tokens={tokens!r}: must be a whole number, such as 20_000_000")
             for key in size.keys() & set(RECIPE):

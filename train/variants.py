@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from archs import VARIANTS, Decoder, build
 from archs.decoder import Options
 from train.errors import InputError
-from train.study import RECIPE, Study, check_label, combinations, variant_label
+from train.study import MODEL_KEYS, RECIPE, SIZE_KEYS, Study, check_label, combinations, variant_label
 
 FREE = {"ffn": "ffn_width", "heads": "heads", "none": None}  # the option that each matching rule sets
 MATCH_TOLERANCE = 0.005
@@ -101,16 +101,18 @@ def resolve_variants(study: Study, vocab_size: int, folder: Path = Path()) -> li
 
 
 def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
-    """Every variant in every size, with every combination of the values in its lists. Other values than numbers
-    (`swa`, `gret`) make families of their own."""
+    """Every variant in every size, which may set options of it, with every combination of the values in its lists. Other
+    values than numbers (`swa`, `gret`) make families of their own."""
     for size, size_name in zip(study.sizes or [{}], size_names(study), strict=True):
-        shared = {key: value for key, value in size.items() if key not in ("tokens", *RECIPE)}
+        shared = {key: value for key, value in size.items() if key in MODEL_KEYS}
         model = {"vocab_size": vocab_size, **study.model, **shared}
         tokens = size.get("tokens", study.train.tokens)
         recipe = {key: size.get(key, getattr(study.train, key)) for key in RECIPE}
         for variant in study.variants:
             name, arch = variant_label(variant), find_arch(variant["arch"], folder)
-            options = {key: value for key, value in variant.items() if key not in ("label", "arch")}
+            options = {key: value for key, value in variant.items() if key not in ("label", "arch")} | size.get(
+                name, {}
+            )
             for chosen in combinations(options, f"variants: {name}"):
                 words = [(str(value).lower(), type(value) in (int, float)) for value in chosen.values()]
                 label = "-".join([name, *(word for word, _ in words), *([size_name] if size_name else [])])
@@ -125,7 +127,7 @@ def size_names(study: Study) -> list[str]:
     sizes = [{"tokens": study.train.tokens, **study.model, **size} for size in study.sizes]
     names = [f"{size['width']}x{size['layers']}" for size in sizes]
     if len(set(names)) < len(names):
-        others = dict.fromkeys(key for size in study.sizes for key in size if key not in ("width", "layers"))
+        others = [key for key in SIZE_KEYS if key not in ("width", "layers") and any(key in s for s in study.sizes)]
         differing = [key for key in others if len({str(size.get(key)) for size in sizes}) > 1]
         ways = [[in_a_word(key, size[key]) for key in differing if key in size] for size in sizes]
         names = ["-".join([name, *way]) for name, way in zip(names, ways, strict=True)]

@@ -257,6 +257,11 @@ def test_lists_become_families_with_every_combination_and_sizes_multiply_them():
 
 
 def test_sizes_of_one_shape_are_told_apart_by_what_else_differs():
+    own = [{"width": 64, "mla": {"kv_rank": 16}}, {"width": 128, "mla": {"kv_rank": 32}, "optimizer": "muon"}]
+    variants = [{"arch": "mha"}, {"arch": "mla", "rope_dim": 8}]
+    first, mla, other, wide = resolve_variants(study(variants=variants, sizes=own), 300)
+    assert (mla.options["kv_rank"], wide.options["kv_rank"], wide.label, wide.short) == (16, 32, "mla-128x4", "mla")
+    assert [v.recipe["optimizer"] for v in (first, mla, other, wide)] == ["adamw", "adamw", "muon", "muon"]
     sizes = [{"width": 64}, {"width": 64, "tokens": 99_000}, {}]
     labels = [v.label for v in resolve_variants(study(variants=[{"arch": "mha"}], sizes=sizes), 300)]
     assert labels == [f"mha-64x4-tokens{study().train.tokens}", "mha-64x4-tokens99000", "mha-128x4-tokens360000"]
