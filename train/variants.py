@@ -101,7 +101,7 @@ def resolve_variants(study: Study, vocab_size: int, folder: Path = Path()) -> li
 
 
 def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
-    """Every variant in every size, which may set options of it, with every combination of the values in its lists. Other
+    """Every variant in every size, which may set its options, with every combination of the values in its lists. Other
     values than numbers (`swa`, `gret`) make families of their own."""
     for size, size_name in zip(study.sizes or [{}], size_names(study), strict=True):
         shared = {key: value for key, value in size.items() if key in MODEL_KEYS}
