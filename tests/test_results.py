@@ -50,7 +50,6 @@ def stated(text: str) -> list[tuple[str, str]]:
     """(number, unit) of every number of a page, outside of code, links, marks and the sources of papers."""
     for left_out in (MARKED, r"^    .*$", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"<[^>]*>", r"arXiv [\d.]+"):
         text = re.sub(left_out, " ", text, flags=re.M | re.S)
-    text = text.replace("−", "-")
     return [(number.rstrip(","), unit) for number, unit in NUMBER.findall(text)]
 
 
@@ -58,8 +57,8 @@ def values(folder: Path) -> np.ndarray:
     """Every number in results.json, and in what is drawn from it: means over seeds stand there."""
     drawn = [*folder.glob("figures/*.csv"), *folder.glob("tables/*.md")]
     texts = [path.read_text(encoding="utf-8") for path in (folder / "results.json", *drawn)]
-    found = {float(each.replace(",", "")) for text in texts for each in re.findall(r"-?\d[\d,]*\.?\d*(?:e-?\d+)?", text)}
-    return np.array(sorted({abs(value) for value in found}))
+    found = {each for text in texts for each in re.findall(r"\d[\d,]*\.?\d*(?:e-?\d+)?", text)}
+    return np.array([float(each.replace(",", "")) for each in found])
 
 
 def is_among(number: str, unit: str, known: np.ndarray) -> bool:
