@@ -52,10 +52,11 @@ def heads_of_projection(r, B, H, T, D):
 
 
 def norm_inputs(r):
-    """Rows with or without gaps between them."""
+    """Rows with or without gaps between them, or some of the heads of each sequence."""
     *shape, D = r.randint(0, 4), *(r.randint(1, 4) for _ in range(r.randint(0, 2))), r.randint(1, 300)
     x = randn(*shape, D + r.choice((0, 3)))[..., :D].mul_(10)
-    return x, r.choice((None, randn(D)))
+    heads = randn(r.randint(1, 3), 1, 5, D).transpose(1, 2)[:, r.randint(0, 2) : r.randint(3, 5)]
+    return r.choice((x, heads)), r.choice((None, randn(D)))
 
 
 def swiglu_inputs(r):
@@ -222,7 +223,7 @@ R = random.Random(0)
 COS, SIN = randn(2, 9, 4).unbind()
 DECLINED = {  # kernel: arguments whose shape or layout it does not support
     cpu.rms_norm: lambda: [
-        (randn(9),), (randn(9, 4).T,), (randn(3, 4, 9).transpose(0, 1),), (randn(3, 9), randn(9).double()),
+        (randn(9),), (randn(9, 4).T,), (randn(4, 3, 2, 9).transpose(0, 2),), (randn(3, 9), randn(9).double()),
     ],
     cpu.swiglu: lambda: [(randn(3, 10)[:, :8],), (randn(8, 3).T,)],
     cpu.head_linear: lambda: [

@@ -183,12 +183,13 @@ extern "C" void rotate(const float *x, const float *cosine, const float *sine, f
     }
 }
 
-// x (rows, width), rows that far from each other; out is contiguous. Without a weight it is 1.
-extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, long step, float eps,
-                         long threads) {
+// x (rows, width) in groups of `per_group` rows that are `step` from each other; out is contiguous. Without a weight it
+// is 1.
+extern "C" void rms_norm(const float *x, const float *weight, float *out, long rows, long width, long per_group,
+                         long group_step, long step, float eps, long threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > 1 << 14)
     for (long i = 0; i < rows; i++) {
-        const float *p = x + i * step;
+        const float *p = x + i / per_group * group_step + i % per_group * step;
         float square = 0;
 #pragma omp simd reduction(+ : square)
         for (long j = 0; j < width; j++) square += p[j] * p[j];

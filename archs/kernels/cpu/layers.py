@@ -27,19 +27,30 @@ NORM_EPS = 1e-6  # as in archs/ops.py
 # Operators of models
 
 
-def step_of_rows(x: Tensor) -> int | None:
-    """How many elements lie between the starts of x's rows, if they are evenly spaced and without gaps."""
-    even = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
-    return x.stride(-2) if x.dim() > 1 and even and x.stride(-1) == 1 else None
+def steps_of_rows(x: Tensor) -> tuple[int, int, int] | None:
+    """(rows in a group, elements from group to group, from row to row) of x's rows, if they lie in evenly spaced groups,
+    as the query heads of each sequence do, without gaps in a row."""
+    levels = [(1, 0)]  # (size, step), the innermost first
+    for size, step in list(zip(x.shape[:-1], x.stride()[:-1], strict=True))[::-1]:
+        if levels[-1][0] == 1:
+            levels[-1] = size, step
+        elif size != 1 and step == math.prod(levels[-1]):
+            levels[-1] = size * levels[-1][0], levels[-1][1]
+        elif size != 1:
+            levels.append((size, step))
+    if x.dim() < 2 or x.stride(-1) != 1 or len(levels) > 2:
+        return None
+    (per_group, step), (_, group_step) = levels[0], levels[-1]
+    return per_group, group_step, step
 
 
 @operator(
     "rms_norm(Tensor x, Tensor? weight=None) -> Tensor",
-    lambda x, weight=None: step_of_rows(x) is not None and usable(x) and (weight is None or usable(weight)),
+    lambda x, weight=None: steps_of_rows(x) is not None and usable(x) and (weight is None or usable(weight)),
 )
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Prepared:
     out = x.new_empty(x.shape)
-    sizes = x.numel() // x.shape[-1], x.shape[-1], step_of_rows(x)
+    sizes = x.numel() // x.shape[-1], x.shape[-1], *steps_of_rows(x)
     return out, build().rms_norm, x, weight, out, *sizes, NORM_EPS, threads(x.numel())
 
 
