@@ -48,7 +48,7 @@ def filled(text: str) -> str:
 
 def stated(text: str) -> list[tuple[str, str]]:
     """(number, unit) of every number of a page, outside of code, links, marks and the sources of papers."""
-    for left_out in (MARKED, r"^    .*$", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"<[^>]*>", r"arXiv [\d.]+"):
+    for left_out in (MARKED.pattern, r"^    [^\n]*$", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"<[^>]*>", r"arXiv [\d.]+"):
         text = re.sub(left_out, " ", text, flags=re.M | re.S)
     return [(number.rstrip(","), unit) for number, unit in NUMBER.findall(text)]
 

@@ -28,7 +28,7 @@ NORM_EPS = 1e-6  # as in archs/ops.py
 
 
 def steps_of_rows(x: Tensor) -> tuple[int, int, int] | None:
-    """(rows in a group, elements from group to group, from row to row) of x's rows, if they lie in evenly spaced groups,
+    """(rows in a group, elements from group to group, and from row to row) where x's rows lie in evenly spaced groups,
     as the query heads of each sequence do, without gaps in a row."""
     levels = [(1, 0)]  # (size, step), the innermost first
     for size, step in list(zip(x.shape[:-1], x.stride()[:-1], strict=True))[::-1]:
