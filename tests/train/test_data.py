@@ -11,6 +11,7 @@ from texts import refusal
 
 from train.batches import IGNORED, TrainingBatches
 from train.sources.mqar import BLANK, RecallTask
+from train.sources.needle import NeedleTask
 
 TOKENS = np.arange(1003, dtype=np.uint16)
 
@@ -95,6 +96,32 @@ def test_a_curriculum_begins_with_few_pairs_and_ends_with_all_of_them():
     without = RecallTask([2, 3, 4, 6, 8], 64)
     assert task.facts["fingerprint"] != without.facts["fingerprint"]
     assert torch.equal(inputs[:3], without.training(context=32, batch_size=3, seed=0)[0][0])
+
+
+def test_needles_lie_in_the_first_half_of_a_text_and_are_asked_for_in_the_second(tmp_path):
+    texts = byte_tokens(tmp_path)
+    task = NeedleTask(texts, needles=3, symbols=20, curriculum=2)
+    assert (task.n_vocab, task.facts["text"]) == (texts.n_vocab + 20, texts.facts["name"])
+    batches = task.training(context=256, batch_size=2, seed=0)
+    shapes = [tuple(batches[k][0].shape) for k in range(7)]
+    assert shapes == [(8, 64), (8, 64), (4, 128), (4, 128), (2, 256), (2, 256), (2, 256)]
+    seen, text = [], "".join(map(chr, texts.train[:]))
+    for inputs, targets in (batches[k] for k in range(7)):
+        for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
+            half, seen = len(row) // 2, [*seen, tuple(row)]
+            asked = {row[t]: wanted[t] for t in range(len(row)) if wanted[t] != IGNORED}
+            held = {row[t]: row[t + 1] for t in range(half) if row[t] in asked}
+            assert held == asked
+            assert all(key >= texts.n_vocab and value >= texts.n_vocab + 10 for key, value in held.items())
+            assert not any(wanted[t] != IGNORED for t in range(half))
+            stretches = re.split(f"[{chr(texts.n_vocab)}-{chr(task.n_vocab)}]", "".join(map(chr, row)))
+            assert all(stretch in text for stretch in stretches)
+    assert len(set(seen)) == len(seen)
+    assert torch.equal(batches[3][0], task.training(context=256, batch_size=2, seed=0)[3][0])
+    held_out = [task.held_out(split, context=256, batch_size=2, limit=512)[0] for split in ("tune", "test")]
+    assert all(inputs.shape == (2, 256) for inputs, *_ in held_out)
+    assert "at most 8 needles" in refusal(NeedleTask(texts, 9, 64).training, 256, 1, 0)
+    assert "give 64 tokens or more" in refusal(NeedleTask(texts, 2, 64).training, 32, 1, 0)
 
 
 def test_validation_is_the_same_for_all_and_has_every_number_of_pairs_equally_often():

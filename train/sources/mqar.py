@@ -84,10 +84,30 @@ class RecallTask:
     def training(self, context: int, batch_size: int, seed: int) -> "RecallBatches":
         return RecallBatches(self, context, batch_size, seed)
 
+    def length(self, batch: int, context: int) -> int:
+        """Tokens in each sequence of a training batch, a divisor of `context` that never falls."""
+        return context
+
+    def sequence(self, rng: np.random.Generator, n: int, length: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets) of sequence n."""
+        reached = self.pairs
+        if self.curriculum and split == "train":
+            reached = reached[: EASY + n // self.curriculum]
+        pairs, half = reached[n % len(reached)], self.n_vocab // 2
+        keys = 1 + rng.choice(half - 1, pairs, replace=False)
+        values = half + rng.integers(self.n_vocab - half, size=pairs)
+        inputs, targets = np.full(length, BLANK), np.full(length, IGNORED)
+        inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2] = keys, values
+        places = (length - 2 * pairs) // 2
+        crowding = np.arange(1, places + 1) ** (CROWDING - 1.0)
+        asked = 2 * pairs + 2 * rng.choice(places, pairs, replace=False, p=crowding / crowding.sum())
+        inputs[asked], targets[asked] = keys, values
+        return inputs, targets
+
     def held_out(self, split: str, context: int, batch_size: int, limit: int) -> "RecallBatches":
         """Each number of pairs equally often, about `limit` tokens in all, the same for every variant and seed."""
         sequences = -(-max(1, limit // context) // len(self.pairs)) * len(self.pairs)
-        return RecallBatches(self, context, batch_size, SEEDS[split], sequences)
+        return RecallBatches(self, context, batch_size, SEEDS[split], split, sequences)
 
     def spread(self, sequences: int, available: int) -> range:
         """Numbers of the first held-out sequences: about `sequences`, with each number of pairs equally often."""
@@ -96,48 +116,38 @@ class RecallTask:
 
 
 class RecallBatches(Dataset):
-    """Item k is (inputs, targets), both int64 (batch_size, context); targets are IGNORED except at the queries.
+    """Item k is (inputs, targets), both int64 (batch_size, context), or as many tokens in shorter sequences; targets are
+    IGNORED except at the queries.
 
     With `sequences` these are that many held-out sequences, and an item's third entry is the bytes that its targets
-    stand for. Sequence n has the n-th number of pairs, counted in a circle through those that the curriculum has
-    reached, and depends on (seed, n) alone.
+    stand for. Sequence n depends on (seed, n) alone.
     """
 
-    def __init__(self, task: RecallTask, context: int, batch_size: int, seed: int, sequences: int | None = None):
+    def __init__(
+        self, task: RecallTask, context: int, batch_size: int, seed: int, split: str = "train", sequences: int = 0
+    ):
         task.check(context)
-        self.task, self.context, self.batch_size, self.seed, self.sequences = task, context, batch_size, seed, sequences
+        self.task, self.context, self.batch_size, self.seed = task, context, batch_size, seed
+        self.split, self.sequences = split, sequences
 
     def __len__(self) -> int:
         return -(-self.sequences // self.batch_size)
 
     def __getitem__(self, k: int) -> tuple:
-        first, last = k * self.batch_size, (k + 1) * self.batch_size
-        if self.sequences is not None:
-            last = min(last, self.sequences)
-        if first >= last:
+        if self.split == "train":
+            length = self.task.length(k, self.context)
+            first = k * self.batch_size * (self.context // self.task.length(0, self.context))
+            return self._sequences(range(first, first + self.batch_size * self.context // length), length)
+        numbers = range(k * self.batch_size, min((k + 1) * self.batch_size, self.sequences))
+        if not numbers:
             raise IndexError(k)
-        inputs, targets = map(torch.stack, zip(*(self._sequence(n) for n in range(first, last)), strict=True))
-        if self.sequences is None:
-            return inputs, targets
+        inputs, targets = self._sequences(numbers, self.context)
         return inputs, targets, int(self.task.token_bytes[targets[targets != IGNORED]].sum())
 
-    def pairs_of(self, n: int) -> int:
-        """The number of key-value pairs in sequence n."""
-        reached = self.task.pairs
-        if self.task.curriculum and self.sequences is None:
-            reached = reached[: EASY + n // self.task.curriculum]
-        return reached[n % len(reached)]
-
-    def _sequence(self, n: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((self.sequences is not None, self.seed, n))
-        pairs, half = self.pairs_of(n), self.task.n_vocab // 2
-        keys = 1 + rng.choice(half - 1, pairs, replace=False)
-        values = half + rng.integers(self.task.n_vocab - half, size=pairs)
-        inputs = np.full(self.context, BLANK)
-        targets = np.full(self.context, IGNORED)
-        inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2] = keys, values
-        places = (self.context - 2 * pairs) // 2
-        crowding = np.arange(1, places + 1) ** (CROWDING - 1.0)
-        asked = 2 * pairs + 2 * rng.choice(places, pairs, replace=False, p=crowding / crowding.sum())
-        inputs[asked], targets[asked] = keys, values
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
+    def _sequences(self, numbers: range, length: int) -> tuple[Tensor, Tensor]:
+        held_out = self.split != "train"
+        rows = (
+            self.task.sequence(np.random.default_rng((held_out, self.seed, n)), n, length, self.split) for n in numbers
+        )
+        inputs, targets = (torch.from_numpy(np.stack(each)) for each in zip(*rows, strict=True))
+        return inputs, targets
