@@ -89,6 +89,7 @@ def draw(directory: Path) -> list[Path]:
         all_long += long
     matching = tables.matching_tables(results)
     write("tables/matching.md", tables.to_markdown(*matching))
+    write("tables/findings.md", report.sentences_as_markdown(results))
     for name in left_out:  # an old figure of data that the results no longer contain
         for old in directory.glob(f"figures/{name}*"):
             if old.name.split(".")[0] in {name + suffix for suffix in style.PAGES}:

@@ -9,6 +9,7 @@ from matplotlib.transforms import Bbox
 
 # Where a name may stand: right of its point, above it to the right, ...
 SIDES = ((1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (0, -1), (1, -1), (-1, -1))
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # no line strikes a name out
 
 
 class Point(NamedTuple):
@@ -39,7 +40,7 @@ def label_points(
     drawn = [ax.transData.transform(line) for line in lines]
     for each in sorted((each for each in points if each.name), key=lambda each: -len(each.name)):
         at = each.x, each.y
-        text = ax.annotate(each.name, at, (0, 0), textcoords="offset points", fontsize=7.5)
+        text = ax.annotate(each.name, at, (0, 0), textcoords="offset points", fontsize=7.5, bbox=PAPER)
         text.set_in_layout(False)
         choices = []
         for distance, (dx, dy) in product(distances, SIDES):

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from plots.figures import FIGURES
 from plots.results import Results, dig, number
-from plots.tables import CACHED, IN_CACHE, Table, options_table
+from plots.tables import CACHED, IN_CACHE, Table, markdown, options_table
 
 MEANINGS = {
     "KV per token": "Bytes that each further token adds to the KV cache once every window is full: measured from the "
@@ -71,6 +71,17 @@ def findings(results: Results) -> list[tuple[str, list[str]]]:
         for about, sentence in figure.findings(results):
             groups.setdefault(about, []).append(sentence)
     return list(groups.items())
+
+
+def sentences_as_markdown(results: Results) -> str:
+    """All findings and conclusions of the report."""
+    lines = ["# Findings"]
+    for about, sentences in findings(results):
+        lines += ["", f"## {markdown(about)}", "", *(f"- {markdown(sentence)}" for sentence in sentences)]
+    lines += ["", "# What may and may not be concluded"]
+    for about, sentence in conclusions(results):
+        lines += ["", f"## {markdown(about)}", "", f"- {markdown(sentence)}"]
+    return "\n".join(lines) + "\n"
 
 
 def flat(value, key: str = "") -> list[tuple[str, str]]:

@@ -20,10 +20,10 @@ import pytest
 
 import plots
 from eval.compare import compare
-from eval.equal_bytes import equal_bytes, technique_differences
+from eval.equal_bytes import bytes_for_accuracy, equal_bytes, technique_differences
 from eval.scaling import scaling
 from plots import drawing, figures, labels, report, style, tables, technique_tables
-from plots.figures import frontier, rates, sizes, techniques
+from plots.figures import frontier, rates, recall, sizes, techniques
 from plots.results import TechniqueResult, load
 from train.tuning import choose, facts
 
@@ -81,7 +81,10 @@ def families(sizes: tuple[str, ...] = ("",), seeds: int = 3, task: str = "text",
             run["loss"] |= {"nats_at": at}
         else:
             at = {str(pairs): 1 / (1 + pairs * max(worse + 0.03, 0)) + draw.gauss(0, 0.001) for pairs in (4, 16, 64)}
-            run["loss"] |= {"accuracy": statistics.fmean(at.values()), "accuracy_at": at}
+            back = {
+                str(distance): value / distance**0.05 for distance, value in zip((2, 8, 64), at.values(), strict=True)
+            }
+            run["loss"] |= {"accuracy": statistics.fmean(at.values()), "accuracy_at": at, "accuracy_at_distance": back}
         runs.append(run)
     of = f"mha-16-{sizes[0]}" if sizes[0] else "mha-16"
     need = {"size": sizes[0], "baseline": of, "baseline_bytes_per_token": 1024, "seeds": list(range(seeds))}
@@ -176,12 +179,15 @@ def under_techniques(seeds=3, task="text", copies=1, names=("h2o", "streaming-ll
             elif (base["arch"], seed, settings["technique"], kept) == ("mha", 1, names[-1], 0.25):
                 lost = math.nan
             measured = {"val_bpb": math.nan if task == "recall" else 2.1 + lost, "accuracy": max(0.0, 0.9 - 4 * lost)}
+            measured["accuracy_at"] = {"4": min(1.0, measured["accuracy"] + 0.12), "16": measured["accuracy"] / 1.5}
             measured |= {"bytes_held": 2**19 * share * kept, "notes_bytes": 512.0, "tokens_per_s": 900.0 + seed}
             run["techniques"].append(settings | measured | {"prompt": 64, "tokens": 128, "val_nats": 4.0})
         if task == "recall":
             run["loss"] |= {"accuracy": 0.9 - 4 * own, "accuracy_at": {"4": 0.9 - 4 * own}}
         runs.append(run)
     compared = {"techniques": technique_differences(runs), "equal_bytes": equal_bytes(runs)}
+    if task == "recall":
+        compared["bytes_for_accuracy"] = bytes_for_accuracy(runs)
     return json.loads(json.dumps(FIVE | {"runs": runs} | compared))
 
 
@@ -282,7 +288,7 @@ def test_the_same_results_give_the_same_bytes(hostile, tmp_path):
     before = dict(matplotlib.rcParams)
     written = plots.draw(put(tmp_path, bare_hostile()))
     assert dict(matplotlib.rcParams) == before
-    assert len(written) == len(set(written)) == 3 * 5 + 5  # three figures, three tables, the report, the event file
+    assert len(written) == len(set(written)) == 3 * 5 + 6  # three figures, four tables, the report, the event file
     for path in written:
         if path.parent.name != "study":  # event files hold the time of day
             assert path.read_bytes() == (hostile / path.relative_to(tmp_path)).read_bytes(), path.name
@@ -427,7 +433,71 @@ def test_recall_shows_where_variants_differ_most(studies):
     data = figures.FIGURES["recall"].rows(studies["recall"])
     apart = {pairs: [row["accuracy"] for row in data if row["pairs"] == pairs] for pairs in (4, 16, 64)}
     widest = max(apart, key=lambda pairs: max(apart[pairs]) - min(apart[pairs]))
-    assert {row["pairs"] for row in data if row["in_right_panel"]} == {widest}
+    assert {row["pairs"] for row in data if row["in_byte_panel"]} == {widest}
+
+
+@pytest.mark.parametrize("width", style.PAGES.values())
+def test_recall_has_a_panel_by_distance_where_it_was_measured(studies, tmp_path, width):
+    study, old = studies["recall"], copy.deepcopy(STUDIES["recall"])
+    data, fig = drawn("recall", study, width)
+    assert [ax.get_title() for ax in fig.axes][:2] == ["by number of pairs", "by distance"]
+    assert len(fig.axes) == 3
+    for row in (row for row in data if row["distance"]):
+        values = study.labels[row["label"]].values(f"loss.accuracy_at_distance.{row['distance']}")
+        assert row["accuracy"] == pytest.approx(statistics.fmean(values))
+    assert "64: over 32 and up to 64 tokens" in figures.FIGURES["recall"].caption(study, data)
+    for run in old["runs"]:
+        del run["loss"]["accuracy_at_distance"]
+    before = load(put(tmp_path, old))
+    data, fig = drawn("recall", before, width)
+    check_texts(fig, "recall")
+    assert len(fig.axes) == 2
+    assert "distance" not in figures.FIGURES["recall"].caption(before, data)
+    assert recall.byte_table(before) is None
+    assert recall.long_byte_tables(before) == recall.byte_sentences(before) == []
+
+
+def test_the_fewest_bytes_for_an_accuracy_are_tabled(studies):
+    study = studies["techniques, recall"]
+    short, (long,) = recall.byte_table(study), recall.long_byte_tables(study)
+    assert short.header == ["variant", "4 pairs", "16 pairs"]
+    assert [[label, *cells] for label, kind, *cells in long.rows if kind == "full"] == short.rows
+    cells = {(*row[:2], int(pairs)): cell for row in long.rows for pairs, cell in zip((4, 16), row[2:], strict=True)}
+    for each in study.raw["bytes_for_accuracy"]:
+        needed = [each["bytes"][share] for share in ("0.99", "0.9", "0.5")]
+        texts = [tables.MISSING if held is None else style.bytes_text(held) for held in needed]
+        assert cells.pop((each["label"], each["kind"], each["pairs"])) == " / ".join(texts)
+    assert not cells
+    assert short.notes[0].startswith("Fewest bytes for 99 % / 90 % / 50 % of the queries answered right (mean of 3 se")
+
+
+def test_findings_name_the_caches_with_the_fewest_bytes_for_the_most_pairs(studies):
+    raw = STUDIES["recall"]
+    needs = {  # (label, kind): bytes at 64 pairs
+        ("mha-16", "full"): (4096, 4096, 4096), ("mla-32", "full"): (None, 2048, 2048), ("mqa", "full"): (None,) * 3,
+        ("mha-16", "h2o"): (None, 2048, 512), ("mqa", "h2o"): (None, None, 512),
+    }  # fmt: skip
+    entries = [
+        {"label": label, "size": "", "kind": kind, "pairs": pairs}
+        | {"bytes": dict(zip(("0.99", "0.9", "0.5"), held if pairs == 64 else (1, 1, 1), strict=True))}
+        for (label, kind), held in needs.items()
+        for pairs in (4, 64)
+    ]
+    study = dataclasses.replace(studies["recall"], raw=raw | {"bytes_for_accuracy": entries})
+    assert recall.byte_sentences(study) == [
+        "To answer 99 % of the queries at 64 pairs (mean over seeds) right, the fewest cache bytes are 4 KiB by mha-16"
+        "; of full caches alone 4 KiB by mha-16; the full caches of mla-32, mqa never reach it.",
+        "To answer 90 % of the queries at 64 pairs (mean over seeds) right, the fewest cache bytes are 2 KiB by mla-32 "
+        "and mha-16 (h2o); of full caches alone 2 KiB by mla-32; the full caches of mqa never reach it.",
+        "To answer 50 % of the queries at 64 pairs (mean over seeds) right, the fewest cache bytes are 512 B by mha-16 "
+        "(h2o) and mqa (h2o); of full caches alone 2 KiB by mla-32; the full caches of mqa never reach it.",
+    ]
+    for entry in entries:
+        entry["bytes"]["0.99"] = None
+    none = "No cache measured answers 99 % of the queries at 64 pairs (mean over seeds) right."
+    assert recall.byte_sentences(study)[0] == none
+    one = dataclasses.replace(study, variants=studies["one seed"].variants)
+    assert recall.byte_sentences(one)[0].startswith("One seed: nothing can be concluded")
 
 
 @pytest.mark.parametrize(
@@ -572,6 +642,7 @@ LAYOUTS = [  # (study, width, figures): what crowds each figure most; the narrow
     ("recipes", 3.35, ["rates", "curves"]),
     ("long labels, one context", 3.35, ["decode", "recompute"]),
     ("recall", 3.35, ["recall"]),
+    ("recall", 6.9, ["recall"]),
     ("techniques", 3.35, ["techniques"]),
     ("techniques", 6.9, ["techniques"]),
     ("techniques, recall", 3.35, ["techniques"]),
@@ -601,6 +672,7 @@ def test_frontier_labels_never_overlap_on_random_data(five):
         (ax,) = fig.axes
         points = {text.xy: ax.transData.transform(text.xy) for text in ax.texts}
         for text in ax.texts:
+            assert text.get_bbox_patch().get_facecolor() == (1, 1, 1, 1)  # no line strikes it out
             assert labels.is_nearest(text.get_window_extent(), points[text.xy], points.values())
         placed += not fig.legends
         assert len(fig.axes[0].texts) == (0 if fig.legends else len(data))
@@ -705,6 +777,16 @@ def test_labels_are_escaped(hostile):
     assert "<" not in text
     for line in text.splitlines()[:7]:
         assert line.count("|") == 15  # 14 columns: the pipe in a label is none of them
+
+
+def test_findings_as_markdown_are_those_of_the_report(hostile):
+    study = load(hostile)
+    said = report.findings(study) + [(about, [sentence]) for about, sentence in report.conclusions(study)]
+    expected = [line for about, each in said for line in (f"## {about}", *(f"- {tables.markdown(s)}" for s in each))]
+    text = (hostile / "tables" / "findings.md").read_text()
+    assert [line for line in text.splitlines() if line and not line.startswith("# ")] == expected
+    assert r"a\_b%&#38;" in text
+    assert "<" not in text
 
 
 def test_tuned_rates_are_marked(studies):
