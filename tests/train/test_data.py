@@ -1,13 +1,14 @@
 """Batch k of seed s is a pure function of (s, k), and validation predicts each token once; also of the recall task."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from texts import refusal
+from texts import byte_tokens, refusal
 
 from train.batches import IGNORED, TrainingBatches
 from train.sources.mqar import BLANK, RecallTask

@@ -116,7 +116,7 @@ class RecallTask:
 
 
 class RecallBatches(Dataset):
-    """Item k is (inputs, targets), both int64 (batch_size, context), or as many tokens in shorter sequences; targets are
+    """Item k is (inputs, targets), both int64 (batch_size, context) or as many tokens in shorter sequences; targets are
     IGNORED except at the queries.
 
     With `sequences` these are that many held-out sequences, and an item's third entry is the bytes that its targets
