@@ -91,7 +91,7 @@ def test_tables_are_those_of_the_results(folder):
 
 
 def test_a_number_that_is_in_no_results_is_found():
-    text = "A gap of -0.0312 (32.1 % of 1,024 B, see [4](x.md), `9.9`, arXiv 2405.05254) after 2.72M tokens, n = 10."
+    text = "A gap of -0.0312 (32.1 % of 1,024 B, see [that](4.md), `9.9`, arXiv 2405.05254) after 2.72M tokens, n = 10."
     assert stated(text) == [("-0.0312", ""), ("32.1", "%"), ("1,024", "B"), ("2.72", "M"), ("10", "")]
     known = np.array([0.031249, 0.32149, 1024.0, 2_720_000.0, 10.0])
     assert all(is_among(*each, known) for each in stated(text))
