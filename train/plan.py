@@ -233,19 +233,21 @@ class Snapshot:
                 self.runs += [plan.compared_run(variant, seed, lr, tuning) for seed in plan.study.seeds]
 
     def _tune(self, variant: Variant) -> tuple[float | None, dict | None]:
-        """(learning rate, how it was found), as far as it is known, and adds the variant's tuning runs."""
+        """(learning rate, how it was found), as far as it is known, and adds the variant's tuning runs. Where these are
+        shorter, the variant in the smallest size says how its best rate depends on the tokens."""
         plan, small = self.plan, self.plan.smallest.get(variant.short)
         if small in (None, variant):
             found = self._search(variant)
             if small:  # for the other sizes
                 self._search(plan.shortened(variant))
             return (found[0].lr, found[1]) if found else (None, None)
-        needed = variant, plan.shortened(variant), small, plan.shortened(small)
-        found, full, short = (self._search(each) for each in needed[1:])
-        if not (found and full and short):
+        found = [self._search(each) for each in (plan.shortened(variant), small, plan.shortened(small))]
+        if None in found:
             return None, None
-        tuned = found[0].shifted(full[0], short[0])
-        return tuned.lr, found[1] | vars(tuned) | {"tokens": needed[1].tokens, "tuned_on": found[1]["lr"]}
+        (on_fewer, how), (small_on_all, _), (small_on_fewer, _) = found
+        tuned = on_fewer.shifted(small_on_all, small_on_fewer)
+        tokens = plan.shortened(variant).tokens
+        return tuned.lr, how | vars(tuned) | {"tokens": tokens, "tuned_on": on_fewer.lr}
 
     def _search(self, variant: Variant) -> tuple[Tuned, dict] | None:
         """The rate of the variant for its number of tokens, and how it was found; None as long as runs are missing."""
