@@ -37,7 +37,7 @@ def test_quick_is_complete_and_what_a_study_leaves_out_is_from_it():
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_study_resolves(path):
     shipped = parse_study(read_yaml(path))
-    variants = {variant.label: variant for variant in resolve_variants(shipped, shipped.tokenizer.vocab_size)}
+    variants = {variant.label: variant for variant in resolve_variants(shipped, shipped.tokenizer.vocab_size, STUDIES)}
     for variant in variants.values():
         first = variants[variant.baseline].params
         assert abs(variant.params - first) <= 0.005 * first or shipped.match != "ffn"
