@@ -205,6 +205,23 @@ def test_the_generated_recall_task_goes_through_the_same_stages(folder, two_figu
     assert kvf("eval", study, "--out", out) == 0  # the file of the study is enough
 
 
+def test_needles_in_a_text_go_through_the_same_stages(folder, two_figures):
+    out, corpus = folder / "needle", {"name": "needle", "text": STUDY["corpus"], "needles": 2, "curriculum": 1}
+    more = {"model": STUDY["model"] | {"context": 128}, "train": STUDY["train"] | {"batch_tokens": 256, "tokens": 1024}}
+    techniques = [{"technique": "streaming-llm", "budget": 0.5}]
+    more["eval"] = STUDY["eval"] | {"loss_tokens": 1024, "technique_tokens": 1024, "techniques": techniques}
+    more |= {"tokenizer": {"name": "ids", "vocab_size": 16}, "variants": STUDY["variants"][:1]}
+    study = write_study(folder, "needle.yaml", corpus=corpus, **more)
+    assert kvf("run", study, "--out", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["corpus"]["name"], results["corpus"]["text"]) == ("needle", "files")
+    (run, *_) = results["runs"]
+    assert run["loss"]["accuracy_at"].keys() == {"2"}
+    assert set(run["loss"]["accuracy_at_distance"]) <= {str(2**n) for n in range(8)}
+    assert {(row["kind"], row["pairs"]) for row in results["bytes_for_accuracy"]} == {("full", 2), ("streaming-llm", 2)}
+    assert kvf("eval", out) == 0
+
+
 def test_no_study_reads_its_own_output_or_its_cache_and_a_worker_reads_no_text(
     tmp_path, monkeypatch, capsys, two_figures
 ):

@@ -227,8 +227,8 @@ def test_the_corpus_names_the_tokenizer_of_its_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("stdlib", "must be a mapping of keys to values, not 'stdlib'; give a name (stdlib, environment, mqar), or"),
-        ({}, "has no source: give a name (stdlib, environment, mqar), or one of files, hf, tokens"),
+        ("stdlib", "must be a mapping of keys to values, not 'stdlib'; give a name (stdlib, environment,"),
+        ({}, "has no source: give a name (stdlib, environment, mqar, needle), or one of files, hf, tokens"),
         ({"flies": ["a"]}, "unknown key 'corpus.flies': give a name"),
         ({"flies": ["a"]}, "did you mean 'files'?"),
         ({"files": ["a"], "colunm": "x"}, "unknown key 'corpus.colunm'; allowed: held_out"),
