@@ -29,6 +29,7 @@ class MLAOptions(Options):
     q_rank: int = Field(0, ge=0, lt=2**31)  # 0: queries straight from the residual stream, as in DeepSeek-V2-Lite
     nope_dim: Size | None = None  # head_dim
     v_dim: Size | None = None  # head_dim
+    latent_std: float = Field(0.02, gt=0)  # of the initial weights that make a latent; a norm follows them
     latent_scale: bool = False  # normed latents times sqrt(width / rank) (LongCat-Flash, arXiv 2509.01322, section 2.2)
     rotary: ClassVar[str] = "rope_dim"
 
@@ -102,9 +103,25 @@ class MLA(Decoder):
     Options = MLAOptions
     examples = (
         {"kv_rank": 32, "rope_dim": 8},
-        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20, "latent_scale": True},
+        {
+            "kv_rank": 24,
+            "rope_dim": 6,
+            "q_rank": 20,
+            "nope_dim": 12,
+            "v_dim": 20,
+            "latent_scale": True,
+            "latent_std": 0.1,
+        },
         {"kv_rank": 16, "rope_dim": 8, "qk_norm": True, "gate": True},
     )
+
+    def __init__(self, options: MLAOptions):
+        super().__init__(options)
+        for block in self.blocks:
+            layer = block.attention
+            nn.init.normal_(layer.kv_down.weight[: options.kv_rank], std=options.latent_std)
+            if options.q_rank:
+                nn.init.normal_(layer.q_down.weight, std=options.latent_std)
 
     def layer_attention(self, layer: int) -> nn.Module:
         return LatentAttention(self.options)

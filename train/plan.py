@@ -29,7 +29,7 @@ NOT_IN_KEY = {"tuning_seeds", "tuning_share", "devices", "num_nodes", "strategy"
 NOT_IN_KEY |= {"checkpoint_seconds", "checkpoint_steps"}
 # Settings that came later: at their default they are left out, so that the keys of earlier runs stay as they were.
 ADDED = {"document_mask": False, "optimizer": "adamw", "schedule": "cosine"}
-ADDED |= {"qk_norm": False, "gate": False, "latent_scale": False}  # of the options
+ADDED |= {"qk_norm": False, "gate": False, "latent_scale": False, "latent_std": 0.02}  # of the options
 # Keys of config.json that follow from others or only name the run.
 DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match", "corpus"}
 

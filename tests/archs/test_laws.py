@@ -269,12 +269,14 @@ def test_weights_that_are_assigned_stay_tied(arch, options):
 
 
 @each_variant
-def test_initialisation_scales_residual_projections(arch, options):
+def test_initialisation_scales_residual_projections_and_what_makes_latents(arch, options):
     torch.manual_seed(0)
     model = build(arch, **SHAPE | {"width": 128, "layers": 8}, **options)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             expected = 0.02 / 4 if name.endswith(("attention.out.weight", "ffn.down.weight")) else 0.02
+            if name.endswith(("kv_down.weight", "q_down.weight")):
+                parameter, expected = parameter[: options.get("kv_rank")], options.get("latent_std", 0.02)
             assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
 
 
