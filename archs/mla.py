@@ -112,16 +112,17 @@ class MLA(Decoder):
             "latent_scale": True,
             "latent_std": 0.1,
         },
-        {"kv_rank": 16, "rope_dim": 8, "qk_norm": True, "gate": True},
+        {"kv_rank": 16, "rope_dim": 8, "latent_std": 0.1, "qk_norm": True, "gate": True},
     )
 
     def __init__(self, options: MLAOptions):
         super().__init__(options)
-        for block in self.blocks:
-            layer = block.attention
-            nn.init.normal_(layer.kv_down.weight[: options.kv_rank], std=options.latent_std)
-            if options.q_rank:
-                nn.init.normal_(layer.q_down.weight, std=options.latent_std)
+        with torch.no_grad():
+            for block in self.blocks:
+                downs = [block.attention.kv_down.weight[: options.kv_rank]]
+                downs += [block.attention.q_down.weight] if options.q_rank else []
+                for weight in downs:
+                    weight.mul_(options.latent_std / 0.02)
 
     def layer_attention(self, layer: int) -> nn.Module:
         return LatentAttention(self.options)
