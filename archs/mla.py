@@ -103,15 +103,7 @@ class MLA(Decoder):
     Options = MLAOptions
     examples = (
         {"kv_rank": 32, "rope_dim": 8},
-        {
-            "kv_rank": 24,
-            "rope_dim": 6,
-            "q_rank": 20,
-            "nope_dim": 12,
-            "v_dim": 20,
-            "latent_scale": True,
-            "latent_std": 0.1,
-        },
+        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20, "latent_scale": True},
         {"kv_rank": 16, "rope_dim": 8, "latent_std": 0.1, "qk_norm": True, "gate": True},
     )
 
