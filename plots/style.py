@@ -5,6 +5,7 @@ least 10 in CIE lightness, so that they stay distinct in grey. Lengths are in in
 
 import io
 import math
+import re
 import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
@@ -195,4 +196,6 @@ def render(fig: Figure) -> dict[str, bytes]:
         fig.dpi = PNG_DPI if kind == "png" else 72
         getattr(canvas(fig), f"print_{kind}")(buffer, metadata={undated: None})  # savefig would draw everything twice
         fig.dpi, files[kind] = dpi, buffer.getvalue()
+    # A hundredth of a point is enough for places; scales are below 1 and stay as they are.
+    files["svg"] = re.sub(rb"\b([1-9]\d*\.\d\d)\d+", rb"\1", files["svg"])
     return files
