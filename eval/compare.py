@@ -81,9 +81,8 @@ def gap_changes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
     losses: dict[tuple[str, str], dict[int, float]] = {}  # (size, label without it) -> seed
     for record in records:
         if math.isfinite(record["loss"][METRIC]):
-            at = record["size"], record["label"].removesuffix(f"-{record['size']}")
-            losses.setdefault(at, {})[record["seed"]] = record["loss"][METRIC]
-    baseline = records[0]["baseline"].removesuffix(f"-{records[0]['size']}")
+            losses.setdefault((record["size"], short(record)), {})[record["seed"]] = record["loss"][METRIC]
+    baseline = short(records[0], "baseline")
     changes = []
     for other, name in itertools.product(others, dict.fromkeys(name for _, name in losses if name != baseline)):
         here, base_here, there, base_there = (losses.get((s, n), {}) for s in (first, other) for n in (name, baseline))
@@ -93,6 +92,11 @@ def gap_changes(records: Sequence[dict], level: float = 0.95) -> list[dict]:
             what = {"label": name, "baseline": baseline, "metric": METRIC, "sizes": [first, other], "seeds": seeds}
             changes.append(what | mean_and_interval(changed, level))
     return changes
+
+
+def short(record: dict, key: str = "label") -> str:
+    """A record's label without its size."""
+    return record[key].removesuffix(f"-{record['size']}")
 
 
 def mean_and_interval(differences: Sequence[float], level: float) -> dict:

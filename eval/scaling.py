@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from eval.compare import METRIC, t_interval
+from eval.compare import METRIC, short, t_interval
 
 LEAST_SIZES = 3
 APART = 1.5  # times the training FLOPs of the next smaller size, at least
@@ -33,7 +33,7 @@ def scaling(records: Sequence[dict], level: float = 0.95) -> list[dict]:
         return []
     variants: dict[str, Runs] = {}
     for record in records:
-        runs = variants.setdefault(_short(record), {}).setdefault(record["size"], {})
+        runs = variants.setdefault(short(record), {}).setdefault(record["size"], {})
         if math.isfinite(record["loss"][METRIC]):
             runs[record["seed"]] = record
     baseline = next(iter(variants))
@@ -59,10 +59,6 @@ def _sizes(records: Sequence[dict]) -> list[str]:
     sizes = sorted(flops, key=flops.get)
     apart = all(flops[b] >= APART * flops[a] for a, b in itertools.pairwise(sizes))
     return sizes if len(sizes) >= LEAST_SIZES and apart else []
-
-
-def _short(record: dict) -> str:
-    return record["label"].removesuffix(f"-{record['size']}")
 
 
 def _seeds(runs: Runs, sizes: Sequence[str]) -> list[int]:

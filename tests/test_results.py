@@ -3,7 +3,6 @@
 `python tests/test_results.py` writes the marked parts of all pages again.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -87,7 +86,6 @@ def test_marked_sentences_are_those_of_the_results(page):
 def test_tables_are_those_of_the_results(folder):
     results = load(folder)
     assert (folder / "tables" / "findings.md").read_text(encoding="utf-8") == sentences_as_markdown(results)
-    assert json.loads((folder / "results.json").read_text(encoding="utf-8"))["study"]
 
 
 def test_a_number_that_is_in_no_results_is_found():
