@@ -144,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
             )
         if stage == "train":
             how.add_argument("--run", dest="one", metavar="NAME", help="this run alone, as kvfrontier status names it")
+    check = commands.add_parser("check", help="whether kernels compute on this machine what their formulas say")
+    check.add_argument(
+        "study", nargs="?", default="quick", help="the study whose variants are checked (default: quick)"
+    )
+    check.set_defaults(command=_check)
     export = commands.add_parser(
         "export", help="write a trained run as a directory that Hugging Face transformers loads, where it can"
     )
@@ -179,6 +184,7 @@ def _run_stages(args: argparse.Namespace) -> int:
     from eval import measure_names
     from train.errors import InputError
     from train.files import read_json
+    from train.machine import unused_gpu
     from train.plan import Plan
     from train.progress import console
     from train.store import PLAN, read_plan
@@ -198,6 +204,8 @@ def _run_stages(args: argparse.Namespace) -> int:
 
         return _report(train_one(plan, args.one))
     failures = []
+    if line := unused_gpu():
+        console.print(line, soft_wrap=True)
     if args.stage in ("run", "train"):
         plan.save()
         look = plan.look()
@@ -277,6 +285,28 @@ def _plot(directory: Path, only_if_changed: bool = False) -> int:
     print((directory / "tables" / "results.md").read_text(encoding="utf-8"))
     print(f"figures, tables and the report are in {directory}: open {report}, or tensorboard --logdir {directory}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from eval.check import LIMIT, checks
+    from train.errors import InputError
+    from train.machine import device_name, find_device, unused_gpu
+    from train.store import find_directory
+    from train.study import parse_study, read_yaml
+
+    study_file = find_directory(args.study, None)[1]
+    if not study_file:
+        raise InputError(f"{args.study} is the directory of results; give the name or the YAML file of a study")
+    print(unused_gpu() or f"on {device_name(find_device())}; differences are shares of the largest number")
+    wrong = 0
+    for each in checks(parse_study(read_yaml(study_file)), study_file):
+        dtype, verdict = (
+            str(each.dtype).removeprefix("torch."),
+            "" if each.passed else f"  more than {LIMIT[each.dtype]}",
+        )
+        print(f"{each.label:24} {each.what:8} {dtype:8} {each.error:8.1e}  {each.kernels}{verdict}", flush=True)
+        wrong += not each.passed
+    return _report([f"{wrong} of the checks failed"] if wrong else [])
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ Shapes: B batch, T query tokens, S all tokens attended to, H query heads, G KV h
 V vocabulary, K inputs and F outputs of a matrix; a paged cache has P blocks of C tokens, N for each sequence.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archs.kernels import fused, replay, triton
+from archs.kernels.checked import attention_kernels, is_right
 from archs.kernels.cpu import attention as cpu_attention
 from archs.kernels.cpu import layers as cpu
 from archs.kernels.fused import gains_by_compiling, sequences_at_once
 from archs.kernels.replay import record
 
-__all__ = ["gains_by_compiling", "record", "sequences_at_once"]  # exported from the kernels
+__all__ = ["attention_kernels", "gains_by_compiling", "record", "sequences_at_once"]  # exported from the kernels
 
 NORM_EPS = 1e-6
 
@@ -33,13 +35,13 @@ def accelerated(*kernels: Callable) -> Callable[[Callable], Callable]:
     def define(formula: Callable) -> Callable:
         @functools.wraps(formula)
         def operator(*arguments: Any) -> Any:
-            for supports, kernel in choices:
-                if supports(*arguments):
+            for supports, kernel, checked in choices:
+                if supports(*arguments) and (not checked or is_right(kernel, formula, arguments)):
                     return kernel(*arguments)
             return formula(*arguments)
 
-        choices = [(kernel.supports, kernel) for kernel in kernels]
-        operator.formula, operator.kernels = formula, kernels
+        choices = [(kernel.supports, kernel, getattr(kernel, "checked", False)) for kernel in kernels]
+        operator.formula, operator.kernels, operator.choices = formula, kernels, choices
         return operator
 
     return define
@@ -48,6 +50,20 @@ def accelerated(*kernels: Callable) -> Callable[[Callable], Callable]:
 def compiled(operator: Callable, **options: Any) -> Callable:
     """The operator with its formula compiled, for arguments that no kernel supports; `options` go to torch.compile."""
     return accelerated(*operator.kernels)(torch.compile(operator.formula, dynamic=False, **options))
+
+
+@contextlib.contextmanager
+def formulas() -> Iterator[None]:
+    """Within it operators run as their formulas."""
+    operators = [each for each in globals().values() if hasattr(each, "choices")]
+    before = [list(each.choices) for each in operators]
+    for each in operators:
+        each.choices.clear()
+    try:
+        yield
+    finally:
+        for each, choices in zip(operators, before, strict=True):
+            each.choices.extend(choices)
 
 
 # Layers
@@ -122,7 +138,7 @@ def merge_heads(x_BHTD: Tensor) -> Tensor:
     return x_BHTD.transpose(1, 2).flatten(2)
 
 
-@accelerated(cpu_attention.decode, triton.decode_attention, cpu_attention.causal, fused.attention)
+@accelerated(cpu_attention.decode, triton.decode_attention, cpu_attention.causal, fused.windowed_flash, fused.attention)
 def attention(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
 ) -> Tensor:
@@ -160,8 +176,9 @@ def paged_attention(
 
 def self_score(q: Tensor, k: Tensor) -> Tensor:
     """The product of each token's query with its own key, (..., 1), summed in fp64: retention at a first token is this
-    times v, and the norm after it magnifies what is near zero, rounding error included."""
-    return (q.double() * k.double()).sum(-1, keepdim=True).to(q.dtype)
+    times v, and the norm after it magnifies what is near zero, rounding error included. Each product is rounded
+    to the dtype, everywhere in the same way."""
+    return (q * k).sum(-1, keepdim=True, dtype=torch.float64).to(q.dtype)
 
 
 @accelerated(cpu.retention_step, triton.retention_step)

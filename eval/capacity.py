@@ -23,6 +23,8 @@ def measure(subject: "EvalContext") -> dict:
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = describe_machine()["machine"]["memory_bytes"]
+    if memory is None:  # Windows does not say
+        return {"capacity": {"memory_bytes": None, "largest_batch": {}}}
     batches = {context: largest_batch(model, context, dtype, memory) for context in contexts}
     capacity = {"memory_bytes": memory, "largest_batch": {str(context): n for context, n in batches.items()}}
     if device.type == "cuda":

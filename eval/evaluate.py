@@ -9,7 +9,6 @@ import functools
 import importlib
 from types import ModuleType
 
-import torch
 from filelock import Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -17,14 +16,13 @@ from archs import Decoder, build
 from archs.techniques import Technique
 from eval import measure_names
 from eval.speed import measure_roof
-from eval.subject import EvalContext
+from eval.subject import DTYPES, EvalContext
 from train.files import lock, read_json, write_json
 from train.machine import describe_machine, find_device, resolve_dtype
 from train.plan import Plan, Run, Snapshot
 from train.progress import StudyProgress, console
 from train.runner import trained_weights
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_ROUND = "evaluation.json"  # in a run's directory between the rounds
 ROUNDS = 2  # each times all runs: a machine that is slow for a minute then does not decide between variants
 

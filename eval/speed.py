@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs import Cache, Decoder, ops
 from train.errors import out_of_memory
@@ -196,29 +195,13 @@ def measure_recompute(model: Decoder, context: int) -> dict:
     return {"batch": 1, "context": context, "cached_ms": cached.median, "recomputed_ms": recomputed.median}
 
 
-class _Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def attention_backend(model: Decoder, tokens_B: torch.Tensor, cache: Cache) -> str:
     """The kernel of a decode step's attention: PyTorch's, such as `sdpa flash` (`math`: none is fused), or this
     project's."""
     if cache.step:
         return cache.step.backend
     cache.length -= 1
-    with _Operators() as operators:
-        model.decode(tokens_B, cache)
-    if any(name.startswith("split_kv") for name in operators.names):
-        return "split-kv c++"
-    prefix = "_scaled_dot_product_"
-    kernels = {name.removeprefix(prefix).split("_")[0] for name in operators.names if name.startswith(prefix)}
-    return f"sdpa {'+'.join(sorted(kernels)) or 'math'}"
+    return ops.attention_kernels(lambda: model.decode(tokens_B, cache))
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -14,6 +14,7 @@ from train.module import token_nats
 from train.study import EvalConfig
 
 TOKENS_AT_ONCE = 8192
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

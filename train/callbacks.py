@@ -101,7 +101,7 @@ class ShowProgress(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, outputs, batch, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            self.loss = f"loss {outputs['loss'].item():.3f}"
+            self.loss = f"loss {module.loss:.3f}"
             self.speed = f"{module.tokens_per_s:,.0f} tokens/s"
         detail = f"step {batch_idx + 1}/{self.steps}  {self.loss}  {self.speed}"
         self.progress.show(self.name, detail, self.work)

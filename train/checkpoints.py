@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from train.files import write_atomic
 
 KEPT = 2
+WEIGHTS = "seen", "state_dict", "pytorch-lightning_version"  # what is kept of a finished run
 NAME = re.compile(r"step-\d+-[0-9a-f]{16}")
 
 
@@ -48,18 +49,31 @@ def newest_whole(directory: Path, say: Callable[[str], object]) -> tuple[Path, d
     return None
 
 
+def keep_weights(directory: Path) -> None:
+    """Leaves the weights alone, a third of one checkpoint, where a run is finished."""
+    if newest := newest_whole(directory, lambda line: None):
+        path, content = newest
+        content = {key: value for key, value in content.items() if key in WEIGHTS}
+        DurableCheckpoints(kept=1).save_checkpoint(content, path.with_name(f"{path.stem.rpartition('-')[0]}.ckpt"))
+
+
 def _digest(content: BinaryIO) -> str:
     content.seek(0)
     return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 class DurableCheckpoints(TorchCheckpointIO):
-    """Writes a Trainer's checkpoints, to a path from `checkpoint_path`. OSError if that fails."""
+    """Writes a Trainer's checkpoints, to a path from `checkpoint_path`, and keeps some. OSError if that fails."""
+
+    def __init__(self, kept: int = KEPT):
+        self.kept = kept
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         content = io.BytesIO()  # if torch itself writes to a full disk, the process can end
         torch.save(checkpoint, content)
         path, digest = Path(path), _digest(content)
-        write_atomic(path.with_name(f"{path.stem}-{digest}.ckpt"), content.getbuffer())
-        for old in [*checkpoints(path.parent.parent)[KEPT:], *path.parent.glob("*.tmp")]:  # a kill leaves .tmp files
+        new = path.with_name(f"{path.stem}-{digest}.ckpt")
+        write_atomic(new, content.getbuffer())
+        others = [other for other in checkpoints(path.parent.parent) if other != new]
+        for old in [*others[self.kept - 1 :], *path.parent.glob("*.tmp")]:  # a kill leaves .tmp files
             old.unlink(missing_ok=True)

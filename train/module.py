@@ -22,14 +22,16 @@ from train.batches import IGNORED, documents
 from train.machine import matmul_flops_per_s
 from train.optimizers import OPTIMIZERS, SCHEDULES
 
+LOGITS_AT_ONCE = 2**30  # on a GPU; of more, parts of a batch are unembedded again for their gradient
+
 
 class LanguageModel(L.LightningModule):
     """`arch` and `options` go to `archs.build`; the rest is the recipe.
 
     tokens: the training budget, where the schedule ends. warmup_tokens: tokens until the peak rate `lr`. clip: limit of
-    the gradient's norm. pieces: the number of parts in which a batch goes through the model, each once more for its
-    gradient, in less memory and a third more time. document_end: the id of the token that ends a document; with it a
-    token attends only to its own document, in validation too. Logs train/* every `log_every_n_steps` of the Trainer,
+    the gradient's norm. pieces: the number of parts of a batch that go through the model one after the other, in less
+    memory; their gradients add up. document_end: the id of the token that ends a document; with it a token attends only
+    to its own document, in validation too. Logs train/* every `log_every_n_steps` of the Trainer,
     and val/loss (nats per token) and val/bpb (bits per byte of text) after each validation.
     """
 
@@ -78,9 +80,9 @@ class LanguageModel(L.LightningModule):
         now = torch.stack((self._loss, self._grad_norm)).detach()
         self._last_values = torch.where(self._diverged, self._last_values, now)
         self._diverged = self._diverged | ~now.isfinite().all()
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or self.hparams.optimizer != "adamw":
             self._raise_if_diverged()
-        else:  # reading the flag would wait for the GPU: the optimizer skips all steps from here on, the next log reads
+        else:  # reading the flag would wait for the GPU: fused AdamW skips all steps from here on, the next log reads
             getattr(optimizer, "optimizer", optimizer).found_inf = self._diverged.float()
 
     def _raise_if_diverged(self) -> None:
@@ -94,6 +96,7 @@ class LanguageModel(L.LightningModule):
         flops = 6 * self.model.count_params() * self.hparams.tokens  # the same for variants of matched parameters
         if stage == "fit" and ops.gains_by_compiling(self.trainer.strategy.root_device, flops):
             torch.compiler.reset()  # graphs of earlier models count against a limit
+            torch._dynamo.config.recompile_limit = 64  # two kinds of blocks, pieces of two sizes, training, validation
             self.compile_parts()
             self._compiles = True
 
@@ -111,17 +114,28 @@ class LanguageModel(L.LightningModule):
 
     def mean_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The loss: nats per target."""
-        pieces = min(self.hparams.pieces, len(inputs_BT))
-        if pieces <= 1:
-            nats = self.sum_nats(inputs_BT, targets_BT)
-        else:
-            parts = zip(*(x.tensor_split(pieces) for x in (inputs_BT, targets_BT)), strict=True)
-            nats = sum(checkpoint(self.sum_nats, *part, use_reentrant=False) for part in parts)
-        return nats / (targets_BT != IGNORED).sum()
+        return self.sum_nats(inputs_BT, targets_BT) / (targets_BT != IGNORED).sum()
 
     def sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         hidden_BTW = self.model.last_hidden_state(inputs_BT, documents(inputs_BT, self.hparams.document_end))
-        return self._sum_nats(hidden_BTW, self.model.unembed.weight, targets_BT)
+        weight_VW = self.model.unembed.weight
+        rows = max(1, LOGITS_AT_ONCE // (len(weight_VW) * inputs_BT.shape[1]))
+        if len(inputs_BT) <= rows or inputs_BT.is_cpu:  # there the loss's kernel makes few logits at once
+            return self._sum_nats(hidden_BTW, weight_VW, targets_BT)
+        parts = zip(hidden_BTW.split(rows), targets_BT.split(rows), strict=True)
+        return sum(checkpoint(self._sum_nats, x, weight_VW, y, use_reentrant=False) for x, y in parts)
+
+    def piece_loss(self, inputs_BT: Tensor, targets_BT: Tensor, counted: Tensor, share: float) -> Tensor:
+        """What a piece of a batch adds to its loss; the batch has `counted` targets and the piece this share of it."""
+        return self.sum_nats(inputs_BT, targets_BT) / counted
+
+    def pieces(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        return list(zip(*(x.tensor_split(min(self.hparams.pieces, len(x))) for x in tensors), strict=True))
+
+    @property
+    def loss(self) -> float:
+        """Of the last batch."""
+        return self._loss.item()
 
     @property
     def timed(self) -> tuple[float, int]:
@@ -134,10 +148,25 @@ class LanguageModel(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.mfu(0)  # measures the peak rate now, outside the time of training
+        self.backend = self.try_kernels()
         self._since = time.perf_counter()
         self._logged = self.timed
         self._diverged = torch.zeros((), dtype=torch.bool, device=self.device)
         self._last_values = torch.zeros(2, device=self.device)  # loss and gradient norm, up to the step that diverged
+
+    def try_kernels(self) -> str:
+        """Runs a sequence through the model and back, not compiled, where each kernel is compared with its formula.
+        Returns the names of attention's kernels."""
+        o = self.model.options
+        tokens_1T = torch.arange(o.context, device=self.device)[None] % o.vocab_size
+
+        def step() -> None:
+            with self.trainer.precision_plugin.forward_context():
+                loss = self.mean_nats(tokens_1T, tokens_1T)
+            torch.autograd.grad(loss, list(self.parameters()), allow_unused=True)
+
+        with torch.compiler.set_stance("force_eager"):
+            return ops.attention_kernels(step)
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if self.model.options.dropout:
@@ -148,14 +177,24 @@ class LanguageModel(L.LightningModule):
         torch.manual_seed(hash((self.hparams.seed, self.tokens_seen)) + self.trainer.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of the batch's first piece; `backward` goes on to the others."""
         inputs, targets = batch
-        loss = self.mean_nats(inputs, targets)
+        counted = (targets != IGNORED).sum().float()
         if self.trainer.world_size > 1:  # gradients are averaged over devices, whose numbers of targets may differ
-            counted = (targets != IGNORED).sum().float()
-            loss = loss * (counted / self.trainer.strategy.reduce(counted.clone(), reduce_op="mean"))
+            counted = self.trainer.strategy.reduce(counted, reduce_op="mean")
         self.tokens_seen += targets.numel() * self.trainer.world_size
+        first, *self._later = ((*piece, counted, len(piece[0]) / len(inputs)) for piece in self.pieces(inputs, targets))
+        loss = self.piece_loss(*first)
         self._loss = loss.detach()
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
+        while self._later:
+            with self.trainer.precision_plugin.forward_context():
+                loss = self.piece_loss(*self._later.pop(0))
+            loss.backward()
+            self._loss = self._loss + loss.detach()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         """The Trainer's step, then the log, so that a checkpoint at the end of a batch comes after the batch's log."""
@@ -213,10 +252,7 @@ class LanguageModel(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor, int], batch_idx: int) -> None:
         inputs, targets, n_bytes = batch
-        pieces = min(self.hparams.pieces, len(inputs))
-        parts = zip(inputs.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
-        end = self.hparams.document_end
-        nats = sum(token_nats(self.model(x, documents(x, end)), y).sum() for x, y in parts)
+        nats = sum(self.sum_nats(*piece) for piece in self.pieces(inputs, targets))
         self._validated.append((nats.item(), (targets != IGNORED).sum().item(), n_bytes))
 
     def on_validation_epoch_end(self) -> None:
@@ -250,8 +286,9 @@ class Retrofit(LanguageModel):
         self._done = self.tokens_seen / self.hparams.tokens
         self.technique.before_step(self.model, self._done)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + self.technique.penalty(self.model, self._done)
+    def piece_loss(self, inputs_BT: Tensor, targets_BT: Tensor, counted: Tensor, share: float) -> Tensor:
+        nats = super().piece_loss(inputs_BT, targets_BT, counted, share)
+        return nats + share * self.technique.penalty(self.model, self._done)
 
 
 def _rate(seconds: float, tokens: int) -> float:

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from train.callbacks import CheckpointAndStop, JSONLines, ShowProgress, save_checkpoint
-from train.checkpoints import DurableCheckpoints, checkpoints, newest_whole
+from train.checkpoints import DurableCheckpoints, checkpoints, keep_weights, newest_whole
 from train.data import DataModule
 from train.errors import InputError, Interrupted, out_of_memory
 from train.files import lock, read_json, write_json
@@ -34,6 +34,7 @@ from train.module import LanguageModel, Retrofit
 from train.plan import Plan, Run, step_counts
 from train.progress import StudyProgress, console
 from train.store import PLAN, read_plan
+from train.variants import Variant
 from train.workers import Outcome, Workers
 
 LOG_POINTS = 100
@@ -114,11 +115,12 @@ def train_if_needed(plan: Plan, run: Run, progress: StudyProgress, failed_before
 
 
 def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress) -> dict | None:
-    """Trains a run, its batch in twice as many pieces each time that memory runs out. Returns the record's part that
-    says why it failed, or None."""
+    """Trains a run, its batch in twice as many pieces each time that memory runs out; other runs of the variant say in
+    how many to begin. Returns the record's part that says why it failed, or None."""
     config = plan.study.train
     devices = config.devices * config.num_nodes
-    sequences, pieces = config.batch_tokens // run.variant.options["context"] // devices, 1
+    sequences = config.batch_tokens // run.variant.options["context"] // devices
+    pieces = min(sequences, pieces_needed(plan, run.variant))
     while True:
         try:
             return train_run(plan, run, progress, pieces)
@@ -136,6 +138,13 @@ def train_in_pieces(plan: Plan, run: Run, progress: StudyProgress) -> dict | Non
         torch.cuda.empty_cache()
         pieces = min(2 * pieces, sequences)
         progress.say(f"{run.name}: out of memory; each batch now goes through the model in {pieces} pieces")
+
+
+def pieces_needed(plan: Plan, variant: Variant) -> int:
+    """In how many pieces the batches of the variant's finished runs went through the model on a device of this kind."""
+    look, device = plan.look(), device_name(find_device())
+    same = [look.record(run).get("train", {}) for run in look.known_runs if run.variant.label == variant.label]
+    return max((train.get("pieces", 1) for train in same if train.get("device") == device), default=1)
 
 
 def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) -> None:
@@ -175,6 +184,7 @@ def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) ->
     save_checkpoint(trainer, run.directory)
     if writes:
         write_record(run, module, loggers[-1].curve())
+        keep_weights(run.directory)
         if stop.signum:  # it came at the last step
             raise Interrupted(stop.signum)
 
@@ -190,6 +200,8 @@ def write_record(run: Run, module: LanguageModel, curve: list[dict]) -> None:
         "lr": run.lr,
         **run.variant.recipe,
         "checkpoint_seconds": module.checkpoint_seconds,
+        "pieces": module.hparams.pieces,
+        "backend": module.backend,
         "device": device_name(module.trainer.strategy.root_device),
         "flops_per_token": 3 * module.model.flops_per_token(run.variant.options["context"]),
     }
@@ -244,11 +256,13 @@ def prepare_directory(plan: Plan, run: Run, say: Callable[[str], object]) -> tup
     """(path, content) of the checkpoint from which the run continues. None if it starts from the beginning, in an empty
     directory with config.json; `say` gets a line that says why a run starts over."""
     if read_json(run.directory / "config.json").get("key") == run.key:
-        if checkpoint := newest_whole(run.directory, say):
+        checkpoint = newest_whole(run.directory, say)
+        if checkpoint and "optimizer_states" in checkpoint[1]:
             (run.directory / "record.json").unlink(missing_ok=True)  # the run failed, and is tried again
             return checkpoint
         if checkpoints(run.directory):
-            say(f"{run.name}: no checkpoint is whole; the run starts over")
+            why = "only weights are left of its checkpoints" if checkpoint else "no checkpoint is whole"
+            say(f"{run.name}: {why}; the run starts over")
     elif because := plan.stale_because(run):
         say(f"{run.name} starts over: {because}")
     shutil.rmtree(run.directory, ignore_errors=True)

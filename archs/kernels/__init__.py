@@ -6,11 +6,12 @@ A kernel computes what an operator of `archs/ops.py` defines; its `supports` is 
 from collections.abc import Callable
 
 
-def kernel(supports: Callable[..., bool]) -> Callable[[Callable], Callable]:
-    """Marks a function as a kernel: `supports(*arguments)` is True where it can compute the operator's result."""
+def kernel(supports: Callable[..., bool], *, checked: bool = False) -> Callable[[Callable], Callable]:
+    """Marks a function as a kernel: `supports(*arguments)` is True where it can compute the operator's result. A
+    `checked` one is compared with the formula when it is first used on a GPU (archs/kernels/checked.py)."""
 
     def mark(function: Callable) -> Callable:
-        function.supports = supports
+        function.supports, function.checked = supports, checked
         return function
 
     return mark

@@ -4,24 +4,45 @@ Shapes as in `archs/ops.py`.
 """
 
 import contextlib
+import functools
+import inspect
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 from archs.kernels import kernel
 from archs.kernels.cpu.build import compiler, is_transformed
 
-# For one query on a GPU: cuDNN, PyTorch's first choice on Hopper, makes a plan for each length.
+# cuDNN is PyTorch's first choice on Hopper and large Blackwell. For one query it makes a plan for each length, it fails
+# with a mask that needs a gradient, and its backward with a mask has given NaN (pytorch/pytorch#196678).
+CUDNN_FIRST = 9, 10  # major capabilities
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 COMPILED_FROM = {"cuda": 2e15, "cpu": 2e14}  # FLOPs of a run; compiling takes a minute or two
+MOST_HEADS = 65_535  # of a kernel's grid on a GPU
 TOKENS_AT_ONCE = {"cpu": 2**11}  # in a layer during prefill: their activations stay in a CPU's caches
 
 
 def gains_by_compiling(device: torch.device, flops: float) -> bool:
     """True if a training run of this many FLOPs is faster with torch.compile, its compile time included."""
-    return flops > COMPILED_FROM.get(device.type, float("inf")) and compiler() is not None
+    return flops > COMPILED_FROM.get(device.type, float("inf")) and can_compile(device)
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """True if torch.compile works here, which is found by compiling a line. False, after a warning, where it fails: for
+    one without Python's headers."""
+    if compiler() is None:
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        warnings.warn(f"training goes without torch.compile, more slowly: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 def sequences_at_once(tokens_BT: Tensor) -> int:
@@ -41,7 +62,37 @@ def has_sequences(q: Tensor, *others: object) -> bool:
     return len(q) > 0
 
 
-@kernel(has_sequences)
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) of another's."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def can_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position: Tensor | None = None) -> bool:
+    """What flash attention computes: several queries on a GPU from Ampere on, in half precision."""
+    fits = q.is_cuda and position is None and 0 < window < k.shape[2] and q.shape[2] > 1 and len(q) > 0
+    fits = fits and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
+    fits = fits and q.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0
+    return fits and HAS_WINDOWS and capability(q.device) >= (8, 0)
+
+
+# From torch 2.12 on. scaled_dot_product_attention takes a window as a mask, and computes much of what it hides.
+HAS_WINDOWS = {"window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
+
+
+@kernel(can_window, checked=True)
+def windowed_flash(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, window: int, position: Tensor | None = None
+) -> Tensor:
+    """`ops.attention` with a window, by flash attention for sequences of different lengths, which knows windows."""
+    (B, H, T), (G, S) = q_BHTD.shape[:3], k_BGSD.shape[1:3]
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (q_BHTD, k_BGSD, v_BGSD)]
+    starts = [torch.arange(0, (B + 1) * n, n, dtype=torch.int32, device=q_BHTD.device) for n in (T, S)]
+    how = {"scale": scale, "window_size": (window - 1, 0), "enable_gqa": H != G}
+    return varlen.varlen_attn(*rows, *starts, T, S, **how).unflatten(0, (B, T)).transpose(1, 2)
+
+
+@kernel(has_sequences, checked=True)
 def attention(
     q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
 ) -> Tensor:
@@ -68,17 +119,20 @@ def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: floa
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """scaled_dot_product_attention on its fast paths; on a CPU the result may have further columns of zeros.
+    """scaled_dot_product_attention on its fast paths; the result may have further columns of zeros.
 
-    On a CPU these want equal key and value sizes, and under autocast fp32: their bf16 backward is 4 times as slow. On a
-    GPU those that take a mask do not know groups, so that there, in training and prefill alone, the keys are repeated.
+    All except cuDNN's want equal key and value sizes. On a CPU they want fp32 under autocast: their bf16 backward is 4
+    times as slow. On a GPU those that take a mask do not know groups, so that there, in training and prefill alone, the
+    keys are repeated.
     """
     context, groups = contextlib.nullcontext(), q.shape[1] // k.shape[1]
     if q.is_cuda:
         if mask is not None and groups > 1:
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-        if mask is None and not causal:
+        if not causal:
             context = sdpa_kernel(NOT_CUDNN, set_priority=True)
+        if causal and q.dtype in (torch.float16, torch.bfloat16) and capability(q.device)[0] not in CUDNN_FIRST:
+            v = F.pad(v, (0, max(0, k.shape[-1] - v.shape[-1])))  # flash attention
     else:
         v = F.pad(v, (0, max(0, k.shape[-1] - v.shape[-1])))
         if torch.is_autocast_enabled("cpu"):
@@ -94,6 +148,9 @@ def windowed(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, windo
     """Queries in blocks of `window`, each against its own block of keys and the one before it, so that time and memory
     grow with T x 2 window and not with T x S. S - T is at most window - 1."""
     (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
+    if q_BHTD.is_cuda and B * H > MOST_HEADS:
+        parts = zip(*(x.split(max(1, MOST_HEADS // H)) for x in (q_BHTD, k_BGSD, v_BGSE)), strict=True)
+        return torch.cat([windowed(*part, scale, window) for part in parts])
     before, blocks = S - T, -(-T // window)
     tail = blocks * window - T
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 
 from archs.kernels import kernel, triton
+from archs.kernels.checked import WRONG
 from archs.kernels.cpu.build import PREPARE, bind, usable
 
 
@@ -62,7 +63,7 @@ class RecordedStep:
         self.members: list[dict[str, Any]] = []  # the dictionaries in which modules hold weights and other modules
         self.recorded_for: list | None = None
         self.replay: Callable[[], object] | None = None
-        self.backend = "split-kv triton, cuda graph" if device.type == "cuda" else "split-kv c++, recorded"
+        self.how = "cuda graph" if device.type == "cuda" else "recorded"
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # it holds addresses
@@ -89,6 +90,14 @@ class RecordedStep:
                 self.recorded_for = self._places(model)
             return self.logits_BV.clone()
 
+    @property
+    def backend(self) -> str:
+        """The kernel of attention, and whether it is recorded."""
+        if not self.position.is_cuda:
+            return f"split-kv c++, {self.how}"
+        name = "sdpa" if triton.decode_attention in WRONG else "split-kv triton"
+        return ", ".join(filter(None, [name, self.how, *WRONG.values()]))
+
     def _places(self, model: Any) -> list:
         """What a recording is valid for: the modules, and where their weights lie."""
         members = (x for each in self.members for x in each.values())
@@ -106,7 +115,7 @@ class RecordedStep:
             if isinstance(e, torch.OutOfMemoryError):
                 raise
             warnings.warn(f"decode goes without a CUDA graph, more slowly: {e}", stacklevel=2)
-            self.backend = "split-kv triton"
+            self.how = ""
             return step
         return graph.replay
 

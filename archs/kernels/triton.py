@@ -9,14 +9,13 @@ from torch import Tensor
 
 from archs.kernels import kernel
 from archs.kernels.cpu.build import is_transformed
+from archs.kernels.fused import capability
 
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
     """True on an NVIDIA GPU from Ampere on for which Triton can compile."""
-    if torch.version.hip or not importlib.util.find_spec("triton"):
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if capability(device) < (8, 0) or not importlib.util.find_spec("triton"):
         return False
     from archs.kernels.triton_attention import split_kv_attention
 
@@ -44,7 +43,7 @@ def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int =
     return q.dtype == k.dtype == v.dtype != torch.float64 and runs_on(q.device)
 
 
-@kernel(supports_decode)
+@kernel(supports_decode, checked=True)
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, position: Tensor) -> Tensor:
     from archs.kernels.triton_attention import split_kv_attention
 
@@ -57,7 +56,7 @@ def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Te
     return fits and usable(q, k, v, state) and not decay.requires_grad and runs_on(state.device)
 
 
-@kernel(supports_retention)
+@kernel(supports_retention, checked=True)
 def retention_step(*arguments: Tensor) -> Tensor:
     from archs.kernels.triton_retention import retain
 

@@ -30,7 +30,7 @@ def retain_columns(
     at = state_ptr + head * D * D + d[:, None] * D + e[None, :]
     mask = (d[:, None] < D) & (e[None, :] < D)
     state_DE = tl.load(at, mask=mask, other=0.0).to(tl.float32) * decay
-    own = tl.sum(q_D.to(tl.float64) * k_D.to(tl.float64), 0).to(tl.float32)
+    own = tl.sum((q_D * k_D).to(tl.float64), 0).to(tl.float32)
     out_E = tl.sum(q_D[:, None] * state_DE, 0) + own * v_E
     tl.store(out_ptr + head * D + e, out_E, mask=e < D)
     state_DE += k_D[:, None] * v_E[None, :]

@@ -126,7 +126,9 @@ class MergingAttention(nn.Module):
         mask_BGTT = hidden_BGT[:, :, None].expand_as(share_BGTT).tril(-1) + future_TT
         mask_BHTT = mask_BGTT.repeat_interleave(self.heads // self.kv_heads, 1)
         q, k, v = (x.float() for x in (q_BHTD, chunk.rotate(k_BGTD), v_BGTD))
-        return self.out(masked_attention(q, k, v, self.head_dim**-0.5, mask_BHTT).to(q_BHTD.dtype), x_BTW)
+        with torch.autocast(x_BTW.device.type, enabled=False):
+            out_BHTD = masked_attention(q, k, v, self.head_dim**-0.5, mask_BHTT)
+        return self.out(out_BHTD.to(q_BHTD.dtype), x_BTW)
 
     def decisions(self, decision_BGT: Tensor) -> tuple[Tensor, Tensor]:
         """How much each token merges into the last slot, and how much it opens one, as logarithms."""

@@ -29,7 +29,7 @@ from train.files import is_locked, lock_path, read_json, write_json
 from train.module import LanguageModel
 from train.plan import Plan
 from train.progress import StudyProgress
-from train.runner import failed_records, train_if_needed
+from train.runner import failed_records, pieces_needed, train_if_needed
 from train.study import parse_study
 
 
@@ -241,6 +241,8 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_pieces(dropout, data,
     assert train_runs(plan) == []
     assert "out of memory; each batch now goes through the model in 4 pieces" in capsys.readouterr().err
     (run,), (expected,) = plan.look().runs, whole.look().runs
+    assert [run.record()["train"]["pieces"], expected.record()["train"]["pieces"]] == [4, 1]
+    assert pieces_needed(plan, run.variant) == 4  # from which the variant's further runs begin
     for a, b in zip(metrics(run.directory), metrics(expected.directory), strict=True):
         assert a.keys() == b.keys()
         assert a["tokens"] == b["tokens"]

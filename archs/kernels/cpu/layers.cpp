@@ -234,7 +234,7 @@ extern "C" void add(const float *x, const float *y, float *out, long n) {
 }
 
 // One token of gated retention: the state (B, H, D, D) fades by `decay` (B, H) and takes in k^T v, out is q times it;
-// q, k, v (B, H, D) have no gaps within a sequence, out has none. A token's own q k is summed in double precision.
+// q, k, v (B, H, D) have no gaps within a sequence, out has none. A token's own q k is summed in double precision, as in ops.self_score.
 extern "C" void retention(const float *q, const float *k, const float *v, const float *decay, float *state, float *out,
                           long B, long H, long size, long q_batch, long k_batch, long v_batch, long threads) {
 #pragma omp parallel for num_threads(threads) if (B * H * size * size > 1 << 14)
@@ -243,7 +243,7 @@ extern "C" void retention(const float *q, const float *k, const float *v, const 
         const float *qi = q + b * q_batch + h, *ki = k + b * k_batch + h, *vi = v + b * v_batch + h, fade = decay[i];
         float *s = state + i * size * size, *o = out + i * size;
         double own = 0;
-        for (long d = 0; d < size; d++) own += (double)qi[d] * ki[d];
+        for (long d = 0; d < size; d++) own += (double)(qi[d] * ki[d]);
         for (long e = 0; e < size; e++) o[e] = (float)own * vi[e];
         for (long d = 0; d < size; d++, s += size)
 #pragma omp simd

@@ -141,7 +141,7 @@ class UnembedCrossEntropy(torch.autograd.Function):
     ROWS = 512  # products of fewer rows are slower, by a sixth with a vocabulary of 50,000; with more hardly faster
 
     @staticmethod
-    def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(ctx, x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor, trains: bool) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_VW.dtype
         x_NW, weight = x_BTW.detach().flatten(0, 1), weight_VW.detach().to(dtype)
         targets_N, sum_nats = targets_BT.flatten(), torch.zeros((), dtype=torch.float32)
@@ -156,6 +156,8 @@ class UnembedCrossEntropy(torch.autograd.Function):
                     logits = logits.log_softmax(1)
                     sum_nats -= logits.gather(1, targets[:, None]).sum()
                     logits.exp_()[torch.arange(len(rows)), targets] -= 1
+                if not trains:
+                    continue
                 logits_grad = logits.to(dtype)
                 x_grad[rows] = (logits_grad @ weight).to(x_grad.dtype)
                 weight_grad += logits_grad.T @ x
@@ -164,9 +166,9 @@ class UnembedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad, weight_grad * grad, None
+        return x_grad * grad, weight_grad * grad, None, None
 
 
 def can_unembed(x: Tensor, weight: Tensor, targets: Tensor) -> bool:
@@ -176,7 +178,7 @@ def can_unembed(x: Tensor, weight: Tensor, targets: Tensor) -> bool:
 
 @kernel(can_unembed)
 def unembed_cross_entropy(x_BTW: Tensor, weight_VW: Tensor, targets_BT: Tensor) -> Tensor:
-    return UnembedCrossEntropy.apply(x_BTW, weight_VW, targets_BT)
+    return UnembedCrossEntropy.apply(x_BTW, weight_VW, targets_BT, torch.is_grad_enabled())
 
 
 # Operators of PyTorch in a recorded step; None where the arguments are not supported
