@@ -1,10 +1,10 @@
 """All benches within a time, the most important first.
 
-    uv run python bench/all.py --minutes 30 --out DIR
+    uv run python bench/all.py --out DIR
 
 Each bench is a process, gets its share of the time that is left, and appends its rows to DIR/bench.jsonl and its output
-to a log of its own. On a GPU the kernels' tests come first, and models are of GPT-2's size. A step that fails does not
-stop the others. The exit status is 1 if one failed or had to be stopped.
+to a log of its own. Whether kernels are right comes first; on a GPU models are of GPT-2's size. A step that fails does
+not stop the others. The exit status is 1 if one failed or had to be stopped.
 """
 
 import argparse
@@ -27,18 +27,22 @@ STOP = 0.6  # share of a step's time after which its bench begins nothing more
 
 # name -> (share of the time, what Python runs), in order of value
 CPU = {  # in the shapes of the README, which are the defaults
+    "check": (1, "-m kvfrontier check quick"),
     "roof": (2, "bench/roof.py"),
     "attention": (1, "bench/attention.py"),
     "decode": (3, "bench/decode.py"),
     "training": (3, "bench/training.py"),
+    "loss": (1, "bench/loss.py"),
     "paging": (1, "bench/paging.py"),
 }
 GPU = {
+    "check": (2, "-m kvfrontier check small"),
     "tests": (3, f"-m pytest -q {' '.join(GPU_TESTS)}"),
     "roof": (4, f"bench/roof.py {MODELS} --batch 128 --context 8192"),
     "attention": (2, "bench/attention.py --batch 256"),
     "decode": (4, f"bench/decode.py {MODELS} --batch 32 --context 4096"),
     "training": (6, f"bench/training.py {MODELS} --batch 32 --context 1024"),
+    "loss": (1, "bench/loss.py --vocab-size 50304 --width 768 --batch 32 --context 1024"),
     "roof-64k": (2, f"bench/roof.py {MODELS} --batch 8 --context 65536"),
     "attention-64k": (2, "bench/attention.py --batch 16 --context 65536"),
     "training-compiled": (2, f"bench/training.py {SHAPE} --batch 32 --context 1024 --variants mha --compiled-peer"),
@@ -76,7 +80,7 @@ def stop(signum: int, frame: object) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="time for all of them")
+    parser.add_argument("--minutes", type=float, default=10, help="time for all of them (default: 10)")
     parser.add_argument("--out", type=Path, required=True, help="directory for bench.jsonl and the logs")
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
