@@ -7,8 +7,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from archs.kernels import kernel
+from archs.kernels import fused, kernel
 from archs.kernels.cpu.build import is_transformed
+
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @functools.cache
@@ -22,7 +24,8 @@ def runs_on(device: torch.device) -> bool:
 
     try:
         x = torch.zeros(1, 1, 1, 16, device=device)
-        split_kv_attention(x, x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=device))
+        with torch.cuda.device(device):  # Triton launches on the current one
+            split_kv_attention(x, x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=device))
     except Exception as e:  # no C compiler, for one
         warnings.warn(f"decode goes without Triton and CUDA graphs, more slowly: {e}", stacklevel=2)
         return False
@@ -41,14 +44,26 @@ def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int =
     """One position for all sequences; one dtype, up to fp32."""
     if position is None or position.numel() > 1 or window or not usable(q, k, v):
         return False
-    return q.dtype == k.dtype == v.dtype != torch.float64 and runs_on(q.device)
+    return q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and runs_on(q.device)
 
 
 @kernel(supports_decode)
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, position: Tensor) -> Tensor:
+    """`ops.attention`; through PyTorch, after a warning, where the smallest tile does not fit into the GPU."""
+    from triton import OutOfResources
+
     from archs.kernels.triton_attention import split_kv_attention
 
-    return split_kv_attention(q, k, v, scale, position)
+    try:
+        with torch.cuda.device_of(q):
+            return split_kv_attention(q, k, v, scale, position)
+    except OutOfResources as e:
+        warnings.warn(f"decode attention of {k.shape[-1]} columns goes without Triton, more slowly: {e}", stacklevel=2)
+        decode_attention.fallbacks += 1
+        return fused.attention(q, k, v, scale, window, position)
+
+
+decode_attention.fallbacks = 0  # calls that went through PyTorch
 
 
 def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:
@@ -61,4 +76,5 @@ def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Te
 def retention_step(*arguments: Tensor) -> Tensor:
     from archs.kernels.triton_retention import retain
 
-    return retain(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return retain(*arguments)

@@ -69,6 +69,7 @@ def test_a_step_that_cannot_become_a_cuda_graph_runs_as_it_is(monkeypatch):
     model, tokens = make("mha", {}), torch.randint(97, (2, 4))
     cache, plain = model.new_cache(2, 5), model.new_cache(2, 5)
     step = RecordedStep(2, torch.device("cpu"))
+    step.backend = "split-kv triton, cuda graph"
 
     def run():
         step.logits_BV = model.append(step.tokens_B[:, None], cache, step.position)
