@@ -31,8 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from archs.kernels import triton, triton_attention, triton_retention
-from archs.kernels.triton_attention import Chip, Tiling, split_kv_attention
-from archs.kernels.triton_retention import retain
+from archs.kernels.triton_attention import Chip, Tiling
 from train.study import parse_study, read_yaml
 from train.variants import Variant, on_meta, resolve_variants
 
@@ -54,13 +53,15 @@ Shape = Callable[[torch.dtype], object]  # launches the kernels of a decode step
 def attention(H: int, G: int, D: int, value_size: int | None, dtype: torch.dtype) -> None:
     """H query heads over G KV heads of D columns; `value_size`: the first of them are the values."""
     q, k, v = (torch.empty(BATCH, *shape, D, dtype=dtype) for shape in ((H, 1), (G, CONTEXT), (G, CONTEXT)))
-    split_kv_attention(q, k, k[..., :value_size] if value_size else v, 0.1, torch.zeros(1, dtype=torch.int64))
+    v = k[..., :value_size] if value_size else v
+    triton_attention.split_kv_attention(q, k, v, 0.1, torch.zeros(1, dtype=torch.int64))
 
 
 def retention(D: int, dtype: torch.dtype) -> None:
     """8 heads whose states are in `dtype`."""
     vector = torch.empty(BATCH, 8, 1, D)
-    retain(vector, vector, vector, torch.empty(BATCH, 8, 1), torch.empty(BATCH, 8, D, D, dtype=dtype))
+    state, decay = torch.empty(BATCH, 8, D, D, dtype=dtype), torch.empty(BATCH, 8, 1)
+    triton_retention.retain(vector, vector, vector, decay, state)
 
 
 def variant_of_study(variant: Variant, dtype: torch.dtype) -> None:
@@ -154,14 +155,27 @@ class Recorder:
         return launch
 
 
-def launches(capability: int, shapes: dict[str, Shape]) -> Iterator[Launch]:
-    """Of every shape in every dtype."""
-    recorded: list = []
+def launches(chips: list[int], shapes: dict[str, Shape]) -> Iterator[Launch]:
+    """Of every shape in every dtype, on each of these chips."""
+    recorded, made = [], []  # without and with their chip
+
+    def on_each_chip(function: Callable) -> Callable:
+        def launch(*arguments: object) -> object:
+            for capability in chips:
+                recorded.clear()
+                with patch.object(triton_attention, "chip", lambda device, chip=CHIPS[capability]: chip):
+                    result = function(*arguments)
+                made.extend((capability, *launched) for launched in recorded)
+            return result
+
+        return launch
+
     with ExitStack() as stack:
-        for module, name in ((triton_attention, "attend_split"), (triton_attention, "combine_splits"),
-                             (triton_retention, "retain_columns")):  # fmt: skip
-            stack.enter_context(patch.object(module, name, Recorder(getattr(module, name), recorded)))
-        stack.enter_context(patch.object(triton_attention, "chip", lambda device: CHIPS[capability]))
+        for module, kernels, name in ((triton_attention, ("attend_split", "combine_splits"), "split_kv_attention"),
+                                      (triton_retention, ("retain_columns",), "retain")):  # fmt: skip
+            for kernel in kernels:
+                stack.enter_context(patch.object(module, kernel, Recorder(getattr(module, kernel), recorded)))
+            stack.enter_context(patch.object(module, name, on_each_chip(getattr(module, name))))
         for name in ("usable", "runs_on"):  # or meta tensors would go through PyTorch
             stack.enter_context(patch.object(triton, name, lambda *_: True))
         stack.enter_context(patch("torch.autocast", lambda *_, **__: nullcontext()))  # it knows no meta tensors
@@ -169,9 +183,9 @@ def launches(capability: int, shapes: dict[str, Shape]) -> Iterator[Launch]:
         stack.enter_context(torch.inference_mode())
         for name, shape in shapes.items():
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                recorded.clear()
+                made.clear()
                 shape(dtype)
-                yield from (Launch(capability, name, DTYPES[dtype], *launch) for launch in recorded)
+                yield from (Launch(capability, name, DTYPES[dtype], *launched) for capability, *launched in made)
 
 
 def usage(kernel: CompiledKernel) -> tuple[str, str]:
@@ -190,13 +204,11 @@ def main() -> int:
     made.add_argument("--only", nargs="+", default=[""], help="kernels whose row has one of these texts")
     args = made.parse_args()
     kernels: dict[tuple, Launch] = {}
-    shapes = SHAPES | study_shapes()
-    for capability in args.chips:
-        for launch in launches(capability, shapes):
-            if any(text in str(launch) for text in args.only):
-                source = launch.source()
-                constants = map(str, (source.signature, source.constants, source.attrs, launch.options))
-                kernels.setdefault((capability, launch.kernel, *constants), launch)
+    for launch in launches(args.chips, SHAPES | study_shapes()):
+        if any(text in str(launch) for text in args.only):
+            source = launch.source()
+            constants = map(str, (source.signature, source.constants, source.attrs, launch.options))
+            kernels.setdefault((launch.capability, launch.kernel, *constants), launch)
     report = Report(f"{len(kernels)} kernels, of batch {BATCH} and context {CONTEXT}", args, COLUMNS)
 
     def measure(launch: Launch) -> None:
