@@ -145,9 +145,9 @@ class Tiling(NamedTuple):
 def tiling(M: int, A: int, R: int, E: int, dtype: torch.dtype, shared_bytes: int) -> Tiling:
     """The sizes are powers of two; R is 0 where no columns are left, E where the values are a part of the keys.
 
-    Of tiles that do not fit into `shared_bytes` the slots are halved, then fewer are fetched ahead, then the queries are
-    halved. As many programs as a processor can hold where each has a large tile and large outputs, which the second
-    kernel reads (bench/tiles.py tries others).
+    What does not fit into `shared_bytes` gets half the slots, then fewer tiles ahead, then half the queries. As many
+    programs as a processor can hold where each has a large tile and large outputs, which the second kernel reads
+    (bench/tiles.py tries others).
     """
     queries, slots = min(64, M), min(128, max(16, TILE_BYTES // (A * dtype.itemsize)))
     warps, programs = 8 if dtype == torch.float32 or A > 256 else 4, 8 if E else 4
