@@ -159,8 +159,8 @@ def test_smaller_tiles_give_the_same_attention(shared_bytes, sizes, monkeypatch)
 
     assert triton_attention.tiling(64, 16, 0, 16, torch.float32, shared_bytes)[:3] == sizes
     monkeypatch.setattr(triton_attention, "chip", lambda device: triton_attention.Chip(4, shared_bytes))
-    for seed in range(2):
-        inputs = decode_inputs(random.Random(seed), [(80, 1, 16, 16), (8, 1, 144, None)], positions=(1,), longest=40)
+    for shape in ((80, 1, 16, 16), (8, 1, 144, None)):
+        inputs = decode_inputs(random.Random(7), [shape], positions=(1,))  # 300 slots
         inputs = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in inputs]
         assert_equals_formula(triton.decode_attention, inputs)
 
