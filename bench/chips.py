@@ -137,7 +137,7 @@ class Launch(NamedTuple):
             return None
         given = self.arguments
         key = given["BLOCK_A"] + (given["BLOCK_R"] if given["R"] else 0)
-        tile = Tiling(given["BLOCK_M"], self.options["num_stages"], given["BLOCK_N"], self.options["num_warps"], 1)
+        tile = Tiling(self.options["num_stages"], given["BLOCK_M"], given["BLOCK_N"], self.options["num_warps"], 1)
         return tile.shared_bytes(key, 0 if given["SHARED"] else given["BLOCK_E"], given["k_ptr"].itemsize)
 
 

@@ -124,8 +124,8 @@ def chip(device: torch.device) -> Chip:
 class Tiling(NamedTuple):
     """How attention is divided among programs."""
 
-    queries: int  # a program
     stages: int  # num_stages: stages - 1 tiles are fetched ahead
+    queries: int  # a program
     slots: int  # a tile
     warps: int  # a program
     programs: int  # a processor, enough to have loads under way always
@@ -145,13 +145,13 @@ class Tiling(NamedTuple):
 def tiling(M: int, A: int, R: int, E: int, dtype: torch.dtype, shared_bytes: int) -> Tiling:
     """The sizes are powers of two; R is 0 where no columns are left, E where the values are a part of the keys.
 
-    What does not fit into `shared_bytes` gets half the slots, then fewer tiles ahead, then half the queries. As many
+    What does not fit into `shared_bytes` gets half the slots, then half the queries, then fewer tiles ahead. As many
     programs as a processor can hold where each has a large tile and large outputs, which the second kernel reads
     (bench/tiles.py tries others).
     """
     queries, slots = min(64, M), min(128, max(16, TILE_BYTES // (A * dtype.itemsize)))
     warps, programs = 8 if dtype == torch.float32 or A > 256 else 4, 8 if E else 4
-    for sizes in itertools.product(halves(queries), (STAGES, 2), halves(slots)):
+    for sizes in itertools.product((STAGES, 2), halves(queries), halves(slots)):
         tile = Tiling(*sizes, warps, programs)
         if tile.shared_bytes(A + R, E, dtype.itemsize) <= shared_bytes:
             break
