@@ -135,11 +135,12 @@ class Tiling(NamedTuple):
         return max(1, min(self.programs * processors // heads, S // (FEWEST_TILES * self.slots), 128))
 
     def shared_bytes(self, key: int, value: int, itemsize: int) -> int:
-        """At most, what Triton allots to a program: queries, tiles under way, weights, and a number a query. The matrix
-        instructions of Hopper and Blackwell, for 64 queries in half precision, hold on to a tile that they read."""
+        """At most, what Triton allots to a program: queries, tiles under way, weights, and a number of each query that
+        warps exchange. Hopper's and Blackwell's matrix instructions, for 64 queries in half precision, hold on to a
+        tile that they read."""
         tiles = STAGES if self.queries == 64 and itemsize == 2 else self.stages - 1
         numbers = self.queries * (key + self.slots) + tiles * self.slots * (key + value)
-        return numbers * itemsize + 4 * self.queries
+        return numbers * itemsize + 4 * self.queries * self.warps
 
 
 def tiling(M: int, A: int, R: int, E: int, dtype: torch.dtype, shared_bytes: int) -> Tiling:
