@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from archs.kernels import fused, replay, triton
-from archs.kernels.checked import attention_kernels, is_right
+from archs.kernels.checked import attention_kernels, difference, is_right
 from archs.kernels.cpu import attention as cpu_attention
 from archs.kernels.cpu import layers as cpu
 from archs.kernels.fused import gains_by_compiling, sequences_at_once
 from archs.kernels.replay import record
 
-__all__ = ["attention_kernels", "gains_by_compiling", "record", "sequences_at_once"]  # exported from the kernels
+__all__ = ["attention_kernels", "difference", "gains_by_compiling", "record", "sequences_at_once"]  # of the kernels
 
 NORM_EPS = 1e-6
 

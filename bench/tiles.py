@@ -49,9 +49,13 @@ def main() -> int:
             kernel.tiling = lambda *_: tile
             kernel.split_kv_attention(q, k, v, size**-0.5, position)
 
-        chosen = choose(1 << (value_size - 1).bit_length(), dtype, shared)
-        tried = itertools.starmap(kernel.Tiling, itertools.product(args.slots, args.warps, args.programs))
-        processors = kernel.processors(q.device)
+        choices = []
+        kernel.tiling = lambda *sizes: choices.append(choose(*sizes)) or choices[0]
+        kernel.split_kv_attention(q, k, v, size**-0.5, position)
+        chosen = choices[0]
+        others = itertools.product(args.slots, args.warps, args.programs)
+        tried = [chosen._replace(slots=slots, warps=warps, programs=programs) for slots, warps, programs in others]
+        processors = kernel.chip(q.device).processors
         splits = {tile: tile.splits(args.batch * G, args.context, processors) for tile in [chosen, *tried]}
         steps, calls = {}, 1
         # Tilings that differ in nothing but programs give the same splits where there are few tokens.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from archs import Decoder, ops
-from archs.kernels.checked import difference
 from eval.subject import DTYPES
 from train.machine import find_device, resolve_dtype, resolve_precision
 from train.module import LanguageModel
@@ -67,7 +66,7 @@ def check_variant(variant: Variant, study: Study) -> Iterator[Check]:
             found += torch.autograd.grad(loss, parameters)
 
         kernels = ops.attention_kernels(step)
-        error = max(map(difference, found, gradients))
+        error = max(map(ops.difference, found, gradients))
         yield Check(variant.label, "training", dtype, kernels, error)
     for dtype in dict.fromkeys((torch.float32, decoding)):
         yield check_cache(variant.label, module.model.eval().to(dtype), inputs, logits_BTV)
@@ -80,7 +79,7 @@ def check_cache(label: str, model: Decoder, tokens_BT: Tensor, logits_BTV: Tenso
     cache = model.new_cache(len(tokens_BT), TOKENS)
     found = [model.prefill(tokens_BT[:, :prompt], cache)]
     found += [model.decode(token_B, cache) for token_B in tokens_BT[:, prompt:].T]
-    error = max(difference(x, logits_BTV[:, prompt - 1 + n]) for n, x in enumerate(found))
+    error = max(ops.difference(x, logits_BTV[:, prompt - 1 + n]) for n, x in enumerate(found))
     if cache.step:
         kernels = cache.step.backend
     else:

@@ -1,7 +1,7 @@
 """A kernel's first use for a shape on a GPU is compared with its operator's formula, on the arguments of that use.
 
-What is right on other GPUs may be wrong on this one. A kernel that was wrong once is not used again in this process:
-the operator goes on with its next kernel or the formula, a warning says so, and `WRONG` has a line for the records.
+What is right on other GPUs may be wrong on this one. A kernel that was wrong once, or failed, is not used again in this
+process: the operator goes on with its next kernel or the formula, and a warning and the records say so.
 Sizes count as equal up to the next power of two, and one or two sequences are compared: it takes milliseconds.
 """
 
@@ -35,12 +35,17 @@ def is_right(kernel: Callable, formula: Callable, arguments: tuple) -> bool:
     if key in _seen or torch.cuda.is_current_stream_capturing():
         return True
     _seen.add(key)
-    with torch.autocast("cuda", enabled=False):
-        error = max(_errors(kernel, formula, arguments, trains))
-    if error <= TOLERANCE[arguments[0].dtype]:
-        return True
-    WRONG[kernel] = f"{kernel.__name__} was wrong by {error:.2g}"
-    warnings.warn(f"{WRONG[kernel]} of the largest number on this GPU and is not used; please report it", stacklevel=3)
+    try:
+        with torch.autocast("cuda", enabled=False):
+            error = max(_errors(kernel, formula, arguments, trains))
+        if error <= TOLERANCE[arguments[0].dtype]:
+            return True
+        WRONG[kernel] = f"{kernel.__name__} was wrong by {error:.2g}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # it does not fit on this chip, for one
+        WRONG[kernel] = f"{kernel.__name__} failed: {(str(e) or type(e).__name__).splitlines()[0]}"
+    warnings.warn(f"{WRONG[kernel]} (on this GPU, which goes without it; please report it)", stacklevel=3)
     return False
 
 

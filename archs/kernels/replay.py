@@ -5,7 +5,6 @@ work suggests, as each layer's keys and values drive it out of the caches. A ste
 addresses, the position among them, so that one recording serves every length.
 """
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from archs.kernels.cpu.build import PREPARE, bind, usable
 
 
 def can_record(model: Any, tokens_B: Tensor, cache: Any) -> bool:
-    """A static cache, and attention kernels that read the position on the device.
+    """A static cache, and attention kernels that read the position on the device: not in fp64 on a GPU.
 
     On a CPU weights and cache are in fp32, and no dispatch mode looks on, as it would see nothing of a replay.
     """
@@ -31,7 +30,7 @@ def can_record(model: Any, tokens_B: Tensor, cache: Any) -> bool:
     if not cache.static:
         return False
     if weight.is_cuda:
-        return triton.runs_on(weight.device)
+        return {weight.dtype, *cache.dtypes} <= triton.DTYPES and triton.runs_on(weight.device)
     observed = _get_current_dispatch_mode() is not None or torch.is_autocast_enabled("cpu")
     return not observed and usable(weight) and cache.dtypes == {torch.float32}
 
@@ -73,7 +72,7 @@ class RecordedStep:
             self.logits_BV = model.append(self.tokens_B[:, None], cache, self.position)
 
         on_gpu = tokens_B.is_cuda
-        with torch.cuda.device(tokens_B.device) if on_gpu else contextlib.nullcontext():
+        with torch.cuda.device_of(tokens_B):
             self.tokens_B.copy_(tokens_B)
             self.position.fill_(cache.length)
             if self.recorded_for == self._places(model):

@@ -11,6 +11,8 @@ from archs.kernels import kernel
 from archs.kernels.cpu.build import is_transformed
 from archs.kernels.fused import capability
 
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
@@ -21,7 +23,8 @@ def runs_on(device: torch.device) -> bool:
 
     try:
         x = torch.zeros(1, 1, 1, 16, device=device)
-        split_kv_attention(x, x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=device))
+        with torch.cuda.device(device):  # Triton launches on the current one
+            split_kv_attention(x, x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=device))
     except Exception as e:  # no C compiler, for one
         warnings.warn(f"decode goes without Triton and CUDA graphs, more slowly: {e}", stacklevel=2)
         return False
@@ -40,14 +43,15 @@ def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int =
     """One position for all sequences; one dtype, up to fp32."""
     if position is None or position.numel() > 1 or window or not usable(q, k, v):
         return False
-    return q.dtype == k.dtype == v.dtype != torch.float64 and runs_on(q.device)
+    return q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and runs_on(q.device)
 
 
 @kernel(supports_decode, checked=True)
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, position: Tensor) -> Tensor:
     from archs.kernels.triton_attention import split_kv_attention
 
-    return split_kv_attention(q, k, v, scale, position)
+    with torch.cuda.device_of(q):
+        return split_kv_attention(q, k, v, scale, position)
 
 
 def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:
@@ -60,4 +64,5 @@ def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Te
 def retention_step(*arguments: Tensor) -> Tensor:
     from archs.kernels.triton_retention import retain
 
-    return retain(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return retain(*arguments)

@@ -11,6 +11,7 @@ Shapes: B batch, H query heads, G KV heads, M = H/G, S slots, D key size, E valu
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from archs.kernels.fused import are_columns
 
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 2**14
+STAGES = 3  # Triton's default
 FEWEST_TILES = 2  # a split is worth its share of the second kernel
 
 
@@ -104,14 +106,26 @@ def combine_splits(
     tl.store(out_ptr + (head * M + m) * E + e, out_E.to(out_ptr.dtype.element_ty), mask=e < E)
 
 
+class Chip(NamedTuple):
+    """What tiles depend on."""
+
+    processors: int
+    shared_bytes: int  # shared memory that a program may have
+
+
 @functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def chip(device: torch.device) -> Chip:
+    if device.type != "cuda":
+        return Chip(4, 101_376)
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 class Tiling(NamedTuple):
     """How attention is divided among programs."""
 
+    stages: int  # num_stages: stages - 1 tiles are fetched ahead
+    queries: int  # a program
     slots: int  # a tile
     warps: int  # a program
     programs: int  # a processor, enough to have loads under way always
@@ -120,12 +134,34 @@ class Tiling(NamedTuple):
         """Of each of so many heads' tokens."""
         return max(1, min(self.programs * processors // heads, S // (FEWEST_TILES * self.slots), 128))
 
+    def shared_bytes(self, key: int, value: int, itemsize: int) -> int:
+        """At most, what Triton allots to a program: queries, tiles under way, weights, and a number of each query that
+        warps exchange. Hopper's and Blackwell's matrix instructions, for 64 queries in half precision, hold on to a
+        tile that they read."""
+        tiles = STAGES if self.queries == 64 and itemsize == 2 else self.stages - 1
+        numbers = self.queries * (key + self.slots) + tiles * self.slots * (key + value)
+        return numbers * itemsize + 4 * self.queries * self.warps
 
-def tiling(columns: int, dtype: torch.dtype, shared: bool) -> Tiling:
-    """`columns` of a key are padded to a power of two. As many programs as a processor can hold where each has a large
-    tile and large outputs, which the second kernel reads (bench/tiles.py tries others)."""
-    slots = min(128, max(16, TILE_BYTES // (columns * dtype.itemsize)))
-    return Tiling(slots, 8 if dtype == torch.float32 or columns > 256 else 4, 4 if shared else 8)
+
+def tiling(M: int, A: int, R: int, E: int, dtype: torch.dtype, shared_bytes: int) -> Tiling:
+    """The sizes are powers of two; R is 0 where no columns are left, E where the values are a part of the keys.
+
+    What does not fit into `shared_bytes` gets half the slots, then half the queries, then fewer tiles ahead. As many
+    programs as a processor can hold where each has a large tile and large outputs, which the second kernel reads
+    (bench/tiles.py tries others).
+    """
+    queries, slots = min(64, M), min(128, max(16, TILE_BYTES // (A * dtype.itemsize)))
+    warps, programs = 8 if dtype == torch.float32 or A > 256 else 4, 8 if E else 4
+    for sizes in itertools.product((STAGES, 2), halves(queries), halves(slots)):
+        tile = Tiling(*sizes, warps, programs)
+        if tile.shared_bytes(A + R, E, dtype.itemsize) <= shared_bytes:
+            break
+    return tile
+
+
+def halves(size: int) -> list[int]:
+    """Of a power of two, down to 16, the smallest size of a product."""
+    return [2**n for n in range(size.bit_length() - 1, 3, -1)]
 
 
 def split_kv_attention(q_BH1D: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, position: Tensor) -> Tensor:
@@ -138,23 +174,24 @@ def split_kv_attention(q_BH1D: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: fl
     M, shared = H // G, are_columns(v_BGSE, k_BGSD)
     A = E if shared else D
     q_BGMD = q_BH1D.reshape(B, G, M, D)
-    blocks = {"BLOCK_M": min(64, max(16, triton.next_power_of_2(M)))}
-    for name, size in (("A", A), ("R", D - A), ("E", E)):
-        blocks[f"BLOCK_{name}"] = max(16, triton.next_power_of_2(size))
-    tile = tiling(blocks["BLOCK_A"], k_BGSD.dtype, shared)
-    blocks["BLOCK_N"] = tile.slots
-    splits = tile.splits(B * G, S, processors(q_BH1D.device))
+    block_M, block_A, block_R, block_E = (max(16, triton.next_power_of_2(size)) for size in (M, A, D - A, E))
+    processors, shared_bytes = chip(q_BH1D.device)
+    sizes = block_M, block_A, block_R if D > A else 0, 0 if shared else block_E
+    tile = tiling(*sizes, k_BGSD.dtype, shared_bytes)
+    splits = tile.splits(B * G, S, processors)
     part = torch.empty(B * G * splits * M * E, dtype=torch.float32, device=q_BH1D.device)
     weight = torch.empty(B * G * splits * M, dtype=torch.float32, device=q_BH1D.device)
     out_BH1E = torch.empty(B, H, 1, E, dtype=q_BH1D.dtype, device=q_BH1D.device)
     precision = "ieee" if q_BH1D.dtype == torch.float32 else "tf32"
-    attend_split[(B * G, splits, -(-M // blocks["BLOCK_M"]))](
+    attend_split[(B * G, splits, -(-M // tile.queries))](
         q_BGMD, k_BGSD, v_BGSE, position, part, weight, scale * LOG2_E,
         *q_BGMD.stride()[:3], *k_BGSD.stride()[:3], *v_BGSE.stride()[:3],
         G, M, S, splits,
-        A=A, R=D - A, E=E, SHARED=shared, PRECISION=precision, **blocks, num_warps=tile.warps,
+        A=A, R=D - A, E=E, SHARED=shared, PRECISION=precision,
+        BLOCK_M=tile.queries, BLOCK_N=tile.slots, BLOCK_A=block_A, BLOCK_R=block_R, BLOCK_E=block_E,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    some = min(64, blocks["BLOCK_E"])  # of the columns: all would not fit into a program's registers
+    some = min(64, block_E)  # of the columns: all would not fit into a program's registers
     combine_splits[(B * G, M, -(-E // some))](
         part, weight, out_BH1E, M, splits,
         E=E, BLOCK_S=triton.next_power_of_2(splits), BLOCK_E=some,

@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = {kernel: op for op in vars(ops).values() for kernel in getattr(op, "kernels", ())}
+del KERNELS[fused.windowed_flash]  # no CPU runs it: tests/archs/test_cuda.py
 TRITON = triton.decode_attention, triton.retention_step
 # Query heads, KV heads, key size, value size (None: the values are the first columns of the keys). Vectors of 1, 2 and
 # 4 numbers, query heads that fill vectors and some that divide into none.

@@ -4,6 +4,9 @@ import pytest
 import torch
 from helpers import cached_logits, each_variant, make
 
+from archs import ops
+from archs.kernels import checked, fused
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; there is none here")
 
 
@@ -29,3 +32,23 @@ def test_a_bf16_training_step_on_a_gpu_has_finite_gradients(arch, options):
         loss = model(torch.randint(97, (2, 64), device="cuda")).float().logsumexp(-1).mean()
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 4, 64, 64, 32), (8, 2, 64, 300, 256), (4, 1, 16, 40, 7), (4, 4, 100, 70, 32)], ids=str
+)
+def test_windows_of_flash_attention_equal_the_formula(shape):
+    """With its gradient; heads, KV heads, head size, tokens, window. There may be tokens before the first query."""
+    H, G, D, T, window = shape
+    S = T + min(window - 1, 9)
+    q, k, v = (torch.randn(2, n, t, D, device="cuda", dtype=torch.bfloat16) for n, t in ((H, T), (G, S), (G, S)))
+    arguments = q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), 0.2, window
+    assert fused.windowed_flash.supports(*arguments) == (fused.HAS_WINDOWS and D % 8 == 0)
+    if D % 8 == 0 and fused.HAS_WINDOWS:
+        errors = list(checked._errors(fused.windowed_flash, ops.attention.formula, arguments, trains=True))
+        assert max(errors) <= checked.TOLERANCE[torch.bfloat16]
+
+
+def test_kernels_are_right_here():
+    """None was found to be wrong by the tests before."""
+    assert not checked.WRONG
