@@ -143,8 +143,8 @@ class Plan:
 
     @cached_property
     def smallest(self) -> dict[str, Variant]:
-        """Label without size -> the variant in the size with the least work; {} where rates are tried on all tokens."""
-        if not self.study.train.tuning_share:
+        """Label without size -> the variant in the size with the least work; {} where each size tries its own rates."""
+        if self.study.train.tuning_share is None:
             return {}
         ordered = sorted(self.variants, key=lambda variant: variant.work, reverse=True)
         return {variant.short: variant for variant in ordered}
@@ -234,13 +234,17 @@ class Snapshot:
 
     def _tune(self, variant: Variant) -> tuple[float | None, dict | None]:
         """(learning rate, how it was found), as far as it is known, and adds the variant's tuning runs. Where these are
-        shorter, the variant in the smallest size says how its best rate depends on the tokens."""
+        shorter, the variant in the smallest size says how its best rate depends on the tokens; where there are none, it
+        says the rate."""
         plan, small = self.plan, self.plan.smallest.get(variant.short)
         if small in (None, variant):
             found = self._search(variant)
             if small:  # for the other sizes
                 self._search(plan.shortened(variant))
             return (found[0].lr, found[1]) if found else (None, None)
+        if not plan.study.train.tuning_share:
+            found = self._search(small)
+            return (found[0].lr, found[1] | {"tuned_at": small.size}) if found else (None, None)
         found = [self._search(each) for each in (plan.shortened(variant), small, plan.shortened(small))]
         if None in found:
             return None, None

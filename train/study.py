@@ -59,7 +59,7 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"  # this and the next may differ between sizes
     schedule: Literal["cosine", "wsd"] = "cosine"
     tuning_seeds: Count = 2  # with which each learning rate of a list is tried
-    tuning_share: Annotated[float, Field(gt=0, lt=1)] | None = None  # of the tokens, in the runs that try a rate
+    tuning_share: Annotated[float, Field(ge=0, lt=1)] | None = None  # of the tokens, in the runs that try a rate
 
     @field_validator("lr")
     @classmethod
@@ -168,11 +168,11 @@ class Study(Section):
         self.check(batch // context % (train.devices * train.num_nodes) == 0, f"{names} must divide {sequences}")
         budgets = [("sizes: tokens", size.get("tokens", train.tokens)) for size in self.sizes]
         budgets = budgets or [("train.tokens", train.tokens)]
-        if share := train.tuning_share:
-            name = f"train.tuning_share={share}"
+        if (share := train.tuning_share) is not None:
+            name = f"train.tuning_share={share:g}"
             several = "the smallest of several sizes measures what shorter runs change; give sizes, or leave it out"
             self.check(len(self.sizes) > 1, f"{name}: {several}")
-            budgets += [(f"{name}: tokens", int(share * min(tokens for _, tokens in budgets)))]
+            budgets += [(f"{name}: tokens", int(share * min(tokens for _, tokens in budgets)))] if share else []
         for name, tokens in budgets:
             self.check(tokens >= batch, f"{name}={tokens} is less than one batch of train.batch_tokens={batch}")
         return self

@@ -372,6 +372,11 @@ def test_shorter_tuning_is_corrected_by_what_the_smallest_size_measures(data, tm
     whole = Plan(study(*settings), data, tmp_path / "whole")
     tried(whole, parabola(best))
     assert whole.look().runs[0].key == runs[0].key  # how a rate was found does not change the run
+    none = Plan(study(*settings, "train.tuning_share=0"), data, tmp_path / "none")
+    assert {run.variant.size for run in tried(none, parabola(best))} == {"64x2"}
+    rates = {run.variant.label: run.lr for run in none.look().runs}
+    assert rates["mha-96x2"] == rates["mha-64x2"] == pytest.approx(2e-3, rel=1e-2)
+    assert none.look().runs[-1].settings["tuning"]["tuned_at"] == "64x2"
     alone = refusal(lambda: study("train.tuning_share=0.5"))
     assert "train.tuning_share=0.5: the smallest of several sizes measures what shorter runs change" in alone
     short = refusal(lambda: study(*SIZES, "train.tuning_share=0.01"))
