@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -10,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from train.study import parse_study, read_yaml
+from train.variants import resolve_variants
 
 BENCH = Path(__file__).parents[2] / "bench"
 SMALL = ["--batch", "2", "--context", "24", "--device", "cpu"]
@@ -114,6 +118,23 @@ def test_a_signal_ends_the_current_step_and_keeps_what_was_written(all_benches, 
     assert (tmp_path / "out" / "first.log").read_text() == "5\n"
     assert not (tmp_path / "out" / "third.log").exists()
     assert "SIGTERM" in capsys.readouterr().err
+
+
+def test_the_hour_is_one_by_arithmetic(monkeypatch, capsys):
+    """As its file says; memory grows with the batch, and time with the tokens."""
+    estimate = runpy.run_path(str(BENCH / "estimate.py"))
+    monkeypatch.setattr(sys, "argv", ["estimate.py", "hour"])
+    assert estimate["main"]() == 0
+    minutes = dict(re.findall(r"hour on ([\w ]+): (\d+) minutes", capsys.readouterr().out))
+    assert int(minutes["H100"]) <= 25
+    assert int(minutes["RTX 4090"]) <= 60
+    text = (BENCH.parent / "studies" / "hour.yaml").read_text(encoding="utf-8")
+    assert f"it takes {minutes['RTX 4090']} and {minutes['H100']} minutes" in text
+    study = parse_study(read_yaml(BENCH.parent / "studies" / "hour.yaml"))
+    variant, chip = resolve_variants(study, 4096)[-1], estimate["CHIPS"]["H100"]
+    one, two = (estimate["cost"](variant, tokens, study, chip) for tokens in (10**8, 2 * 10**8))
+    assert two.seconds - estimate["START"] == pytest.approx(2 * (one.seconds - estimate["START"]))
+    assert one.memory == two.memory < 10e9
 
 
 @pytest.mark.parametrize("device", ["CPU", "GPU"])
