@@ -235,10 +235,6 @@ SUBSTITUTIONS = {
         lambda r: ([torch.randn(2, 1, 3, 7).transpose(1, 2)[..., : r.randint(1, 6)], torch.randn(2, 3, 1, 5)], -1),
         [([CACHE, CACHE], -1), ([CACHE[:, :, :1]] * 3, -1), ([CACHE[:, :, :1]] * 2, 2)],
     ),
-    aten.index_copy_.default: (
-        lambda r: (CACHE, 2, torch.tensor([r.randint(0, 6)]), torch.randn(2, 1, 4, 5)[:, :, :3].transpose(1, 2)),
-        [(CACHE, 2, torch.tensor([1, 2]), CACHE[:, :, :2]), (CACHE.mT, 2, torch.tensor([1]), CACHE[..., :1].mT)],
-    ),
 }  # fmt: skip
 
 
