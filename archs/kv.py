@@ -48,7 +48,7 @@ class KV:
         self.view = self.write(start, k_BGTD, v_BGTE)
 
     def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
-        """Causal attention of the last T tokens, (B, H, T, E), in the dtype of the queries or of the keys, the wider."""
+        """Causal attention of the last T tokens, (B, H, T, E), computed in the wider dtype of queries and keys."""
         return self.view.attend(as_wide_as(q_BHTD, self.view.k), scale).to(q_BHTD.dtype)
 
     @property

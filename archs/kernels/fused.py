@@ -70,8 +70,9 @@ def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: floa
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """scaled_dot_product_attention on its fast paths; on a CPU the result may have further columns of zeros.
 
-    These want one dtype. On a CPU they want equal key and value sizes, and under autocast fp32: their bf16 backward is 4
-    times as slow. On a GPU those that take a mask do not know groups, so that there, in training and prefill alone, the keys are repeated.
+    These want one dtype. On a CPU they want equal key and value sizes, and under autocast fp32: their bf16 backward is
+    4 times as slow. On a GPU those that take a mask do not know groups, so that there, in training and prefill alone,
+    the keys are repeated.
     """
     context, groups = contextlib.nullcontext(), q.shape[1] // k.shape[1]
     k, v = k.to(q.dtype), v.to(q.dtype)

@@ -24,7 +24,8 @@ from archs.kernels.cpu.build import PREPARE, STORED, bind, usable
 def can_record(model: Any, tokens_B: Tensor, cache: Any) -> bool:
     """A static cache, and attention kernels that read the position on the device.
 
-    On a CPU weights are in fp32 and the cache is of any dtype in STORED, and no dispatch mode looks on, as it would see nothing of a replay.
+    On a CPU weights are in fp32, the cache is of any dtype in STORED, and no dispatch mode looks on, as it would see
+    nothing of a replay.
     """
     weight = model.embed.weight
     if not cache.static:
