@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from operators import CASES, assert_equals_formula, needs_compiler, without_compiler
+from operators import CACHE_DTYPES, CASES, assert_equals_formula, needs_compiler, retention_inputs, without_compiler
 
 from archs import ops
 from archs.kernels.cpu import attention, layers
@@ -73,9 +73,14 @@ def test_kernels_equal_their_formulas_with_vectors_of_any_width(flags, monkeypat
         pytest.skip("flags of x86 processors")
     monkeypatch.setattr(building, "FLAGS", building.FLAGS + flags)
     many = torch.randn(2, 16, 50, 64)
-    for kernel in (layers.rms_norm, layers.swiglu, layers.rotate, layers.head_linear, layers.retention_step):
+    for kernel in (layers.rms_norm, layers.swiglu, layers.rotate, layers.head_linear):
         assert_equals_formula(kernel, CASES[kernel].make(random.Random(1)))
-    assert_equals_formula(attention.decode, (many[:, :, :1].contiguous(), many[:, :1], many[:, 1:2], 0.2))
+    for dtype in CACHE_DTYPES:
+        k, v, position = many[:, :1].to(dtype), many[:, 1:2].to(dtype), torch.tensor([7])
+        assert_equals_formula(attention.decode, (many[:, :, :1].contiguous(), k, v, 0.2))
+        assert_equals_formula(attention.decode, (many[:, :1, :1].contiguous(), k, v, 0.2))
+        assert_equals_formula(layers.put, (k, position, many[:, :1, 3:4]))
+        assert_equals_formula(layers.retention_step, retention_inputs(random.Random(1), (dtype,)))
     assert_equals_formula(attention.causal, (many, many[:, :1], many[:, 1:2], 0.2, 20))
 
 
