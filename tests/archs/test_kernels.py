@@ -75,11 +75,10 @@ def test_kernels_equal_their_formulas_with_vectors_of_any_width(flags, monkeypat
     many = torch.randn(2, 16, 50, 64)
     for kernel in (layers.rms_norm, layers.swiglu, layers.rotate, layers.head_linear):
         assert_equals_formula(kernel, CASES[kernel].make(random.Random(1)))
-    for dtype in CACHE_DTYPES:
-        k, v, position = many[:, :1].to(dtype), many[:, 1:2].to(dtype), torch.tensor([7])
-        assert_equals_formula(attention.decode, (many[:, :, :1].contiguous(), k, v, 0.2))
-        assert_equals_formula(attention.decode, (many[:, :1, :1].contiguous(), k, v, 0.2))
-        assert_equals_formula(layers.put, (k, position, many[:, :1, 3:4]))
+    for dtype, heads in zip(CACHE_DTYPES, (16, 16, 1), strict=True):
+        k, v = many[:, :1].to(dtype), many[:, 1:2].to(dtype)
+        assert_equals_formula(attention.decode, (many[:, :heads, :1].contiguous(), k, v, 0.2))
+        assert_equals_formula(layers.put, (k, torch.tensor([7]), many[:, :1, 3:4]))
         assert_equals_formula(layers.retention_step, retention_inputs(random.Random(1), (dtype,)))
     assert_equals_formula(attention.causal, (many, many[:, :1], many[:, 1:2], 0.2, 20))
 

@@ -23,7 +23,7 @@ RUNS = {  # arguments, number of rows
     "attention": ([*LAYER, "--repeats", "2"], 4),
     "tiles": ([*LAYER, "--dtype", "fp32", "--repeats", "1", "--slots", "16", "--programs", "2"], 3 * 3),
     "llama": (
-        [*MODEL[:-9], "--variants", *VARIANTS[:2], "--batches", "2", "--contexts", "24", "--decode-repeats", "2"],
+        [*MODEL[:8], "--variants", *VARIANTS[:2], "--batches", "2", "--contexts", "24", "--decode-repeats", "2"],
         2 * 2,
     ),
     "paging": ([*MODEL, "--repeats", "2"], 4 * 4),

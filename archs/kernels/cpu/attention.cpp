@@ -31,8 +31,8 @@ constexpr int NEXT = SHARED ? D : E;  // numbers from one token's values to the 
 constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;
 constexpr bool MANY = M % QUERIES == 0;
 
-// Keys and values of 16 bits are widened once a tile for many queries, and by each load for few.
-typedef std::conditional_t<MANY, float, stored> item;
+// Keys and values of 16 bits are widened by each load, or once a tile for so many queries that each is loaded often.
+typedef std::conditional_t<(M > 4), float, stored> item;
 constexpr bool WIDENED = !std::is_same_v<item, stored>;
 
 // Tokens in a tile: 16. Of one new token 32, where blocks are as long, for one query, which has little to do with each
