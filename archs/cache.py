@@ -37,7 +37,7 @@ class FullCache(KV):
 
     def scatter(self, slots_T: Tensor, new_BGTD: tuple[Tensor | None, ...]) -> None:
         for tensor, new in zip(self.tensors, new_BGTD, strict=False):
-            tensor.index_copy_(2, slots_T, new.to(tensor.dtype))
+            ops.put(tensor, slots_T, new)
 
     def filled(self, end: int | None = None, position: Tensor | None = None) -> View:
         k, *v = (tensor[:, :, :end] for tensor in self.tensors)

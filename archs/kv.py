@@ -15,6 +15,11 @@ from torch import Tensor
 from archs import ops
 
 
+def as_wide_as(q: Tensor, k: Tensor) -> Tensor:
+    """Queries in the dtype of the keys, unless their own has more bits."""
+    return q if q.dtype.itemsize > k.dtype.itemsize else q.to(k.dtype)
+
+
 class View(NamedTuple):
     """Keys (B, G, S, D) and values (B, G, S, E), with the window and position of `ops.attention` or a boolean mask."""
 
@@ -43,8 +48,8 @@ class KV:
         self.view = self.write(start, k_BGTD, v_BGTE)
 
     def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
-        """Causal attention of the last T tokens, (B, H, T, E), computed in the dtype of the keys."""
-        return self.view.attend(q_BHTD.to(self.view.k.dtype), scale).to(q_BHTD.dtype)
+        """Causal attention of the last T tokens, (B, H, T, E), computed in the wider dtype of queries and keys."""
+        return self.view.attend(as_wide_as(q_BHTD, self.view.k), scale).to(q_BHTD.dtype)
 
     @property
     def dense(self) -> View | None:

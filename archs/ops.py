@@ -144,8 +144,9 @@ def attention(
 ) -> Tensor:
     """Causal softmax attention (B, H, T, E) of the last T of S tokens; query head h uses KV head h // (H/G).
 
-    With a `window` above 0 each query sees only its own token and the window - 1 before it. `position`, int64 of shape
-    (1) or (B) on the device, is for decode: T is 1, there is no window, and the query sees slots 0 to position.
+    Keys and values may have a dtype of fewer bits than queries, and are widened to theirs. With a `window` above 0 each
+    query sees only its own token and the window - 1 before it. `position`, int64 of shape (1) or (B) on the device, is
+    for decode: T is 1, there is no window, and the query sees slots 0 to position.
     """
     T, S = q_BHTD.shape[2], k_BGSD.shape[2]
     slot_S = torch.arange(S, device=q_BHTD.device)
@@ -158,7 +159,8 @@ def attention(
 def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
     """Softmax attention with a mask that broadcasts to (B, H, T, S): True where a query sees a key, or numbers that are
     added to the scores and may require a gradient."""
-    k_BHSD, v_BHSE = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in (k_BGSD, v_BGSE))
+    kv = (x.to(q_BHTD.dtype) for x in (k_BGSD, v_BGSE))
+    k_BHSD, v_BHSE = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in kv)
     score_BHTS = q_BHTD @ k_BHSD.mT * scale
     score_BHTS = score_BHTS.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else score_BHTS + mask
     return score_BHTS.softmax(-1) @ v_BHSE
@@ -179,6 +181,12 @@ def self_score(q: Tensor, k: Tensor) -> Tensor:
     times v, and the norm after it magnifies what is near zero, rounding error included. Each product is rounded
     to the dtype, everywhere in the same way."""
     return (q * k).sum(-1, keepdim=True, dtype=torch.float64).to(q.dtype)
+
+
+@accelerated(cpu.put)
+def put(cache_BGSD: Tensor, slots_T: Tensor, new_BGTD: Tensor) -> None:
+    """Writes vectors into these slots, rounded to the cache's dtype."""
+    cache_BGSD.index_copy_(2, slots_T, new_BGTD.to(cache_BGSD.dtype))
 
 
 @accelerated(cpu.retention_step, triton.retention_step)

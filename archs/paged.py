@@ -24,7 +24,7 @@ from torch import Tensor
 from archs import ops
 from archs.cache import Allocator, Cache, FullCache, Ring, State
 from archs.decoder import Decoder
-from archs.kv import KV, View
+from archs.kv import KV, View, as_wide_as
 
 
 @dataclass(eq=False)
@@ -207,4 +207,5 @@ class Blocks(KV):
         k, v, _, position_B, _ = self.view
         if position_B is None:
             return super().attend(q_BHTD, scale)
-        return ops.paged_attention(q_BHTD.to(k.dtype), k, v, scale, position_B, self.table_BN).to(q_BHTD.dtype)
+        q = as_wide_as(q_BHTD, k)
+        return ops.paged_attention(q, k, v, scale, position_B, self.table_BN).to(q_BHTD.dtype)

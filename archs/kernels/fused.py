@@ -121,11 +121,12 @@ def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: floa
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """scaled_dot_product_attention on its fast paths; the result may have further columns of zeros.
 
-    All except cuDNN's want equal key and value sizes. On a CPU they want fp32 under autocast: their bf16 backward is 4
-    times as slow. On a GPU those that take a mask do not know groups, so that there, in training and prefill alone, the
-    keys are repeated.
+    These want one dtype and, except for cuDNN's, equal key and value sizes. On a CPU they want fp32 under autocast, as
+    bf16 has a backward 4 times as slow. On a GPU those that take a mask do not know groups: there, in training and in
+    prefill alone, the keys are repeated.
     """
     context, groups = contextlib.nullcontext(), q.shape[1] // k.shape[1]
+    k, v = k.to(q.dtype), v.to(q.dtype)
     if q.is_cuda:
         if mask is not None and groups > 1:
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))

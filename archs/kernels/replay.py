@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from archs.kernels import kernel, triton
 from archs.kernels.checked import WRONG
-from archs.kernels.cpu.build import PREPARE, bind, usable
+from archs.kernels.cpu.build import PREPARE, STORED, bind, usable
 
 
 def can_record(model: Any, tokens_B: Tensor, cache: Any) -> bool:
     """A static cache, and attention kernels that read the position on the device: not in fp64 on a GPU.
 
-    On a CPU weights and cache are in fp32, and no dispatch mode looks on, as it would see nothing of a replay.
+    On a CPU weights are in fp32, the cache is of any dtype in STORED, and no dispatch mode looks on, as it would see
+    nothing of a replay.
     """
     weight = model.embed.weight
     if not cache.static:
@@ -32,7 +33,7 @@ def can_record(model: Any, tokens_B: Tensor, cache: Any) -> bool:
     if weight.is_cuda:
         return {weight.dtype, *cache.dtypes} <= triton.DTYPES and triton.runs_on(weight.device)
     observed = _get_current_dispatch_mode() is not None or torch.is_autocast_enabled("cpu")
-    return not observed and usable(weight) and cache.dtypes == {torch.float32}
+    return not observed and usable(weight) and cache.dtypes <= STORED.keys()
 
 
 @kernel(can_record)

@@ -40,10 +40,10 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None) -> bool:
-    """One position for all sequences; one dtype, up to fp32."""
+    """One position for all sequences; keys and values of one dtype, up to fp32, to which queries are rounded."""
     if position is None or position.numel() > 1 or window or not usable(q, k, v):
         return False
-    return q.dtype == k.dtype == v.dtype and q.dtype in DTYPES and runs_on(q.device)
+    return k.dtype == v.dtype and {q.dtype, k.dtype} <= DTYPES and runs_on(q.device)
 
 
 @kernel(supports_decode, checked=True)
@@ -51,7 +51,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int,
     from archs.kernels.triton_attention import split_kv_attention
 
     with torch.cuda.device_of(q):
-        return split_kv_attention(q, k, v, scale, position)
+        return split_kv_attention(q.to(k.dtype), k, v, scale, position).to(q.dtype)
 
 
 def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:

@@ -19,7 +19,7 @@ from archs.cache import with_tensors
 from archs.kernels import fused, replay, triton
 from archs.kernels.cpu import attention as cpu_attention
 from archs.kernels.cpu import layers as cpu
-from archs.kernels.cpu.build import build, compiler
+from archs.kernels.cpu.build import STORED, build, compiler
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(not compiler(), reason="no C++ compiler here")
@@ -34,6 +34,7 @@ ODD = [(7, 1, 16, 16), (6, 2, 20, 20), (6, 2, 10, 10), (4, 4, 7, 7), (48, 2, 20,
 DECODE_SHAPES = [*WIDE, *ODD, *MLA, (32, 1, 40, None)]
 TRITON_SHAPES = [(4, 4, 64, 64), (80, 1, 16, 16), (6, 2, 80, 20), (8, 1, 144, None), (3, 1, 30, None)]
 PROMPT_SHAPES = [(4, 4, 64, 67), (8, 2, 32, 32), (6, 2, 20, 23), (4, 4, 7, 10), (16, 1, 64, 64)]
+CACHE_DTYPES = tuple(STORED)
 SITUATIONS = "fp64 bf16 autocast meta gradient torch.func forward_mode torch.compile no_compiler"
 
 
@@ -90,22 +91,22 @@ def rotate_inputs(r):
     return x, *(t[..., -T:, :] for t in (torch.cat(table, -1).chunk(2, -1) if r.random() < 0.5 else table))
 
 
-def keys_and_values(B, G, S, D, E):
+def keys_and_values(B, G, S, D, E, dtype=torch.float32):
     """S slots of a cache of S + 16, whose further slots hold NaN."""
-    k = randn(B, G, S + 16, D)
-    v = randn(B, G, S + 16, E) if E else k[..., : D - D // 9 // 4 * 4 - 4]
+    k = randn(B, G, S + 16, D).to(dtype)
+    v = randn(B, G, S + 16, E).to(dtype) if E else k[..., : D - D // 9 // 4 * 4 - 4]
     for x in (k, v):
         x[:, :, S:] = math.nan
     return k[:, :, :S], v[:, :, :S]
 
 
-def decode_inputs(r, shapes=DECODE_SHAPES, positions=(0, 1, 2), longest=2100):
+def decode_inputs(r, shapes=DECODE_SHAPES, positions=(0, 1, 2), longest=2100, dtypes=(torch.float32,)):
     """One token without a position (0), with one for all sequences (1) or one for each (2), also beyond the slots."""
     (H, G, D, E), B, S = r.choice(shapes), r.randint(1, 3), r.choice((1, 17, 64, 300, longest))
-    q, (k, v) = heads_of_projection(r, B, H, 1, D), keys_and_values(B, G, S, D, E)
+    q, (k, v) = heads_of_projection(r, B, H, 1, D), keys_and_values(B, G, S, D, E, r.choice(dtypes))
     kind, scale = r.choice(positions), r.choice((1e-9, 0.2, 1.0))
     if r.random() < 0.2:  # scores that grow along the sequence
-        k.mul_(torch.linspace(1, 8, S)[:, None]).abs_()
+        k.mul_(torch.linspace(1, 8, S)[:, None].to(k.dtype)).abs_()
         scale = 0.1
     if kind == 0:
         return q, k, v, scale
@@ -121,24 +122,25 @@ def triton_inputs(r):
     return [x.to(DEVICE) if isinstance(x, Tensor) else x for x in inputs]
 
 
-def prompt_inputs(r, shapes=PROMPT_SHAPES, batches=(0, 1, 2), fewest=8, longest=100):
+def prompt_inputs(r, shapes=PROMPT_SHAPES, batches=(0, 1, 2), fewest=8, longest=100, dtypes=(torch.float32,)):
     """Windows shorter and longer than the keys; more keys than queries."""
     (H, G, D, E), B, T = r.choice(shapes), r.choice(batches), r.randint(fewest, longest)
-    q, (k, v) = heads_of_projection(r, B, H, T, D), keys_and_values(B, G, T + r.choice((0, 0, 1, 64)), D, E)
+    S, dtype = T + r.choice((0, 0, 1, 64)), r.choice(dtypes)
+    q, (k, v) = heads_of_projection(r, B, H, T, D), keys_and_values(B, G, S, D, E, dtype)
     return q, k, v, 0.2, r.choice((0, 0, 1, 7, 16, 40, 500))
 
 
 def any_inputs(r):
     """One token or many, at least one sequence."""
     if r.random() < 0.5:
-        return decode_inputs(r, longest=40)
+        return decode_inputs(r, longest=40, dtypes=CACHE_DTYPES)
     shapes = (4, 4, 8, 6), (4, 1, 8, 8), (6, 2, 8, 11), (4, 1, 40, None)
-    return prompt_inputs(r, shapes, (1, 2), fewest=1, longest=40)
+    return prompt_inputs(r, shapes, (1, 2), fewest=1, longest=40, dtypes=CACHE_DTYPES)
 
 
 def masked_inputs(r):
     """Masks to be added, some of them infinite, or boolean ones, for each head or for all; every query sees a key."""
-    q, k, v, scale, _ = prompt_inputs(r, PROMPT_SHAPES[1:], (1, 2), fewest=1, longest=20)
+    q, k, v, scale, _ = prompt_inputs(r, PROMPT_SHAPES[1:], (1, 2), fewest=1, longest=20, dtypes=CACHE_DTYPES)
     B, H, T, _ = q.shape
     mask = randn(B, r.choice((1, H)), T, k.shape[2])
     mask[..., 1:] = mask[..., 1:].masked_fill(torch.rand(mask[..., 1:].shape) < 0.3, -math.inf)
@@ -150,8 +152,9 @@ def paged_inputs(r):
     H, G, D, E = r.choice([*WIDE[1::2], MLA[0]])
     position = torch.tensor([r.choice((0, 32, 47, 1499)) for _ in range(3)])
     N = position.max() // 16 + 1
-    k = randn(3 * N + 4, G, 16, D)
-    v = randn(3 * N + 4, G, 16, E) if E else k[..., :100]
+    dtype = r.choice(CACHE_DTYPES)
+    k = randn(3 * N + 4, G, 16, D).to(dtype)
+    v = randn(3 * N + 4, G, 16, E).to(dtype) if E else k[..., :100]
     table = torch.randperm(3 * N + 4)[: 3 * N].view(3, N)
     unused = torch.ones(3 * N + 4, dtype=torch.bool)
     unused[table] = False
@@ -159,7 +162,13 @@ def paged_inputs(r):
     return randn(3, H, 1, D), k, v, 0.2, position, table
 
 
-def retention_inputs(r, states=(torch.float32,), device=CPU):
+def put_inputs(r):
+    B, G, D, S = r.randint(0, 3), r.randint(1, 3), r.choice((1, 16, 20, 64, 130)), r.randint(1, 9)
+    cache = randn(B, G + 1, S, D)[:, 1:].to(r.choice(CACHE_DTYPES))
+    return cache, torch.tensor([r.randrange(S)]), heads_of_projection(r, B, G, 1, D)
+
+
+def retention_inputs(r, states=CACHE_DTYPES, device=CPU):
     """Products of a token with itself that cancel; D of several vectors and of parts of one."""
     B, H, D = r.randint(1, 3), r.randint(1, 4), r.choice((2, 16, 20, 64, 130))
     q, k, v = randn(B, 1, 3 * H, D, device=device).transpose(1, 2).split(H, 1)
@@ -205,11 +214,14 @@ CASES = {
     # Angles are products in fp32, or a prompt's keys would be turned further than a step's.
     cpu.rope: Case(rope_inputs, exact=torch.float32),
     cpu.rotate: Case(rotate_inputs),
-    cpu_attention.decode: Case(decode_inputs),
-    cpu_attention.causal: Case(prompt_inputs, "autocast gradient torch.compile", gradients=True),
+    cpu_attention.decode: Case(lambda r: decode_inputs(r, dtypes=CACHE_DTYPES), "bf16 autocast"),
+    cpu_attention.causal: Case(
+        lambda r: prompt_inputs(r, dtypes=CACHE_DTYPES), "autocast gradient torch.compile", gradients=True
+    ),
     fused.attention: Case(any_inputs, SITUATIONS, gradients=True),
     fused.masked_attention: Case(masked_inputs, SITUATIONS, gradients=True),
-    cpu_attention.paged_decode: Case(paged_inputs),
+    cpu_attention.paged_decode: Case(paged_inputs, "bf16 autocast"),
+    cpu.put: Case(put_inputs),
     cpu.retention_step: Case(retention_inputs),
     triton.decode_attention: Case(triton_inputs, "bf16 autocast no_compiler"),
     triton.retention_step: Case(lambda r: retention_inputs(r, (torch.float32, torch.bfloat16), DEVICE), "no_compiler"),
@@ -222,6 +234,7 @@ CASES = {
 }
 R = random.Random(0)
 COS, SIN = randn(2, 9, 4).unbind()
+ONE = torch.tensor([1])
 DECLINED = {  # kernel: arguments whose shape or layout it does not support
     cpu.rms_norm: lambda: [
         (randn(9),), (randn(9, 4).T,), (randn(4, 3, 2, 9).transpose(0, 2),), (randn(3, 9), randn(9).double()),
@@ -256,8 +269,7 @@ DECLINED = {  # kernel: arguments whose shape or layout it does not support
         (*qkv(T=1, S=8), torch.tensor([3, 12]), torch.tensor([[0, 1], [1, 0]])),
     ],
     cpu.retention_step: lambda: [
-        retention_inputs(R, (torch.bfloat16,)), retention_layouts(q=one_head(9)[..., :8]),
-        retention_layouts(state=randn(2, 3, 8, 8).mT),
+        retention_layouts(q=one_head(9)[..., :8]), retention_layouts(state=randn(2, 3, 8, 8).mT),
     ],
     triton.decode_attention: lambda: [
         qkv(T=1), (*qkv(T=1), 4, torch.tensor([3])), (*qkv(T=1), 0, torch.tensor([3, 4])),
@@ -268,7 +280,12 @@ DECLINED = {  # kernel: arguments whose shape or layout it does not support
     ],
     cpu.huge_pages: lambda: [((2, 3), torch.float32, CPU)],
     cpu.read_all: lambda: [(torch.ones(2**17 + 1),), (torch.ones(2, 2**17 + 1)[:, 1:],)],
-    replay.decode_step: lambda: [one_step(torch.bfloat16), one_step(static=False)],
+    cpu.put: lambda: [
+        (randn(2, 3, 9, 8), torch.tensor([1, 4]), randn(2, 3, 2, 8)),
+        (randn(2, 3, 9, 8), ONE, randn(2, 3, 1, 16)[..., ::2]),
+        (randn(2, 3, 8, 9).mT, ONE, randn(2, 3, 1, 8)), (randn(2, 3, 9, 8).half(), ONE, randn(2, 3, 1, 8).half()),
+    ],
+    replay.decode_step: lambda: [one_step(torch.float64), one_step(static=False)],
 }  # fmt: skip
 
 
@@ -319,9 +336,8 @@ def assert_close(results, expected, rtol=2e-5):
     for x, y in zip(tensors(results), tensors(expected), strict=True):
         y = y.double()
         largest = y[y.isfinite()].abs().max().item() if y.isfinite().any() else 0
-        if x.dtype != torch.float32 and x.dtype.is_floating_point:
-            rtol = max(rtol, torch.finfo(x.dtype).eps)
-        torch.testing.assert_close(x.double(), y, rtol=0, atol=rtol * largest + 1e-6 * rtol, equal_nan=True)
+        near = max(rtol, torch.finfo(x.dtype).eps if x.dtype.is_floating_point else 0)
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=near * largest + 1e-6 * near, equal_nan=True)
 
 
 def assert_equals_formula(kernel, arguments):
@@ -337,7 +353,8 @@ def assert_equals_formula(kernel, arguments):
     if case.gradients and apart:
         grad = random.choice((randn(expected.shape), torch.ones(()).expand(expected.shape)))
         results = torch.autograd.grad(result, of, grad), torch.autograd.grad(expected, of_exact, grad.double())
-        assert_close(*(torch.cat([x.flatten() for x in gradients]) for gradients in results))
+        joined = (torch.cat([x.flatten() for x in gradients]) for gradients in results)
+        assert_close(*joined, max(2e-5, *(torch.finfo(x.dtype).eps for x in of)))
 
 
 @contextlib.contextmanager

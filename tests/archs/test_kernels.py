@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from operators import (
+    CACHE_DTYPES,
     CASES,
     DEVICE,
     OnGPU,
     assert_equals_formula,
     decode_inputs,
     needs_compiler,
+    retention_inputs,
     without_compiler,
 )
 
@@ -87,9 +89,13 @@ def test_kernels_equal_their_formulas_with_vectors_of_any_width(flags, monkeypat
         pytest.skip("flags of x86 processors")
     monkeypatch.setattr(building, "FLAGS", building.FLAGS + flags)
     many = torch.randn(2, 16, 50, 64)
-    for kernel in (layers.rms_norm, layers.swiglu, layers.rotate, layers.head_linear, layers.retention_step):
+    for kernel in (layers.rms_norm, layers.swiglu, layers.rotate, layers.head_linear):
         assert_equals_formula(kernel, CASES[kernel].make(random.Random(1)))
-    assert_equals_formula(attention.decode, (many[:, :, :1].contiguous(), many[:, :1], many[:, 1:2], 0.2))
+    for dtype, heads in zip(CACHE_DTYPES, (16, 16, 1), strict=True):
+        k, v = many[:, :1].to(dtype), many[:, 1:2].to(dtype)
+        assert_equals_formula(attention.decode, (many[:, :heads, :1].contiguous(), k, v, 0.2))
+        assert_equals_formula(layers.put, (k, torch.tensor([7]), many[:, :1, 3:4]))
+        assert_equals_formula(layers.retention_step, retention_inputs(random.Random(1), (dtype,)))
     assert_equals_formula(attention.causal, (many, many[:, :1], many[:, 1:2], 0.2, 20))
 
 
@@ -183,20 +189,25 @@ def test_steps_in_dtypes_that_triton_does_not_support_are_not_recorded_on_a_gpu(
 def test_triton_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     """Without a GPU: the current device is what was last entered."""
     devices, launched = ["cuda:0"], []
+    q = SimpleNamespace(dtype=None, device="cuda:1", to=lambda dtype: q)
 
     @contextlib.contextmanager
     def entered(place):
-        devices.append(place)
+        devices.append(getattr(place, "device", place))
         yield
         devices.pop()
+
+    def launch(*arguments):
+        launched.append(devices[-1])
+        return q
 
     monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "device_of", entered)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch, "zeros", lambda *shape, **options: "cuda:1")
     for kernel in ("triton_attention.split_kv_attention", "triton_retention.retain"):
-        monkeypatch.setattr(f"archs.kernels.{kernel}", lambda *arguments: launched.append(devices[-1]))
-    triton.decode_attention("cuda:1", None, None, 1.0, 0, None)
-    triton.retention_step("cuda:1")
+        monkeypatch.setattr(f"archs.kernels.{kernel}", launch)
+    triton.decode_attention(q, q, q, 1.0, 0, None)
+    triton.retention_step(q)
     assert triton.runs_on.__wrapped__("cuda:1")
     assert launched == ["cuda:1"] * 3

@@ -187,16 +187,22 @@ def test_a_cache_works_in_and_out_of_inference_mode(arch, options):
     assert not model.decode(tokens[:, 8], cache).requires_grad
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.1), (torch.float16, 0.0125)], ids=str)
 @each_variant
-def test_a_bf16_cache_of_an_fp32_model_is_near(arch, options):
+def test_a_cache_of_16_bits_of_an_fp32_model_is_near(arch, options, dtype, near):
+    """As near as the dtype is fine; a decode step is recorded where that of an fp32 cache is."""
     model = make(arch, options)
     tokens = torch.randint(97, (2, 40))
+    cache, exact = (model.new_cache(2, 40, each) for each in (dtype, torch.float32))
     with torch.inference_mode():
         full = model(tokens)
-        got = cached_logits(model, tokens, [15, 10], model.new_cache(2, 40, torch.bfloat16))
+        got = cached_logits(model, tokens, [15, 10], cache)
+        cached_logits(model, tokens, [15, 10], exact)
+    assert cache.nbytes == exact.nbytes / 2
+    assert (cache.step is None) == (exact.step is None)
     for t, logits in got.items():
         assert logits.dtype == torch.float32
-        assert (logits - full[:, t]).abs().max() < 0.1 * full.abs().max()
+        assert (logits - full[:, t]).abs().max() < near * full.abs().max()
 
 
 @each_variant

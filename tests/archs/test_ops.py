@@ -13,6 +13,7 @@ from helpers import threads
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from operators import (
+    CACHE_DTYPES,
     CASES,
     CPU,
     DECLINED,
@@ -154,6 +155,23 @@ def test_a_gradient_that_is_not_finite_is_seen_by_the_keys_that_it_reaches_alone
     of_q, *of_kv = torch.autograd.grad(cpu_attention.causal(*inputs, 0.2), inputs, grad)
     assert of_q[0].isnan().any(-1).nonzero().tolist() == [[0, 21]]
     assert all(x[:, 0, :22].isnan().all() and not x[:, 1:].isnan().any() for x in of_kv)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_numbers_are_stored_as_pytorch_rounds_them_and_read_as_they_are_stored(dtype):
+    """Of all sizes, ties between two numbers of the dtype among them, infinite ones and NaN."""
+    new = torch.randint(-(2**31), 2**31, (1, 2000, 1, 67)).int()
+    new[:, ::2] = (new[:, ::2] & -0x1000) % 0x08000000 + 0x33000000  # of fp16's sizes, with few digits
+    new[..., :3] = torch.tensor([math.inf, -math.inf, math.nan]).view(torch.int32)
+    caches = [torch.zeros(1, 2000, 1, 67, dtype=dtype) for _ in range(2)]
+    cpu.put(caches[0], torch.tensor([0]), new.view(torch.float32))
+    ops.put.formula(caches[1], torch.tensor([0]), new.view(torch.float32))
+    torch.testing.assert_close(*caches, rtol=0, atol=0, equal_nan=True)
+    values = torch.arange(2**16).to(torch.int16).view(torch.float16 if dtype == torch.float32 else dtype).to(dtype)
+    values, keys = values.view(1, 1024, 1, 64), torch.zeros(1, 1024, 1, 64)
+    read = cpu_attention.decode(keys, keys.to(dtype), values, 1.0)
+    torch.testing.assert_close(read, values.float(), rtol=1e-6, atol=1e-42, equal_nan=True)
 
 
 @pytest.mark.parametrize("top", [1.0, 100.0, 1000.0])

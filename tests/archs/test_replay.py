@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import assert_near, each_variant, make, threads
+from helpers import each_variant, make, threads
 from torch.utils.flop_counter import FlopCounterMode
 
 from archs import ops
@@ -35,20 +35,24 @@ def tensors(cache):
 
 
 @on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @each_variant
-def test_replayed_steps_equal_plain_steps(arch, options):
-    """From an empty cache on, and after a prompt in between; the caches are equal, too."""
+def test_replayed_steps_equal_plain_steps(arch, options, dtype):
+    """From an empty cache on, and after a prompt in between; the caches are equal, too. What is rounded to fewer bits
+    may fall to either side."""
     model = make(arch, options).to(DEVICE)
     tokens = torch.randint(97, (3, 30), device=DEVICE)
-    plain, recorded = (model.new_cache(3, 40) for _ in range(2))
+    plain, recorded = (model.new_cache(3, 40, dtype) for _ in range(2))
+    rounding = 0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     for t in range(30):
         if t == 11:
             for cache in (plain, recorded):
                 model.prefill(tokens[:, :7], cache)
         expected, logits = plain_step(model, tokens[:, t], plain), model.decode(tokens[:, t], recorded)
-        assert_near(logits, expected)
+        assert (logits - expected).abs().max() <= (1e-5 + rounding) * expected.abs().max()
         assert recorded.length == plain.length
-    torch.testing.assert_close(tensors(recorded), tensors(plain), rtol=1e-4, atol=1e-4)
+    for x, y in zip(tensors(recorded), tensors(plain), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4 + rounding, atol=1e-4 + rounding * y.abs().max().item())
     assert recorded.step.replay
     assert recorded.step.position.item() == recorded.length - (DEVICE == "cpu")
 
@@ -234,10 +238,6 @@ SUBSTITUTIONS = {
     aten.cat.default: (
         lambda r: ([torch.randn(2, 1, 3, 7).transpose(1, 2)[..., : r.randint(1, 6)], torch.randn(2, 3, 1, 5)], -1),
         [([CACHE, CACHE], -1), ([CACHE[:, :, :1]] * 3, -1), ([CACHE[:, :, :1]] * 2, 2)],
-    ),
-    aten.index_copy_.default: (
-        lambda r: (CACHE, 2, torch.tensor([r.randint(0, 6)]), torch.randn(2, 1, 4, 5)[:, :, :3].transpose(1, 2)),
-        [(CACHE, 2, torch.tensor([1, 2]), CACHE[:, :, :2]), (CACHE.mT, 2, torch.tensor([1]), CACHE[..., :1].mT)],
     ),
 }  # fmt: skip
 

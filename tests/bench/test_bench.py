@@ -26,6 +26,10 @@ RUNS = {  # arguments, number of rows
     "roof": (MODEL, 4),
     "attention": ([*LAYER, "--repeats", "2"], 4),
     "tiles": ([*LAYER, "--dtype", "fp32", "--repeats", "1", "--slots", "16", "--programs", "2"], 3 * 3),
+    "llama": (
+        [*MODEL[:8], "--variants", *VARIANTS[:2], "--batches", "2", "--contexts", "24", "--decode-repeats", "2"],
+        2 * 2,
+    ),
     "paging": ([*MODEL, "--repeats", "2"], 4 * 4),
     "loss": (["--vocab-size", "64", "--width", "16", *SMALL, "--repeats", "2"], 2),
 }
@@ -52,6 +56,8 @@ def test_each_bench_measures_every_variant(name, bench, capsys):
     arguments, count = RUNS[name]
     if name == "tiles":
         pytest.importorskip("triton", reason="Triton comes with torch's CUDA build; it is not here")
+    if name == "llama":
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not here; bench/llama.py says how to run with it")
     status, rows = bench(name, arguments)
     assert (status, len(rows)) == (0, count)
     for row in rows:

@@ -6,9 +6,9 @@
 // 2023, arXiv 2307.08691). Memory sets the pace only if it is never waited for: while one tile is computed with, one to
 // come is fetched, some lines at each step of the inner loops.
 //
-// Constants of a build: D key size, E value size and, of one token's attention, M, the queries of a KV head. In keys and
-// values there is nothing between one token of a KV head and the next. One token's values are the keys' first columns where
-// sizes differ.
+// Constants of a build: D key size, E value size and, of one token's attention, M, the queries of a KV head, and STORED,
+// what keys and values are stored as. There is nothing between one token of a KV head and the next. One token's values are
+// the keys' first columns where sizes differ.
 
 #include <algorithm>
 #include <atomic>
@@ -26,10 +26,14 @@ constexpr bool SHARED = false;
 constexpr int lanes(int native) { return D % native || E % native ? lanes(native / 2) : native; }
 constexpr int divisor(int n, int most) { return n % most ? divisor(n, most - 1) : most; }
 
-constexpr int NEXT = SHARED ? D : E;  // floats from one token's values to the next
+constexpr int NEXT = SHARED ? D : E;  // numbers from one token's values to the next
 // Queries in a vector, if they fill it; a half vector where memory sets the pace anyway.
 constexpr int QUERIES = M % NATIVE && !SHARED ? std::min(NATIVE, 8) : NATIVE;
 constexpr bool MANY = M % QUERIES == 0;
+
+// Keys and values of 16 bits are widened by each load, or once a tile for so many queries that each is loaded often.
+typedef std::conditional_t<(M > 4), float, stored> item;
+constexpr bool WIDENED = !std::is_same_v<item, stored>;
 
 // Tokens in a tile: 16. Of one new token 32, where blocks are as long, for one query, which has little to do with each
 // tile, and for many, whose outputs are loaded and stored with each.
@@ -38,12 +42,14 @@ constexpr int SHORT = 16, LONG = M == 1 || (MANY && M > QUERIES && !SHARED) ? 32
 // Where computing takes longer, 8 KiB ahead into the first cache, else 16 KiB into the second.
 constexpr int INTO = MANY ? 3 : 2, LINES_AHEAD = MANY ? 128 : 256;
 
+constexpr int ITEMS = 64 / sizeof(stored);  // keys' or values' numbers in a cache line
+
 // Keys or values of a tile to come, fetched some lines at a time while another is computed with.
 struct Lines {
-    const float *at;
+    const stored *at;
 
     INLINED void fetch(int lines) {
-        UNROLL for (int i = 0; i < lines; i++, at += LINE) __builtin_prefetch(at, 0, INTO);
+        UNROLL for (int i = 0; i < lines; i++, at += ITEMS) __builtin_prefetch(at, 0, INTO);
     }
 };
 
@@ -52,9 +58,12 @@ constexpr int shares(int lines, int steps) { return (lines + steps - 1) / steps;
 constexpr int L = lanes(NATIVE);
 typedef Vector<L>::type vec;
 
-// A tile's first tokens, where they do not fill it, and zeros behind them: nothing beyond them is read.
-INLINE const float *with_zeros(const float *x, long floats, float *room, long all) {
-    std::fill(std::copy(x, x + floats, room), room + all, 0.0f);
+// A tile's first tokens and, where they do not fill it, zeros behind them: nothing beyond them is read.
+template <class X, class Y> INLINE const Y *tile_of(const X *x, long live, Y *room, long all) {
+    if constexpr (WIDENED) each(live, [&](auto v, long i) INLINED { store(room + i, load<decltype(v)>(x + i)); });
+    else if (live < all) std::copy(x, x + live, room);
+    else return x;
+    std::fill(room + live, room + all, Y{});
     return room;
 }
 
@@ -69,14 +78,16 @@ constexpr int MS = MANY ? QUERIES : M % 4 == 0 && L >= 4 ? 4 : M % 2 == 0 && L >
 template <int N> struct Seen {
     typedef Vector<MS * NS>::type Scores;
     static constexpr int J = M / MS, NJ = N / NS, PAIR = std::min(2, NJ);
-    static constexpr int KEY_LINES = N * D / LINE, VALUE_LINES = SHARED ? 0 : N * E / LINE;         // of a tile
+    static constexpr int KEY_LINES = shares(N * D, ITEMS), VALUE_LINES = SHARED ? 0 : shares(N * E, ITEMS);  // of a tile
     static constexpr int AHEAD = std::max(1, LINES_AHEAD / (KEY_LINES + VALUE_LINES)) * N;  // tokens from use to fetch
 
     alignas(64) float q[D * M], out[M * E] = {};
-    alignas(64) float few_keys[N * D], few_values[SHARED ? 1 : N * E];
+    // Of tiles that are not used in their places; two of keys where the last ones are still needed as values.
+    alignas(64) item tile_keys[WIDENED && SHARED ? 2 : 1][N * D], tile_values[SHARED ? 1 : N * E];
+    int turn = 0;
     Scores scores[NJ][J], weights[NJ][J], top[J], totals[J] = {};
-    const float *values = nullptr;  // that the weights are for, which `out` is still without
-    Lines pending;                  // what is to be fetched meanwhile
+    const item *values = nullptr;  // that the weights are for, which `out` is still without
+    Lines pending;                 // what is to be fetched meanwhile
 
     // Of M queries that are `step` floats apart there are `live`; the others' places are filled with the last.
     INLINED Seen(const float *queries, long step, int live, float scale) {
@@ -92,17 +103,15 @@ template <int N> struct Seen {
 
     // Takes in N tokens, or the first `live`, of which query m sees only those from `hidden` + m to `sees` + m. Values are
     // added after the next tile's scores, so that neither waits for the end of what it needs; the last ones by `finish`.
-    INLINED void tile(const float *k, const float *v, long live, Lines keys_ahead, Lines values_ahead, long sees = N,
-                      long hidden = -M) {
-        if (live < N) {
-            k = with_zeros(k, live * D, few_keys, N * D);
-            if (!SHARED) v = with_zeros(v, live * E, few_values, N * E);
-        }
-        if (SHARED) v = k;
+    INLINED void tile(const stored *all_k, const stored *all_v, long live, Lines keys_ahead, Lines values_ahead,
+                      long sees = N, long hidden = -M) {
+        live = std::min<long>(live, N);
+        const item *k = tile_of(all_k, live * D, tile_keys[turn], N * D);
+        if (WIDENED && SHARED) turn ^= 1;
         if constexpr (MANY) along_queries(k, keys_ahead);
         else along_keys(k, keys_ahead);
         finish();
-        values = v, pending = values_ahead;
+        values = SHARED ? k : tile_of(all_v, live * E, tile_values, N * E), pending = values_ahead;
         if (live < N || sees < N || hidden > 1 - M)
             for (int j = 0; j < J; j++) {
                 Scores from, to;
@@ -145,13 +154,14 @@ template <int N> struct Seen {
 
     // Scores of as many tokens at a time as registers hold. Here and below, pointers that move and factors loaded once
     // save instructions: of those a hyperthread beside this one leaves few for each multiplication.
-    APART void along_queries(const float *k, Lines ahead) {
-        constexpr int T = divisor(N, std::clamp((REGISTERS < 32 ? 12 : 16) / J, 1, N)), STEP = divisor(D, std::max(4, LINE / T));
+    template <class K> APART void along_queries(const K *k, Lines ahead) {
+        constexpr int T = divisor(N, std::clamp((REGISTERS < 32 ? 12 : 16) / J, 1, N));
+        constexpr int STEP = divisor(D, std::max(4, ITEMS / T));
         for (int n = 0; n < N; n += T) {
             Scores a[T][J] = {};
-            const float *some = k + n * D;
+            const K *some = k + n * D;
             for (const float *x = q; x != q + D * M; x += STEP * M, some += STEP) {
-                ahead.fetch(shares(T * STEP, LINE));
+                ahead.fetch(shares(T * STEP, ITEMS));
                 UNROLL for (int i = 0; i < STEP; i++) {
                     Scores y[J];
                     UNROLL for (int j = 0; j < J; j++) y[j] = held(load<Scores>(x + i * M + j * MS));
@@ -166,7 +176,7 @@ template <int N> struct Seen {
         }
     }
 
-    INLINED void along_keys(const float *k, Lines ahead) {
+    INLINED void along_keys(const item *k, Lines ahead) {
         constexpr int STEPS = NJ * J * (MS > 1 ? D / L : NS);
         for (int n = 0; n < N; n += NS)
             for (int m = 0; m < M; m += MS) {
@@ -203,7 +213,8 @@ template <int N> struct Seen {
                 float *o = out + m * E + e;
                 UNROLL for (int i = 0; i < MV; i++)
                     UNROLL for (int j = 0; j < EV; j++) a[i][j] = load<vec>(o + i * E + j * L);
-                const float *v = values + e, *w = (float *)weights + place(m, 0), *end = w + N * M;
+                const item *v = values + e;
+                const float *w = (float *)weights + place(m, 0), *end = w + N * M;
                 for (; w != end; w += STEP * M, v += STEP * NEXT) {
                     ahead.fetch(shares(VALUE_LINES, STEPS));
                     UNROLL for (int n = 0; n < STEP; n++) {
@@ -233,13 +244,13 @@ template <int N> struct Seen {
 // Some of a KV head's tokens, from `first` on: one after the other in memory, or in blocks of `size` tokens that a table
 // numbers, in which tiles end where blocks do.
 struct Part {
-    const float *k, *v;
+    const stored *k, *v;
     const long *table;
     long size, k_block, v_block, first, tokens;
 
-    INLINED const float *key(long s) const { return at(k, k_block, first + s, D); }
-    INLINED const float *value(long s) const { return at(v, v_block, first + s, NEXT); }
-    INLINED const float *at(const float *x, long block, long s, long row) const {
+    INLINED const stored *key(long s) const { return at(k, k_block, first + s, D); }
+    INLINED const stored *value(long s) const { return at(v, v_block, first + s, NEXT); }
+    INLINED const stored *at(const stored *x, long block, long s, long row) const {
         return table ? x + table[s / size] * block + s % size * row : x + s * row;
     }
 };
@@ -254,7 +265,7 @@ static void attend(const float *queries, float scale, const Part &part, const F 
     for (long s = 0; s < part.tokens; s += N) {
         Part to_come = s + AHEAD < whole ? part : next();
         long far = std::min(s + AHEAD < whole ? s + AHEAD : s + AHEAD - whole, to_come.tokens - 1);
-        const float *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
+        const stored *keys = to_come.key(far), *values = SHARED ? keys : to_come.value(far);
         seen.tile(part.key(s), SHARED ? nullptr : part.value(s), part.tokens - s, {keys}, {values});
     }
     seen.finish();
@@ -265,10 +276,10 @@ static void attend(const float *queries, float scale, const Part &part, const F 
     }
 }
 
-// q (B, G, M, D) and out (B, G, M, E), without gaps within a sequence; strides in floats, of batch and KV head. S tokens
+// q (B, G, M, D) and out (B, G, M, E), without gaps within a sequence; strides in numbers, of batch and KV head. S tokens
 // are held, or as many as there are up to `position`, one for all or with `position_step` 1 one for each sequence. With a
 // table (B, blocks) they lie in blocks of `size` tokens, and strides of the batch are those of blocks.
-extern "C" void split_kv(const float *q, const float *k, const float *v, float *out, long q_batch, long k_batch,
+extern "C" void split_kv(const float *q, const stored *k, const stored *v, float *out, long q_batch, long k_batch,
                          long k_head, long v_batch, long v_head, long B, long G, long S, const long *position,
                          long position_step, const long *table, long blocks, long size, float scale, long threads) {
     const long room = S, heads = B * G;
@@ -426,8 +437,8 @@ extern "C" void causal_backward(const float *grad, const float *q, const float *
                 std::fill(sum, sum + M * D, 0.0f);
                 for (long s = start; s < tokens; s += N) {
                     const bool whole = s + N <= S;
-                    const float *some = whole ? keys + s * D : with_zeros(keys + s * D, (S - s) * D, few_keys, N * D);
-                    const float *theirs = whole ? values + s * E : with_zeros(values + s * E, (S - s) * E, few_values, N * E);
+                    const float *some = whole ? keys + s * D : tile_of(keys + s * D, (S - s) * D, few_keys, N * D);
+                    const float *theirs = whole ? values + s * E : tile_of(values + s * E, (S - s) * E, few_values, N * E);
                     product<N, M, D, D, 1, false, native>(some, columns, p);
                     product<N, M, E, E, 1, false, native>(theirs, mean_columns, change);
                     const bool all = s + N - 1 <= first && s > first + M - 1 - window;

@@ -10,29 +10,38 @@ import torch
 from torch import Tensor
 
 from archs.kernels import kernel
-from archs.kernels.cpu.build import Prepared, build, is_transformed, library, operator, threads, usable
+from archs.kernels.cpu.build import STORED, Prepared, build, is_transformed, library, operator, threads, usable
 from archs.kernels.fused import are_columns
 
 # Decode
 
 
 def can_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position: Tensor | None = None) -> bool:
-    """One token, no gaps between tokens or between queries; values of another size are columns of the keys."""
+    """One token, no gaps between tokens or between queries; values of another size are columns of the keys. Keys and
+    values of any dtype in STORED, and queries of the same or in fp32."""
     (H, T, D), (G, _, E) = q.shape[1:], v.shape[1:]
     fits = T == 1 and not window and len(q) > 0 and q[0].is_contiguous()
-    fits = fits and k.stride()[2:] == v.stride()[2:] == (D, 1)
-    return fits and (D == E or are_columns(v, k)) and usable(q, k, v) and build(D, E, H // G) is not None
+    fits = fits and k.stride()[2:] == v.stride()[2:] == (D, 1) and k.dtype == v.dtype
+    fits = fits and q.dtype in (torch.float32, k.dtype) and (D == E or are_columns(v, k))
+    return fits and usable(q, k, v, dtypes=STORED) and build(D, E, H // G, k.dtype) is not None
+
+
+@kernel(can_decode)
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None, table: Tensor | None = None
+) -> Tensor:
+    """Computed in fp32."""
+    return split_kv(q.float(), k, v, scale, window, position, table).to(q.dtype)
 
 
 @operator(
     "split_kv(Tensor q, Tensor k, Tensor v, float scale, int window=0, Tensor? position=None, Tensor? table=None)"
     " -> Tensor",
-    can_decode,
     flops=lambda q, k, v, scale, window=0, position=None, table=(0, 1): (
         2 * math.prod(q[:3]) * table[1] * v[2] * (k[3] + v[3])
     ),
 )
-def decode(
+def split_kv(
     q_BH1D: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None, table_BN: Tensor | None = None
 ) -> Prepared:
     """Keys and values are (B, G, S, D), or with a table of blocks (P, G, C, D)."""
@@ -43,7 +52,7 @@ def decode(
     sizes = q_BH1D.stride(0), *k.stride()[:2], *v.stride()[:2], B, G, blocks * C
     places = position, position is not None and len(position) > 1, table_BN, blocks, C
     work = threads(B * G * blocks * C * (D + E))
-    return out, build(D, E, H // G).split_kv, q_BH1D, k, v, out, *sizes, *places, scale, work
+    return out, build(D, E, H // G, k.dtype).split_kv, q_BH1D, k, v, out, *sizes, *places, scale, work
 
 
 def can_decode_pages(q: Tensor, k: Tensor, v: Tensor, scale: float, position: Tensor, table: Tensor) -> bool:
@@ -63,11 +72,11 @@ def paged_decode(
 
 
 def can_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position: Tensor | None = None) -> bool:
-    """fp32, or what autocast would make fp32, and so many tokens that it is faster than PyTorch. It has gradients and
-    goes through torch.compile, not through torch.func."""
+    """Queries in fp32, or under autocast, and so many tokens that it is faster than PyTorch. It has gradients and goes
+    through torch.compile, not through torch.func."""
     (T, D), E = q.shape[2:], v.shape[3]
-    autocast = torch.is_autocast_enabled("cpu")
-    fits = all(x.is_cpu and (autocast or x.dtype == torch.float32) for x in (q, k, v))
+    fits = all(x.is_cpu and x.dtype != torch.float64 for x in (q, k, v))
+    fits = fits and (q.dtype == torch.float32 or torch.is_autocast_enabled("cpu"))
     return fits and position is None and not is_transformed() and T >= 8 and q.stride(3) == 1 and _builds(D, E)
 
 

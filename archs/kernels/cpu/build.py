@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 HERE = Path(__file__).parent
+STORED = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}  # a cache's dtypes and C++ types
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 
 
@@ -35,20 +36,22 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def build(D: int = 0, E: int = 0, M: int = 0) -> ctypes.CDLL | None:
-    """The library of layers.cpp, or of attention.cpp for key size D and value size E, with M its decode kernel.
+def build(D: int = 0, E: int = 0, M: int = 0, cache: torch.dtype = torch.float32) -> ctypes.CDLL | None:
+    """The library of layers.cpp, or of attention.cpp for key size D and value size E, with M its decode kernel; for a
+    cache of that dtype.
 
     None where there is no compiler, and after a warning where the build fails.
     """
     if not compiler():
         return None
-    sizes = [f"-D{name}={value}" for name, value in (("D", D), ("E", E), ("M", M)) if value]
+    values = {"D": D, "E": E, "M": M, "STORED": STORED[cache]}
+    source, defines = HERE / ("attention.cpp" if D else "layers.cpp"), [f"-D{k}={v}" for k, v in values.items() if v]
     try:
         try:
-            return _load(kernel_cache_dir(), sizes)
+            return _load(kernel_cache_dir(), source, defines)
         except (OSError, RuntimeError):  # no home, or a folder that cannot be written or that nothing may be run from
             with tempfile.TemporaryDirectory(prefix="kvfrontier-") as folder:
-                return _load(Path(folder), sizes)
+                return _load(Path(folder), source, defines)
     except (subprocess.CalledProcessError, OSError) as e:
         reason = (getattr(e, "stderr", None) or str(e)).strip().partition("\n")[0]
         warnings.warn(f"decode, prefill and training go without the C++ kernel, more slowly: {reason}", stacklevel=2)
@@ -60,9 +63,9 @@ def kernel_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvfrontier" / "kernels"
 
 
-def _load(folder: Path, sizes: list[str]) -> ctypes.CDLL:
+def _load(folder: Path, source: Path, defines: list[str]) -> ctypes.CDLL:
     """Builds the library unless the folder has one from the same source, flags, compiler and processor."""
-    source, command = HERE / ("attention.cpp" if sizes else "layers.cpp"), [compiler(), *FLAGS, *sizes]
+    command = [compiler(), *FLAGS, *defines]
     run = partial(subprocess.run, capture_output=True, check=True, encoding="utf-8", errors="replace")
     macros = run([*command, "-dM", "-E", "-x", "c++", os.devnull]).stdout
     parts = *command, macros, source.read_text(), (HERE / "vectors.h").read_text()
@@ -97,12 +100,12 @@ def threads(work: int) -> int:
     return max(1, min(torch.get_num_threads(), work >> 15))
 
 
-def usable(*tensors: Tensor) -> bool:
-    """True if a C++ kernel without a gradient can run on these tensors: fp32 on a CPU, no gradient needed, not inside
-    torch.compile or torch.func, and a compiler to build it with."""
+def usable(*tensors: Tensor, dtypes: Container[torch.dtype] = (torch.float32,)) -> bool:
+    """True if a C++ kernel without a gradient can run on these tensors: of such a dtype, on a CPU, no gradient needed,
+    not inside torch.compile or torch.func, and a compiler to build it with."""
     grad = torch.is_grad_enabled()
     for x in tensors:
-        if not x.is_cpu or x.dtype != torch.float32 or (grad and x.requires_grad):
+        if not x.is_cpu or x.dtype not in dtypes or (grad and x.requires_grad):
             return False
     return not torch.compiler.is_compiling() and not is_transformed() and build() is not None
 

@@ -5,12 +5,13 @@
 #include "vectors.h"
 
 // One token's vectors x (B, G, D) into slot `position` of a stream (B, G, S, D); strides of batch and KV head.
-extern "C" void put(float *stream, const float *x, const long *position, long B, long G, long size, long stream_batch,
+extern "C" void put(stored *stream, const float *x, const long *position, long B, long G, long size, long stream_batch,
                     long stream_head, long x_batch, long x_head) {
     for (long b = 0; b < B; b++)
         for (long g = 0; g < G; g++) {
             const float *p = x + b * x_batch + g * x_head;
-            std::copy(p, p + size, stream + b * stream_batch + g * stream_head + *position * size);
+            stored *to = stream + b * stream_batch + g * stream_head + *position * size;
+            each(size, [&](auto v, long i) INLINED { store(to + i, load<decltype(v)>(p + i)); });
         }
 }
 
@@ -234,24 +235,26 @@ extern "C" void add(const float *x, const float *y, float *out, long n) {
 }
 
 // One token of gated retention: the state (B, H, D, D) fades by `decay` (B, H) and takes in k^T v, out is q times it;
-// q, k, v (B, H, D) have no gaps within a sequence, out has none. A token's own q k is summed in double precision, as in ops.self_score.
-extern "C" void retention(const float *q, const float *k, const float *v, const float *decay, float *state, float *out,
+// q, k, v (B, H, D) have no gaps within a sequence, out has none. A token's own q k is summed in double precision, as in
+// ops.self_score.
+extern "C" void retention(const float *q, const float *k, const float *v, const float *decay, stored *state, float *out,
                           long B, long H, long size, long q_batch, long k_batch, long v_batch, long threads) {
 #pragma omp parallel for num_threads(threads) if (B * H * size * size > 1 << 14)
     for (long i = 0; i < B * H; i++) {
         const long b = i / H, h = i % H * size;
         const float *qi = q + b * q_batch + h, *ki = k + b * k_batch + h, *vi = v + b * v_batch + h, fade = decay[i];
-        float *s = state + i * size * size, *o = out + i * size;
+        stored *s = state + i * size * size;
+        float *o = out + i * size;
         double own = 0;
         for (long d = 0; d < size; d++) own += (double)(qi[d] * ki[d]);
         for (long e = 0; e < size; e++) o[e] = (float)own * vi[e];
         for (long d = 0; d < size; d++, s += size)
-#pragma omp simd
-            for (long e = 0; e < size; e++) {
-                float faded = fade * s[e];
-                o[e] += qi[d] * faded;
-                s[e] = faded + ki[d] * vi[e];
-            }
+            each(size, [&](auto x, long e) INLINED {
+                typedef decltype(x) T;
+                T faded = fade * load<T>(s + e);
+                store(o + e, load<T>(o + e) + qi[d] * faded);
+                store(s + e, faded + ki[d] * load<T>(vi + e));
+            });
     }
 }
 

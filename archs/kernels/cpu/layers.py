@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from archs.kernels import kernel
-from archs.kernels.cpu.build import PREPARE, Prepared, bind, build, is_transformed, operator, threads, usable
+from archs.kernels.cpu.build import PREPARE, STORED, Prepared, bind, build, is_transformed, operator, threads, usable
 
 FEW_ROWS = 32  # PyTorch's products are as fast with more
 HUGE_PAGE = 2**21  # bytes
@@ -108,9 +108,9 @@ def head_linear(x_BH1K: Tensor, weight_HKF: Tensor) -> Prepared:
 
 
 def can_retain(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:
-    """No gaps between the heads of a sequence."""
+    """No gaps between the heads of a sequence; a state of any dtype in STORED."""
     dense = all(x[:1].is_contiguous() for x in (q, k, v)) and decay.is_contiguous() and state.is_contiguous()
-    return dense and usable(q, k, v, decay, state)
+    return dense and usable(q, k, v, decay) and usable(state, dtypes=STORED)
 
 
 @operator(
@@ -123,7 +123,20 @@ def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Te
     out = q_BH1D.new_empty(B, H, 1, D)
     tensors = q_BH1D, k_BH1D, v_BH1D, decay_BH1, state_BHDD, out
     batches = [x.stride(0) for x in tensors[:3]]
-    return out, build().retention, *tensors, B, H, D, *batches, threads(state_BHDD.numel())
+    return out, build(cache=state_BHDD.dtype).retention, *tensors, B, H, D, *batches, threads(state_BHDD.numel())
+
+
+def can_put(cache: Tensor, slots: Tensor, new: Tensor) -> bool:
+    """One slot and no gaps in its vector; a cache of any dtype in STORED."""
+    fits = slots.shape == (1,) and new.stride(3) == 1 and cache.stride()[2:] == (cache.shape[3], 1)
+    return fits and usable(new) and usable(cache, dtypes=STORED)
+
+
+@operator("put(Tensor(a!) cache, Tensor slots, Tensor new) -> ()", can_put)
+def put(cache_BGSD: Tensor, slot_1: Tensor, new_BG1D: Tensor) -> Prepared:
+    B, G, _, D = new_BG1D.shape
+    strides = *cache_BGSD.stride()[:2], *new_BG1D.stride()[:2]
+    return None, build(cache=cache_BGSD.dtype).put, cache_BGSD, new_BG1D, slot_1, B, G, D, *strides
 
 
 @operator("cross_entropy(Tensor(a!) logits, Tensor targets) -> Tensor")
@@ -229,19 +242,9 @@ def join(parts: list[Tensor], dim: int = 0) -> Prepared | None:
     return out, build().join, *parts, out, B, H, D, E, *(step for x in parts for step in x.stride()[:2])
 
 
-def put(cache_BGSD: Tensor, dim: int, position: Tensor, new_BG1D: Tensor) -> Prepared | None:
-    """For one token's vectors in the slot at `position`."""
-    one = cache_BGSD.dim() == 4 and dim == 2 and len(position) == new_BG1D.stride(3) == cache_BGSD.stride(3) == 1
-    if not one or cache_BGSD.stride(2) != cache_BGSD.shape[3] or not usable(cache_BGSD, new_BG1D):
-        return None
-    B, G, _, D = new_BG1D.shape
-    strides = *cache_BGSD.stride()[:2], *new_BG1D.stride()[:2]
-    return cache_BGSD, build().put, cache_BGSD, new_BG1D, position, B, G, D, *strides
-
-
 aten = torch.ops.aten
 PREPARE |= {aten.mm.default: linear, aten.embedding.default: take, aten.add.Tensor: add}
-PREPARE |= {aten.cat.default: join, aten.index_copy_.default: put}
+PREPARE |= {aten.cat.default: join}
 
 
 # Memory

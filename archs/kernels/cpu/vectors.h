@@ -2,8 +2,12 @@
 
 #pragma once
 #include <cmath>
+#include <cstdint>
 #include <type_traits>
 #include <utility>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int NATIVE = 16, REGISTERS = 32;
@@ -32,6 +36,63 @@ template <class T> using Lanes = std::make_integer_sequence<int, width<T>>;
 
 template <class T> INLINE T load(const float *x) { return *(const typename Vector<width<T>>::loose *)x; }
 template <class T> INLINE void store(float *x, T a) { *(typename Vector<width<T>>::loose *)x = a; }
+
+// What a cache stores: floats, or numbers of 16 bits, with which nothing is computed: a load widens, a store rounds.
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
+#ifndef STORED
+#define STORED float
+#endif
+typedef STORED stored;
+
+template <int L> struct Bits {
+    typedef uint32_t type __attribute__((vector_size(4 * L)));
+    typedef uint16_t loose __attribute__((vector_size(2 * L), aligned(2)));
+};
+template <class T> using bits = typename Bits<width<T>>::type;
+
+template <class T> INLINE bits<T> load_bits(const void *x) {
+    return __builtin_convertvector(*(const typename Bits<width<T>>::loose *)x, bits<T>);
+}
+template <class T> INLINE void store_bits(void *x, bits<T> a) {
+    *(typename Bits<width<T>>::loose *)x = __builtin_convertvector(a, typename Bits<width<T>>::loose);
+}
+
+template <class T> INLINE T load(const bf16 *x) { return (T)(load_bits<T>(x) << 16); }
+template <class T> INLINE void store(bf16 *x, T a) {  // to the nearest, of two as near to the even one
+    bits<T> b = (bits<T>)a;
+    store_bits<T>(x, a == a ? (b + 0x7fff + (b >> 16 & 1)) >> 16 : bits<T>{} + 0x7fc0);
+}
+
+template <class T> INLINE T load(const fp16 *x) {
+#if defined(__AVX512F__)
+    if constexpr (width<T> == 16) return (T)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#endif
+#if defined(__F16C__)
+    if constexpr (width<T> == 8) return (T)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#endif
+    bits<T> h = load_bits<T>(x), number = (h & 0x7fff) << 13;
+    bits<T> finite = (bits<T>)((T)number * 0x1p112f);  // whose exponent is 112 more, also where it was 0
+    return (T)((number < 0x7c00 << 13 ? finite : number | 0x7f800000) | (h & 0x8000) << 16);
+}
+template <class T> INLINE void store(fp16 *x, T a) {
+    bits<T> b = (bits<T>)a, size = b & 0x7fffffff;
+    bits<T> normal = (size - (112 << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+    bits<T> small = (bits<T>)((T)size + 0.5f) - 0x3f000000;  // below 2^-14: the sum is rounded to multiples of 2^-24
+    bits<T> number = size < 113 << 23 ? small : size < 0x477ff000 ? normal : bits<T>{} + 0x7c00;
+    store_bits<T>(x, (a == a ? number : bits<T>{} + 0x7e00) | (b >> 16 & 0x8000));
+}
+
+// body(vector, i) for each of n numbers: as many at a time as a vector has lanes, then one by one.
+template <class F> INLINE void each(long n, F body) {
+    long i = 0;
+    for (; i <= n - NATIVE; i += NATIVE) body(native{}, i);
+    for (; i < n; i++) body(Vector<1>::type{}, i);
+}
 
 // In a register, so that it is loaded once and not by each instruction that takes it from memory.
 template <class T> INLINE T held(T a) {
