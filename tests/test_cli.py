@@ -22,6 +22,7 @@ from texts import MINIATURE, kvf, refused, user_folder, write_texts
 import kvfrontier
 import plots
 from archs import VARIANTS, Decoder
+from eval.check import LIMIT
 from train.files import lock
 
 ROOT = Path(kvfrontier.__file__).parent
@@ -110,6 +111,23 @@ def test_tensorboard_has_the_same_tags_in_every_run_tokens_as_steps_and_hyperpar
 
 def snapshot(directory):
     return {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file() and p.name != "plan.json"}
+
+
+def test_kernels_are_checked_in_the_models_of_a_study(folder, capsys, monkeypatch):
+    study = write_study(folder, "check.yaml", variants=STUDY["variants"][:1] + STUDY["variants"][-1:])
+    assert kvf("check", study) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[:3] for line in lines] == [
+        [variant["label"], what, "float32"]
+        for variant in (STUDY["variants"][0], STUDY["variants"][-1])
+        for what in ("training", "decode")
+    ]
+    assert all(0 < float(line.split()[3]) < 1e-3 for line in lines)
+    monkeypatch.setattr("eval.check.LIMIT", dict.fromkeys(LIMIT, 0.0))
+    assert kvf("check", study) == 1
+    out, err = capsys.readouterr()
+    assert out.count("more than 0.0") == 4
+    assert err == "kvfrontier: 4 of the checks failed\n"
 
 
 def test_the_same_command_again_does_nothing(done, folder):
