@@ -61,6 +61,7 @@ class LanguageModel(L.LightningModule):
         self.train_seconds = 0.0  # without validation, checkpoints and the step that compiles
         self.tokens_untimed = 0  # tokens of the step that compiles
         self.checkpoint_seconds = 0.0
+        self.backend = ""  # attention's kernels in training
 
     def configure_optimizers(self) -> dict:
         optimizer = OPTIMIZERS[self.hparams.optimizer](self.model, self.hparams.lr, self.hparams.weight_decay)
@@ -238,7 +239,7 @@ class LanguageModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.training:
             self._raise_if_diverged()  # diverged weights are never saved
-        names = "tokens_seen", "tokens_untimed", "train_seconds", "checkpoint_seconds"
+        names = "tokens_seen", "tokens_untimed", "train_seconds", "checkpoint_seconds", "backend"
         checkpoint["seen"] = {name: getattr(self, name) for name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -89,6 +89,21 @@ def stopped_run(data, directory, monkeypatch, **settings):
     return plan, run
 
 
+def test_a_finished_run_keeps_its_weights_alone(stopped, capsys):
+    """A third of a checkpoint. Without its record it starts over, and says why."""
+    plan, run = stopped
+    before = max(path.stat().st_size for path in checkpoints(run.directory))
+    assert train_runs(plan) == []
+    (path,) = checkpoints(run.directory)
+    assert path.stat().st_size < before / 2
+    expected, record = weights(run), run.record()
+    (run.directory / "record.json").unlink()
+    assert train_runs(plan) == []
+    assert "only weights are left of its checkpoints; the run starts over" in capsys.readouterr().err
+    assert all(torch.equal(weight, weights(run)[name]) for name, weight in expected.items())
+    assert run.record()["curve"] == record["curve"]
+
+
 DAMAGES = {
     "truncated": lambda content: content[:-100],
     "empty": lambda content: b"",
