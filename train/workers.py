@@ -121,21 +121,19 @@ def _show(progress: StudyProgress, to_train: list[Variant], running: list[Run]) 
         progress.show(", ".join(begun) or "starts", "", done)
 
 
-def train_process(directory: Path, name: str, env: dict[str, str], children: set[subprocess.Popen]) -> Outcome:
-    """Trains one run in a process of its own, which is among `children` as long as it lives."""
+def train_process(directory: Path, name: str, env: dict[str, str], began=lambda child: None) -> Outcome:
+    """Trains one run in a process of its own; `began` is called with it."""
     command = [sys.executable, str(COMMAND), "train", str(directory), "--run", name]
     output = {"text": True, "errors": "replace", "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     # In a session of its own: Ctrl-C reaches this process alone, which passes it on once.
     child = subprocess.Popen(command, env=os.environ | env, start_new_session=True, **output)
-    children.add(child)
+    began(child)
     try:
         lines = [line for line in child.communicate()[1].splitlines() if line.strip()]
     except BaseException:  # this process is to stop: the child writes a checkpoint
         child.terminate()
         child.communicate()
         raise
-    finally:
-        children.discard(child)
     return child.returncode, [line for line in lines if not line.startswith("training ")]
 
 
@@ -150,7 +148,8 @@ class SideBySide(Workers):
     def __init__(self, plan: Plan, count: int):
         self.directory = plan.directory.resolve()
         self.pool, self.free = ThreadPoolExecutor(count), queue.SimpleQueue()
-        self.children: set[subprocess.Popen] = set()
+        self.children: list[subprocess.Popen] = []
+        self.stopped = False
         env = thread_env()
         if count * int(env["OMP_NUM_THREADS"]) > cores():
             env["GOMP_SPINCOUNT"] = "0"  # a spinning thread would keep another from a core
@@ -163,14 +162,20 @@ class SideBySide(Workers):
     def _train(self, name: str) -> Outcome:
         env = self.free.get()
         try:
-            return train_process(self.directory, name, env, self.children)
+            return train_process(self.directory, name, env, self._began)
         finally:
             self.free.put(env)
 
+    def _began(self, child: subprocess.Popen) -> None:
+        self.children.append(child)
+        if self.stopped:  # by a signal that came while it was started
+            child.terminate()
+
     def stop(self) -> None:
+        self.stopped = True
         self.pool.shutdown(wait=False, cancel_futures=True)
         for child in [*self.children]:
-            child.terminate()
+            child.terminate()  # nothing, where it has ended
 
     def close(self) -> None:
         self.pool.shutdown(wait=False)
@@ -246,7 +251,7 @@ def train_process_on_ray(directory: str, name: str, env: dict[str, str]) -> Outc
     """Trains one run in a Ray worker."""
     for _ in range(100):  # a shared directory may show the plan a moment later on other machines
         if (Path(directory) / "plan.json").exists():
-            status, lines = train_process(Path(directory), name, env, set())
+            status, lines = train_process(Path(directory), name, env)
             if status < 0:
                 raise Killed(f"its process was killed by signal {-status}")
             return status, lines

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from miniature import metrics
+from miniature import metrics, one_run
 from texts import MINIATURE, differ, kvf, refused, user_folder
 
 from train.store import states
+from train.workers import SideBySide
 
 STUDY = MINIATURE | {
     "variants": [{"arch": "mha"}, {"arch": "yoco", "kv_heads": 1, "window": 8}],
@@ -48,6 +49,15 @@ def test_runs_side_by_side_give_the_same_results_and_stop_on_sigterm(plain, fold
     assert any("interrupted: step" in state for state in states(out).values())
     evaluated(folder, "two", "--workers", "2")
     assert differ(plain / "results.json", out / "results.json") == []
+
+
+def test_a_process_that_starts_while_all_are_stopped_is_stopped(data, tmp_path, monkeypatch):
+    plan, run = one_run(data, tmp_path)
+    plan.save()
+    began, workers = SideBySide._began, SideBySide(plan, 1)
+    monkeypatch.setattr(SideBySide, "_began", lambda self, child: self.stop() or began(self, child))
+    assert workers.start(run).result(timeout=60)[0] in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    workers.close()
 
 
 @contextlib.contextmanager
