@@ -300,10 +300,8 @@ def _check(args: argparse.Namespace) -> int:
     print(unused_gpu() or f"on {device_name(find_device())}; differences are shares of the largest number")
     wrong = 0
     for each in checks(parse_study(read_yaml(study_file)), study_file):
-        dtype, verdict = (
-            str(each.dtype).removeprefix("torch."),
-            "" if each.passed else f"  more than {LIMIT[each.dtype]}",
-        )
+        dtype = str(each.dtype).removeprefix("torch.")
+        verdict = "" if each.passed else f"  more than {LIMIT[each.dtype]}"
         print(f"{each.label:24} {each.what:8} {dtype:8} {each.error:8.1e}  {each.kernels}{verdict}", flush=True)
         wrong += not each.passed
     return _report([f"{wrong} of the checks failed"] if wrong else [])

@@ -144,8 +144,8 @@ class Decoder(Costs, nn.Module):
 
     An attention layer is called as `layer(x_BTW, chunk, kv)`: it appends the keys and values of the chunk to `kv`, and
     returns the output of at least the last `chunk.queries` tokens; `HeadNorm` and `Output` give it the options
-    `qk_norm` and `gate`. A decode step is recorded once and replayed, so
-    anything that changes between steps must be a tensor. Name the output projection `out`: initialisation scales it.
+    `qk_norm` and `gate`. A decode step is recorded once and replayed, so anything that changes between steps must be a
+    tensor. Name the output projection `out`: initialisation scales it.
     """
 
     Options: ClassVar[type[Options]] = Options

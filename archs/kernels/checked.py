@@ -1,8 +1,8 @@
 """A kernel's first use for a shape on a GPU is compared with its operator's formula, on the arguments of that use.
 
 What is right on other GPUs may be wrong on this one. A kernel that was wrong once, or failed, is not used again in this
-process: the operator goes on with its next kernel or the formula, and a warning and the records say so.
-Sizes count as equal up to the next power of two, and one or two sequences are compared: it takes milliseconds.
+process: the operator goes on with its next kernel or the formula, and a warning and the records say so. Sizes count as
+equal up to the next power of two, and one or two sequences are compared, which takes little time.
 """
 
 import warnings
@@ -41,7 +41,8 @@ def is_right(kernel: Callable, formula: Callable, arguments: tuple) -> bool:
         if error <= max(TOLERANCE.get(getattr(x, "dtype", None), 0.0) for x in arguments):
             return True
         WRONG[kernel] = f"{kernel.__name__} was wrong by {error:.2g}"
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # which says nothing of the kernel
+        _seen.discard(key)
         raise
     except Exception as e:  # it does not fit on this chip, for one
         WRONG[kernel] = f"{kernel.__name__} failed: {(str(e) or type(e).__name__).splitlines()[0]}"
