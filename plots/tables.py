@@ -92,7 +92,7 @@ def results_table(results: Results) -> Table:
             notes.append("Decode speed is that of the fastest seed, as it depends on shapes and not on the seed.")
     if tuned := [variant for variant in results.variants if variant.first("tuning")]:
         best = [variant.label for variant in tuned if variant.cost_of_sqrt2 is None]
-        how = "the minimum of a parabola over the rates" if len(best) < len(tuned) else "the best of the rates"
+        how = "from a parabola over the rates" if len(best) < len(tuned) else "the best of the rates"
         note = f"{TUNED} Tuned for each variant: {how} tried with {results.tuning_seeds_text}, used by no comparison."
         if 0 < len(best) < len(tuned):
             note += f" Nothing could be fitted for {', '.join(best)}: the best of the rates tried."

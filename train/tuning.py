@@ -1,15 +1,17 @@
-"""Choice of a variant's learning rate: where a parabola in the logarithm of the rate has its least loss.
+"""Choice of a variant's learning rate, from a parabola in the logarithm of the rate.
 
 Each rate of a list is tried with several seeds that no comparison uses. The list is widened until the best rate lies
 between two worse ones, and the parabola is fitted to the rates near it, as marin does (github.com/marin-community).
-Published differences between variants are as small as what a rate that is off by a fifth costs, so the choice says how
-sure it is, and what an error costs.
+Near the rate of least loss some seeds are unstable already, and losses scatter several times more than below it. So
+the choice follows the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984, section
+3.4.3): the lowest rate that cannot be told from the best. Published differences between variants are as small as what a
+rate that is off by a fifth costs, so the choice says how sure it is, and what an error costs.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LEAST_RATES = 4  # of a fit
@@ -26,18 +28,22 @@ def tuning_seeds(seeds: Sequence[int], count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A learning rate, its standard error in octaves, and the bits per byte that a rate off by a factor of sqrt(2)
-    costs. The last two are None where nothing could be fitted; the rate is then the best that was tried."""
+    """A learning rate; the rate where the fitted parabola is least, with its standard error in octaves; and the bits
+    per byte that a rate off from there by a factor of sqrt(2) costs. All but the first are None where nothing could be
+    fitted; it is then the best that was tried."""
 
     lr: float
-    octaves_error: float | None
-    cost_of_sqrt2: float | None
+    optimum: float | None = None
+    octaves_error: float | None = None
+    cost_of_sqrt2: float | None = None
 
     def shifted(self, full: "Tuned", short: "Tuned") -> "Tuned":
-        """This choice, made on fewer tokens, times the ratio of another variant's choices on all and on as few."""
+        """This choice, made on fewer tokens, times the ratio of another variant's best rates on all and on as few. The
+        optimum stays that of the runs on fewer tokens, its error is that of the product."""
         errors = [tuned.octaves_error for tuned in (self, full, short)]
         error = None if None in errors else math.hypot(*errors)
-        return Tuned(_rounded(self.lr * full.lr / short.lr), error, self.cost_of_sqrt2)
+        ratio = (full.optimum or full.lr) / (short.optimum or short.lr)
+        return replace(self, lr=_rounded(self.lr * ratio), octaves_error=error)
 
 
 def tried(given: Sequence[float], losses_of: Callable[[float], Mapping[int, float] | None]) -> Losses:
@@ -89,8 +95,9 @@ def at_edge(losses: Losses) -> bool:
 
 
 def choose(losses: Losses) -> Tuned | None:
-    """The rate at the vertex of loss = a(seed) + b x + c x^2, x = log2(rate), by least squares over the rates near the
-    best; None if every rate diverged. A vertex outside of these rates, or one of a maximum, is not taken."""
+    """The lowest rate at which loss = a(seed) + b x + c x^2, x = log2(rate), is within one standard error of its
+    minimum, by least squares over the rates near the best; not lower than these. None if every rate diverged. A minimum
+    outside of these rates, or a maximum, is not taken, nor is a standard error without a degree of freedom."""
     best = best_rate(losses)
     if best is None:
         return None
@@ -99,14 +106,18 @@ def choose(losses: Losses) -> Tuned | None:
     octaves = [math.log2(rate / best) for rate in near]
     fit = _parabola(octaves, [[losses[rate][seed] for rate in near] for seed in losses[best]])
     if fit is None or not octaves[0] <= fit[0] <= octaves[-1]:
-        return Tuned(best, None, None)
-    vertex, error, curvature = fit
-    return Tuned(_rounded(best * 2**vertex), error, curvature / 4)
+        return Tuned(best)
+    vertex, error, least_error, curvature = fit
+    below = max(vertex - math.sqrt((least_error or 0) / curvature), octaves[0])
+    return Tuned(*(_rounded(best * 2**x) for x in (below, vertex)), error, curvature / 4)
 
 
-def _parabola(xs: Sequence[float], rows: Sequence[Sequence[float]]) -> tuple[float, float | None, float] | None:
-    """(vertex, its standard error, c) of the parabola with one constant a row; None without a minimum. The error is by
-    the delta method, None without a degree of freedom."""
+def _parabola(
+    xs: Sequence[float], rows: Sequence[Sequence[float]]
+) -> tuple[float, float | None, float | None, float] | None:
+    """(vertex, its standard error, that of the loss there, c) of the parabola with one constant a row; None without a
+    minimum. The first error is by the delta method, the second leaves out what all rates of a seed have in common; both
+    are None without a degree of freedom."""
     n, S = len(xs), len(rows)
     if n < 3:
         return None
@@ -126,12 +137,15 @@ def _parabola(xs: Sequence[float], rows: Sequence[Sequence[float]]) -> tuple[flo
     vertex = (slope - u / c) / 2
     degrees = S * n - S - 2
     if degrees < 1:
-        return vertex, None, c
+        return vertex, None, None, c
     fitted = [u * a + c * b for a, b in zip(*basis, strict=True)]
     residues = [y - sum(row) / n - f for row in rows for y, f in zip(row, fitted, strict=True)]
     variance = _dot(residues, residues) / degrees / S  # of a mean over seeds
     error = math.sqrt(variance / norms[0] + variance / norms[1] * (u / c) ** 2) / (2 * c)
-    return vertex, error, c
+    linear = vertex - sum(xs) / n  # the basis at the vertex
+    square = vertex**2 - sum(x * x for x in xs) / n - slope * linear
+    least_error = math.sqrt(variance * (1 / n + linear**2 / norms[0] + square**2 / norms[1]))
+    return vertex, error, least_error, c
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ NEAR = 4.0  # rates further from the best one than this factor were not fitted (
 
 
 def rate_rows(results: Results) -> d.Rows:
-    """A row for each rate that was tried (`kind` tried or diverged), and one for each fit: its minimum."""
+    """A row for each rate that was tried (`kind` tried or diverged), and one for each fit: the rate that was chosen."""
     rows = []
     for variant in results.shown_variants:
         names = {key: value for key, value in d.named(variant).items() if key != "seeds"}
@@ -37,12 +37,14 @@ def _rows_of(variant: VariantResults) -> d.Rows:
         loss = number(rate.get("val_bpb"))
         about = {"kind": "diverged" if loss is None else "tried", "lr": rate["lr"], "val_bpb": loss}
         about |= {"chosen": cost is None and rate["lr"] == choice, "compared_lr": used}
-        rows.append(about | dict.fromkeys(("lr_low", "lr_high", "cost_of_sqrt2")))
+        rows.append(about | dict.fromkeys(("optimum", "optimum_bpb", "lr_low", "lr_high", "cost_of_sqrt2")))
     if rows and cost is not None:
-        least = mean(row["val_bpb"] - height(row["lr"], choice, cost) for row in near(rows))
+        best = tuning.get("optimum") or choice  # once the minimum was chosen
+        least = mean(row["val_bpb"] - height(row["lr"], best, cost) for row in near(rows))
         error = number(tuning.get("octaves_error"))
-        ends = [None, None] if error is None else [choice / 2**error, choice * 2**error]
-        about = {"kind": "fit", "lr": choice, "val_bpb": least, "chosen": True, "compared_lr": used}
+        ends = [None, None] if error is None else [best / 2**error, best * 2**error]
+        about = {"kind": "fit", "lr": choice, "val_bpb": least + height(choice, best, cost), "chosen": True}
+        about |= {"compared_lr": used, "optimum": best, "optimum_bpb": least}
         rows.append(about | {"lr_low": ends[0], "lr_high": ends[1], "cost_of_sqrt2": cost})
     return rows
 
@@ -83,8 +85,11 @@ def draw_rates(rows: d.Rows, results: Results, width: float) -> Figure:
         handle.set_fillstyle("full")  # filled as in the panels, where a hollow marker means that a rate was not chosen
     kinds, grey = {row["kind"] for row in rows}, {"color": style.GREY}
     is_sure = any(row["lr_low"] for row in rows)
-    bar = {"linestyle": "-" if is_sure else "none", "linewidth": BAR}
-    entries.append((Line2D([], [], marker="o", **bar, **grey), f"filled: chosen{' ± standard error' * is_sure}"))
+    entries.append((Line2D([], [], marker="o", linestyle="none", **grey), "filled: chosen"))
+    if is_sure:
+        entries.append(
+            (Line2D([], [], marker="|", markersize=3.6, linewidth=BAR, **grey), "best rate ± standard error")
+        )
     if "fit" in kinds:
         entries.append((Line2D([], [], linestyle=DASHED, linewidth=THIN, **grey), "fitted parabola"))
     if "diverged" in kinds:
@@ -111,16 +116,24 @@ def draw_variant(ax: Axes, rows: d.Rows, look: style.Look, index: int) -> None:
     for row in fits:
         low, *_, high = (math.log2(rate["lr"]) for rate in near(rows))
         xs = [2 ** (low + step / 50 * (high - low)) for step in range(51)]
-        ys = [row["val_bpb"] + height(x, row["lr"], row["cost_of_sqrt2"]) for x in xs]
+        ys = [row["optimum_bpb"] + height(x, row["optimum"], row["cost_of_sqrt2"]) for x in xs]
         ax.plot(xs, ys, color=look.color, linestyle=DASHED, linewidth=THIN, zorder=2)
         if row["lr_low"]:
             ends, caps = [row["lr_low"], row["lr_high"]], {"marker": "|", "markersize": 3.6}
-            ax.plot(ends, [row["val_bpb"]] * 2, color=look.color, linewidth=BAR, zorder=4, **caps)
+            ax.plot(ends, [row["optimum_bpb"]] * 2, color=look.color, linewidth=BAR, zorder=4, **caps)
         ax.plot(row["lr"], row["val_bpb"], linestyle="none", zorder=5, **filled)
 
 
 def tuned_at_edge(results: Results) -> list[str]:
     return [variant.label for variant in results.variants if (variant.first("tuning") or {}).get("at_edge")]
+
+
+CHOSEN = "the rate that was chosen, the lowest at which the parabola is within one standard error of its minimum"
+
+
+def has_margin(results: Results) -> bool:
+    """True if rates were chosen by the one-standard-error rule, as all are but those of earlier versions."""
+    return any(variant.first("tuning.optimum") for variant in results.variants)
 
 
 def unfitted(results: Results) -> list[VariantResults]:
@@ -140,8 +153,8 @@ def rate_caption(results: Results, rows: d.Rows) -> str:
     if fitted:
         sentences.append(
             f"Hollow: the rates tried{several}. Thin, dashed: the parabola in the logarithm of the rate, fitted to "
-            f"those within a factor of {NEAR:g} of the best. Filled: its minimum, the rate that was chosen; bars: plus "
-            "and minus one standard error of that rate."
+            f"those within a factor of {NEAR:g} of the best. Bars: the rate at its minimum, plus and minus one "
+            f"standard error. Filled: {CHOSEN if has_margin(results) else 'that rate, which was chosen'}."
         )
         if others := unfitted(results):
             names = ", ".join(variant.label for variant in others)
@@ -183,11 +196,12 @@ def coarseness(results: Results) -> list[str]:
     sentences = []
     if fitted:
         count = f"{len(fitted)} of {len(tuned)} variants"
+        where = "within one standard error of" if has_margin(results) else "at"
         sentences.append(
-            f"Rates are the minima of parabolas over rates tried with {results.tuning_seeds_text}: {count}."
+            f"Rates are {where} the minima of parabolas over rates tried with {results.tuning_seeds_text}: {count}."
         )
         if errors:
-            sentences[0] += f" They are known to a factor of {spanned(errors, 2)}: one standard error."
+            sentences[0] += f" The minima are known to a factor of {spanned(errors, 2)}: one standard error."
         costs = {variant.label: variant.cost_of_sqrt2 for variant in fitted}
         sentences[0] += f" A rate off by a factor of 1.41 would cost, in bits per byte, {spanned(costs, 4)}."
     if others:

@@ -366,7 +366,7 @@ def test_no_zoom_into_differences_below_one_percent(five):
 
 NUMBERS = {  # figure: (study, columns of its CSV that are drawn, the axis that holds them)
     "frontier": ("families", ["val_bpb", "val_bpb_low", "val_bpb_high"], "y"),
-    "rates": ("families", ["val_bpb"], "y"),
+    "rates": ("families", ["val_bpb", "optimum_bpb"], "y"),
     "sizes": ("sizes", ["val_bpb", "difference", "difference_low", "difference_high"], "y"),
     "positions": ("families", ["val_nats", "difference", "difference_low", "difference_high"], "y"),
     "recall_hits": ("families", ["hits", "hits_low", "hits_high", "rest", "rest_low", "rest_high"], "x"),
@@ -799,7 +799,7 @@ def test_tuned_rates_are_marked(studies):
     assert rf"{rates[0]:g}$^{{\ddagger}}$" in tables.to_latex(table)
 
 
-def test_a_fit_is_drawn_at_its_minimum_with_its_standard_error(studies):
+def test_a_fit_is_drawn_with_the_standard_error_of_its_minimum_and_the_rate_that_was_chosen(studies):
     data, fig = drawn("rates", studies["families"])
     for label, group in drawing.grouped(data, "label").items():
         tuning = studies["families"].labels[label].first("tuning")
@@ -807,13 +807,16 @@ def test_a_fit_is_drawn_at_its_minimum_with_its_standard_error(studies):
         assert [(row["kind"], row["lr"]) for row in chosen] == [("tried" if label == "mqa" else "fit", tuning["lr"])]
         if label != "mqa":
             (fit,) = chosen
-            octaves = math.log2(fit["lr_high"] / fit["lr"]), math.log2(fit["lr"] / fit["lr_low"])
+            best, cost = tuning["optimum"], fit["cost_of_sqrt2"]
+            octaves = math.log2(fit["lr_high"] / best), math.log2(best / fit["lr_low"])
             assert octaves == pytest.approx([tuning["octaves_error"]] * 2)
-            assert fit["val_bpb"] == pytest.approx(2.125 + SHAPES[label][2], abs=0.005)  # as `tuned` made it
-            assert rates.height(2**0.5 * fit["lr"], fit["lr"], fit["cost_of_sqrt2"]) == pytest.approx(0.0025, rel=0.2)
+            assert fit["lr"] < fit["optimum"] == best
+            assert fit["optimum_bpb"] == fit["val_bpb"] - rates.height(fit["lr"], best, cost)
+            assert fit["optimum_bpb"] == pytest.approx(2.125 + SHAPES[label][2], abs=0.005)  # as `tuned` made it
+            assert rates.height(2**0.5 * best, best, cost) == pytest.approx(0.0025, rel=0.2)
     dashed = [line for ax in fig.axes for line in ax.lines if line.get_linewidth() == rates.THIN]
     fits = [row for row in data if row["kind"] == "fit"]
-    assert [min(line.get_ydata()) for line in dashed] == pytest.approx([row["val_bpb"] for row in fits], abs=1e-4)
+    assert [min(line.get_ydata()) for line in dashed] == pytest.approx([row["optimum_bpb"] for row in fits], abs=1e-4)
     caption = rates.rate_caption(studies["families"], data)
     assert "with seeds 1000, 1001, which no comparison uses" in caption
     assert "Nothing could be fitted for mqa" in caption

@@ -314,6 +314,7 @@ def test_each_variants_rate_is_the_vertex_of_a_parabola_over_seeds_of_its_own(da
         tuning = run.settings["tuning"]
         assert [rate["lr"] for rate in tuning["rates"]] == sorted(rates[run.variant.label])
         assert (tuning["seeds"], tuning["at_edge"], tuning["lr"]) == ([1001, 1002], False, run.lr)
+        assert tuning["optimum"] == run.lr  # nothing scatters
         assert tuning["octaves_error"] == pytest.approx(0, abs=1e-6)
         assert tuning["cost_of_sqrt2"] == pytest.approx(0.3 / 4)
     assert plan.look().ready == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
@@ -322,9 +323,10 @@ def test_each_variants_rate_is_the_vertex_of_a_parabola_over_seeds_of_its_own(da
 
 
 def test_a_fitted_rate_is_off_by_as_much_as_its_error_says():
-    """Over many draws of noise the vertices scatter by the error that is stated, as least squares in numpy gives it."""
+    """Over many draws of noise the vertices scatter by the error that is stated, as least squares in numpy gives it; at
+    the rate that is chosen the fit is one standard error of the fit, as numpy gives it, above its minimum."""
     rng = np.random.default_rng(0)
-    rates, errors, stated = [1e-3, 2e-3, 4e-3, 8e-3], [], []
+    rates, errors, stated, below = [1e-3, 2e-3, 4e-3, 8e-3], [], [], []
     for _ in range(400):
         losses = {
             rate: {seed: 2 + seed + 0.1 * (math.log2(rate / 2.6e-3)) ** 2 + 0.01 * rng.normal() for seed in range(3)}
@@ -333,20 +335,36 @@ def test_a_fitted_rate_is_off_by_as_much_as_its_error_says():
         tuned = choose(losses)
         x = np.log2([rate / 2e-3 for rate in rates])
         c, b, _ = np.polyfit(x, [np.mean(list(losses[rate].values())) for rate in rates], 2)
-        assert tuned.lr == pytest.approx(2e-3 * 2 ** (-b / 2 / c), rel=5e-3)
-        errors.append(math.log2(tuned.lr / 2.6e-3))
+        assert tuned.optimum == pytest.approx(2e-3 * 2 ** (-b / 2 / c), rel=5e-3)
+        errors.append(math.log2(tuned.optimum / 2.6e-3))
         stated.append(tuned.octaves_error)
+        design = np.array([[s == seed for s in range(3)] + [t, t * t] for seed in range(3) for t in x], dtype=float)
+        values = np.array([losses[rate][seed] for seed in range(3) for rate in rates])
+        _, rest, *_ = np.linalg.lstsq(design, values, rcond=None)
+        vertex = np.array([1 / 3] * 3 + [-b / 2 / c, (b / 2 / c) ** 2])
+        error = math.sqrt(rest[0] / (12 - 5) * vertex @ np.linalg.inv(design.T @ design) @ vertex)
+        below.append(c * math.log2(tuned.lr / tuned.optimum) ** 2 / error)
+        assert tuned.lr < tuned.optimum
+    assert below == pytest.approx([1.0] * 400, rel=0.15)  # rates have three digits
     assert np.std(errors) == pytest.approx(np.mean(stated), rel=0.15)
+
+
+def test_a_choice_does_not_leave_the_rates_that_were_tried():
+    """However much losses scatter, no rate below those that were fitted is taken."""
+    losses = {rate: {0: 2 + at, 1: 9 - at} for rate, at in ((1e-3, 0.2), (2e-3, -0.1), (4e-3, 0.1), (8e-3, 0.3))}
+    losses[2e-3][1] = 8.8
+    tuned = choose(losses)
+    assert tuned.lr == 1e-3 < tuned.optimum
 
 
 def test_rates_that_are_no_parabola_give_the_best_one_that_was_tried():
     """Far away the loss rises as it likes; a maximum, a vertex outside and too few finite rates are no fit."""
     near = {rate: {0: 2 + math.log2(rate / 1e-3) ** 2} for rate in (5e-4, 1e-3, 2e-3, 4e-3)}
-    exact = Tuned(1e-3, pytest.approx(0, abs=1e-6), pytest.approx(0.25))
+    exact = Tuned(1e-3, 1e-3, pytest.approx(0, abs=1e-6), pytest.approx(0.25))
     assert choose(near | {8e-3: {0: 99.0}, 1.6e-2: {0: 5.0}}) == exact
-    assert choose({1e-3: {0: 3.0}, 2e-3: {0: 2.0}, 4e-3: {0: 1.2}}) == Tuned(4e-3, None, None)
-    assert choose({1e-3: {0: 1.0}, 2e-3: {0: 1.2}, 4e-3: {0: 1.1}}) == Tuned(1e-3, None, None)
-    assert choose({1e-3: {0: 1.0}, 2e-3: {0: math.inf}, 4e-3: {0: math.inf}}) == Tuned(1e-3, None, None)
+    assert choose({1e-3: {0: 3.0}, 2e-3: {0: 2.0}, 4e-3: {0: 1.2}}) == Tuned(4e-3)
+    assert choose({1e-3: {0: 1.0}, 2e-3: {0: 1.2}, 4e-3: {0: 1.1}}) == Tuned(1e-3)
+    assert choose({1e-3: {0: 1.0}, 2e-3: {0: math.inf}, 4e-3: {0: math.inf}}) == Tuned(1e-3)
     assert choose({1e-3: {0: math.inf, 1: 1.0}}) is None  # a rate counts where it trains with every seed
 
 
