@@ -82,9 +82,9 @@ def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[st
                     plan.save()
     finally:
         if running:
-            progress.say(f"stopping: {len(running)} runs write their checkpoints")
+            progress.say("stopping: runs write their checkpoints")
             workers.stop()
-            wait(running, timeout=60)
+            wait([future for future in running if not future.done()], timeout=60)  # wait() waits for cancelled ones
         workers.close()
 
 

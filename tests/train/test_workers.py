@@ -6,15 +6,17 @@ import re
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from miniature import metrics, one_run
 from texts import MINIATURE, differ, kvf, refused, user_folder
 
+from train import workers as workers_module
+from train.progress import StudyProgress
 from train.store import states
-from train.workers import SideBySide
+from train.workers import SideBySide, train_with
 
 STUDY = MINIATURE | {
     "variants": [{"arch": "mha"}, {"arch": "yoco", "kv_heads": 1, "window": 8}],
@@ -58,6 +60,20 @@ def test_a_process_that_starts_while_all_are_stopped_is_stopped(data, tmp_path, 
     monkeypatch.setattr(SideBySide, "_began", lambda self, child: self.stop() or began(self, child))
     assert workers.start(run).result(timeout=60)[0] in (-signal.SIGTERM, 128 + signal.SIGTERM)
     workers.close()
+
+
+def test_a_stop_does_not_wait_for_runs_that_have_not_begun(data, tmp_path, monkeypatch):
+    """Cancelled futures are done, but `concurrent.futures.wait` waits for those that no executor has looked at."""
+    plan, _ = one_run(data, tmp_path)
+    workers = SideBySide(plan, 1)
+    monkeypatch.setattr(SideBySide, "start", lambda self, run: queued.append(Future()) or queued[-1])
+    monkeypatch.setattr(SideBySide, "stop", lambda self: [future.cancel() for future in queued])
+    monkeypatch.setattr(workers_module, "_show", lambda *_: signal.raise_signal(signal.SIGINT))
+    queued, began = [], time.monotonic()
+    with StudyProgress("training", 1) as progress, pytest.raises(KeyboardInterrupt):
+        train_with(workers, plan, progress)
+    assert queued
+    assert time.monotonic() - began < 20
 
 
 @contextlib.contextmanager
