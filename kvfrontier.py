@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         if _is_importing(frame):
-            _say_stopped(signum)
+            _say_stopped(signum, args)
             os._exit(128 + signum)
         raise Interrupted(signum)
 
@@ -62,16 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
         for s in before:
             signal.signal(s, signal.SIG_IGN)  # the same signal may come twice
         signum = getattr(e, "signum", signal.SIGINT)
-        _say_stopped(signum)
+        _say_stopped(signum, args)
         return 128 + signum
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-def _say_stopped(signum: int) -> None:
-    name = signal.Signals(signum).name
-    print(f"kvfrontier: stopped by {name}; the same command goes on from here", file=sys.stderr, flush=True)
+def _say_stopped(signum: int, args: argparse.Namespace) -> None:
+    goes_on = "; the same command goes on from here" if args.command is _run_stages else ""
+    print(f"kvfrontier: stopped by {signal.Signals(signum).name}{goes_on}", file=sys.stderr, flush=True)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -155,6 +155,36 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, metavar="RUN_DIR", help="such as runs/quick/runs/mha/seed-0")
     export.add_argument("out", type=Path, metavar="OUT")
     export.set_defaults(command=_export)
+    sample = commands.add_parser(
+        "sample",
+        help="text from a trained run, through its cache",
+        description="Writes text that a trained run makes, through its cache, as it comes.",
+        epilog="example: kvfrontier sample runs/quick/runs/gqa/seed-0 --prompt 'def ' --top-k 20 --technique h2o "
+        "--budget 0.5",
+    )
+    sample.add_argument("run", type=Path, metavar="RUN_DIR", help="such as runs/quick/runs/mha/seed-0")
+    text = sample.add_mutually_exclusive_group()
+    text.add_argument("--prompt", default="", metavar="TEXT", help="what it goes on from (default: a new document)")
+    text.add_argument("--prompt-file", metavar="FILE", help="the same from a file; - is the standard input")
+    numbers = {
+        "--tokens": (_count, 128, "how many to make (default: 128)"),
+        "--samples": (_count, 1, "how many texts to make together (default: 1)"),
+        "--temperature": (float, 1.0, "0: always the likeliest token (default: 1)"),
+        "--top-k": (int, None, "choose from this many of the likeliest tokens"),
+        "--top-p": (float, None, "choose from the fewest tokens that have this share of the probability"),
+        "--seed": (int, 0, "another number gives another text (default: 0)"),
+    }
+    for name, (kind, default, does) in numbers.items():
+        sample.add_argument(name, type=kind, default=default, metavar="N", help=does)
+    sample.add_argument("--technique", metavar="NAME", help="what acts on the cache, such as h2o (docs/techniques.md)")
+    sample.add_argument("--budget", metavar="N", help="of the technique: tokens to keep, or a share such as 0.5")
+    sample.add_argument("--bits", metavar="N", help="quantise the cache to 8, 4 or 2 bits")
+    more = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    sample.add_argument("--option", **more, help="a further option of the technique, such as residual=32; repeatable")
+    sample.add_argument(
+        "--no-cache", action="store_true", help="recompute all tokens for each further one, and compare the speeds"
+    )
+    sample.set_defaults(command=_sample)
     status = commands.add_parser("status", help="which runs are done, running, interrupted, failed, stale, missing")
     status.add_argument(
         "study", nargs="?", default="quick", help="the directory of a study, its name or its YAML file (default: quick)"
@@ -312,6 +342,35 @@ def _export(args: argparse.Namespace) -> int:
 
     export(args.run, args.out)
     print(f"{args.out}: AutoModelForCausalLM.from_pretrained loads it")
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    import yaml
+
+    from eval.sample import sample
+    from train.errors import InputError
+
+    prompt = args.prompt
+    if args.prompt_file:
+        try:
+            prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise InputError(f"--prompt-file {args.prompt_file}: is not UTF-8 text: {e.reason}") from None
+    pairs = [
+        f"{name}={value}" for name in ("technique", "budget", "bits") if (value := getattr(args, name)) is not None
+    ]
+    acts = {}
+    for pair in [*pairs, *args.option]:
+        key, equals, value = pair.partition("=")
+        try:
+            acts[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise InputError(f"--option {pair}: must be KEY=VALUE")
+    how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    sample(args.run, prompt, args.tokens, args.samples, how, acts, not args.no_cache)
     return 0
 
 

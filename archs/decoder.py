@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from archs import ops
+from archs import ops, sampling
 from archs.cache import Allocator, Cache
 from archs.costs import Costs
 from archs.kv import KV, Training
@@ -203,6 +203,8 @@ class Decoder(Costs, nn.Module):
         logits_BV = ops.decode_step(self, tokens_B, cache)
         cache.advance(1)
         return logits_BV
+
+    generate = sampling.generate
 
     def append(self, tokens_BT: Tensor, cache: Cache, start: int | Tensor) -> Tensor:
         """Runs T tokens from position `start` on; logits (B, V) of the last."""

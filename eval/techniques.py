@@ -4,7 +4,6 @@ The first half of a held-out sequence is the prompt. The second half is decoded 
 active, and each step gets the true token. All others are compared with `full` without `bits`.
 """
 
-import string
 import time
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,9 @@ import torch
 from archs import Decoder
 from archs.techniques import Quantisation, Technique, compressed_cache, from_settings
 from eval.recall import answers
-from train.batches import IGNORED, TrainingData
+from train.batches import IGNORED
 from train.module import bits_per_byte, token_nats
+from train.tokenizer import token_kinds
 
 TOKENS_AT_ONCE = 32_768  # of all sequences that are decoded together
 
@@ -48,7 +48,7 @@ def evaluate_with_technique(
     subject: "EvalContext", model: Decoder, technique: Technique, quantisation: Quantisation | None, prompt: int
 ) -> dict:
     """The measured part of a technique's entry; `prompt` is in tokens."""
-    kinds = token_kinds(subject.data).to(model.embed.weight.device)
+    kinds = torch.from_numpy(token_kinds(subject.data.tokenizer, subject.data.n_vocab)).to(model.embed.weight.device)
     nats, right, nbytes, notes, seconds = 0.0, [], 0, 0, 0.0
     context = model.options.context
     p = subject.predictions
@@ -86,15 +86,3 @@ def evaluate_with_technique(
         "notes_bytes": notes / sequences,
         "tokens_per_s": sequences * (context - prompt) / seconds,
     }
-
-
-def token_kinds(data: TrainingData) -> torch.Tensor:
-    """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation with or without blanks around it, 0 for all others."""
-    kinds = torch.zeros(data.n_vocab, dtype=torch.uint8)
-    for token in data.tokenizer.token_byte_values() if data.tokenizer else []:
-        text = token.strip()
-        if text and all(chr(c) in string.punctuation for c in text):
-            kinds[data.tokenizer.encode_single_token(token)] = 2
-    for special in data.tokenizer.special_tokens_set if data.tokenizer else []:
-        kinds[data.tokenizer.encode_single_token(special)] = 1
-    return kinds

@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import tiktoken
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from train.checkpoints import checkpoint_path
+from train.checkpoints import checkpoint_path, write_checkpoint
 from train.errors import Interrupted
 from train.files import read_rows, write_atomic
 from train.module import LanguageModel
 from train.progress import StudyProgress
 
 SECONDS_OF_ONE_SIGNAL = 2  # `timeout` and others signal a process and its group: the same signal comes twice
+SAMPLE_TOKENS = 64
 STEPS_BETWEEN_DECISIONS = 10  # several devices follow the first one, and wait for each other to do so
 
 
@@ -33,6 +38,13 @@ def save_checkpoint(trainer: L.Trainer, directory: Path) -> None:
     module.checkpoint_seconds += time.perf_counter() - started
     if trainer.training:
         module.tick(counts=False)
+
+
+class DurableCheckpoints(TorchCheckpointIO):
+    """Writes a Trainer's checkpoints (train/checkpoints.py)."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, Path(path))
 
 
 class CheckpointAndStop(L.Callback):
@@ -105,6 +117,27 @@ class ShowProgress(L.Callback):
             self.speed = f"{module.tokens_per_s:,.0f} tokens/s"
         detail = f"step {batch_idx + 1}/{self.steps}  {self.loss}  {self.speed}"
         self.progress.show(self.name, detail, self.work)
+
+
+class LogSamples(L.Callback):
+    """Writes text that the model makes at each validation to TensorBoard, always from the same random numbers. Its time
+    counts as validation's."""
+
+    def __init__(self, tokenizer: tiktoken.Encoding):
+        self.tokenizer = tokenizer
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if trainer.sanity_checking or not boards:
+            return
+        begins = torch.tensor([[self.tokenizer.eot_token]], device=module.device)
+        with torch.compiler.set_stance("force_eager"):  # or each length would be compiled
+            made = module.model.generate(begins, min(SAMPLE_TOKENS, module.model.options.context))
+        text = self.tokenizer.decode(made[0, 1:].tolist())
+        for board in boards:
+            board.experiment.add_text(
+                "sample", "".join(f"    {line}\n" for line in text.splitlines()), module.tokens_seen
+            )
 
 
 class JSONLines(Logger):

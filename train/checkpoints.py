@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from train.files import write_atomic
 
@@ -23,7 +22,7 @@ NAME = re.compile(r"step-\d+-[0-9a-f]{16}")
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """The path to give to `Trainer.save_checkpoint`; `DurableCheckpoints` adds the hash to the name."""
+    """The path to give to `Trainer.save_checkpoint`; `write_checkpoint` adds the hash to the name."""
     return directory / "checkpoints" / f"step-{step:06}.ckpt"
 
 
@@ -54,7 +53,7 @@ def keep_weights(directory: Path) -> None:
     if newest := newest_whole(directory, lambda line: None):
         path, content = newest
         content = {key: value for key, value in content.items() if key in WEIGHTS}
-        DurableCheckpoints(kept=1).save_checkpoint(content, path.with_name(f"{path.stem.rpartition('-')[0]}.ckpt"))
+        write_checkpoint(content, path.with_name(f"{path.stem.rpartition('-')[0]}.ckpt"), kept=1)
 
 
 def _digest(content: BinaryIO) -> str:
@@ -62,18 +61,12 @@ def _digest(content: BinaryIO) -> str:
     return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
-class DurableCheckpoints(TorchCheckpointIO):
-    """Writes a Trainer's checkpoints, to a path from `checkpoint_path`, and keeps some. OSError if that fails."""
-
-    def __init__(self, kept: int = KEPT):
-        self.kept = kept
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        content = io.BytesIO()  # if torch itself writes to a full disk, the process can end
-        torch.save(checkpoint, content)
-        path, digest = Path(path), _digest(content)
-        new = path.with_name(f"{path.stem}-{digest}.ckpt")
-        write_atomic(new, content.getbuffer())
-        others = [other for other in checkpoints(path.parent.parent) if other != new]
-        for old in [*others[self.kept - 1 :], *path.parent.glob("*.tmp")]:  # a kill leaves .tmp files
-            old.unlink(missing_ok=True)
+def write_checkpoint(checkpoint: dict[str, Any], path: Path, kept: int = KEPT) -> None:
+    """Writes to a path from `checkpoint_path`, and keeps as many of the run's. OSError if that fails."""
+    content = io.BytesIO()  # if torch itself writes to a full disk, the process can end
+    torch.save(checkpoint, content)
+    new = path.with_name(f"{path.stem}-{_digest(content)}.ckpt")
+    write_atomic(new, content.getbuffer())
+    others = [other for other in checkpoints(path.parent.parent) if other != new]
+    for old in [*others[kept - 1 :], *path.parent.glob("*.tmp")]:  # a kill leaves .tmp files
+        old.unlink(missing_ok=True)

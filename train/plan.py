@@ -13,14 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from archs.techniques import Technique, from_settings
+from archs.techniques import TECHNIQUES, Technique, from_settings
 from train.batches import TrainingData
 from train.errors import InputError
 from train.files import content_key, read_json, write_json
 from train.machine import find_device, resolve_dtype, resolve_precision
 from train.store import PLAN
 from train.study import RECIPE, Study, TrainConfig
-from train.tokenizer import vocabulary
+from train.tokenizer import save_vocabulary, vocabulary
 from train.tuning import Tuned, choose, facts, next_rate, tried, tuning_seeds
 from train.variants import Variant, on_meta, resolve_variants
 
@@ -122,6 +122,8 @@ class Plan:
             "runs": runs + waiting,
         }
         try:
+            if self.study.tokenizer.name == "bpe":  # for commands that have a run's directory alone
+                save_vocabulary(self.data.tokenizer, self.directory)
             write_json(self.directory / PLAN, content)
         except OSError as e:
             raise InputError(f"cannot write to {self.directory}: {e.strerror}; choose another with --out") from None
@@ -199,7 +201,9 @@ class Plan:
         """The content of a run's config.json: what determines its result, and its names."""
         config = run.settings | {"train": self._run_settings(run.variant, run.lr), "corpus": self.data.facts}
         if run.technique:
-            config["retrofit"] = run.technique.model_dump() | {"of": run.parent.key, "is_full": run.technique.is_full}
+            name = next(name for name, kind in TECHNIQUES.items() if kind is type(run.technique))
+            about = {"technique": name, "of": run.parent.key, "is_full": run.technique.is_full}
+            config["retrofit"] = run.technique.model_dump() | about
         return config
 
     def stale_because(self, run: Run) -> str:

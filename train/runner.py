@@ -24,8 +24,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from train.callbacks import CheckpointAndStop, JSONLines, ShowProgress, save_checkpoint
-from train.checkpoints import DurableCheckpoints, checkpoints, keep_weights, newest_whole
+from train.callbacks import (
+    CheckpointAndStop,
+    DurableCheckpoints,
+    JSONLines,
+    LogSamples,
+    ShowProgress,
+    save_checkpoint,
+)
+from train.checkpoints import checkpoints, keep_weights, newest_whole
 from train.data import DataModule
 from train.errors import InputError, Interrupted, out_of_memory
 from train.files import lock, read_json, write_json
@@ -158,6 +165,9 @@ def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) ->
     module = make_module(plan, run, steps * config.batch_tokens, pieces)
     loggers = make_loggers(run, tokens_done) if writes else []
     stop = CheckpointAndStop(run.directory, val_every, config.checkpoint_seconds, config.checkpoint_steps)
+    callbacks = [stop, ShowProgress(progress, run.name, steps, run.variant.work / steps)]
+    if run.kind == "compared" and plan.data.tokenizer:
+        callbacks.append(LogSamples(plan.data.tokenizer))
     trainer = make_trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -174,7 +184,7 @@ def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) ->
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[stop, ShowProgress(progress, run.name, steps, run.variant.work / steps)],
+        callbacks=callbacks,
         plugins=[DurableCheckpoints()],
     )
     context = run.variant.options["context"]

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,12 +64,31 @@ def vocabulary(encoding: tiktoken.Encoding) -> str:
     return encoding.name.rpartition("-")[2]
 
 
+def save_vocabulary(encoding: tiktoken.Encoding, folder: Path) -> None:
+    """Writes a vocabulary that was trained here to `folder`, where `load_tokenizer` finds it. OSError if that fails."""
+    content = _ranks_text(sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get))
+    if not (folder / RANKS).is_file() or (folder / RANKS).read_bytes() != content:
+        write_atomic(folder / RANKS, content)
+
+
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
     """int64 (n_vocab,): bytes of text that each token stands for; 0 for the end of text and for ids not in use."""
     sizes = np.zeros(encoding.n_vocab, dtype=np.int64)
     for token in encoding.token_byte_values():
         sizes[encoding.encode_single_token(token)] = len(token)
     return sizes
+
+
+def token_kinds(encoding: tiktoken.Encoding | None, n_vocab: int) -> np.ndarray:
+    """uint8 (n_vocab,): 1 for special tokens, 2 for punctuation with or without blanks around it, 0 for all others."""
+    kinds = np.zeros(n_vocab, dtype=np.uint8)
+    for token in encoding.token_byte_values() if encoding else []:
+        text = token.strip()
+        if text and all(chr(c) in string.punctuation for c in text):
+            kinds[encoding.encode_single_token(token)] = 2
+    for special in encoding.special_tokens_set if encoding else []:
+        kinds[encoding.encode_single_token(special)] = 1
+    return kinds
 
 
 def _bpe(vocab_size: int | None, path: Path, sample: Callable[[], Sequence[str]] | None) -> tiktoken.Encoding:

@@ -1,0 +1,126 @@
+"""Text from a trained run, through its cache or without one, written as it comes (`kvfrontier sample`)."""
+
+import codecs
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from archs import Cache
+from archs.sampling import Sampler, stream
+from archs.techniques import compressed_cache, from_settings
+from train.errors import InputError
+from train.machine import find_device, resolve_dtype
+from train.tokenizer import token_kinds
+from train.trained import TrainedRun, load
+
+
+class Made(NamedTuple):
+    """The tokens (N, B) of B samples, and the seconds until the first of them and after it."""
+
+    tokens_NB: list[list[int]]
+    first_s: float
+    rest_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all samples, after the first token of each."""
+        return (len(self.tokens_NB) - 1) * len(self.tokens_NB[0]) / max(self.rest_s, 1e-9)
+
+    def __str__(self) -> str:
+        return f"{self.tokens_per_s:,.0f} tokens/s, the first after {1e3 * self.first_s:,.1f} ms"
+
+
+def sample(
+    directory: Path, prompt: str, tokens: int, samples: int, how: dict[str, Any], acts: dict[str, Any], cached: bool
+) -> None:
+    """Writes continuations of the prompt to stdout, the first as it comes, then to stderr how fast it was.
+
+    `how` has fields of `Sampler`, `acts` a technique with its options as in a study's `eval.techniques`. Not `cached`:
+    all tokens go through the model for each further one. InputError if the run cannot be sampled from like that.
+    """
+    run = load(directory)
+    dtype = torch.bfloat16 if resolve_dtype("auto") == "bf16" else torch.float32
+    model, context = run.model.to(find_device(), dtype), run.model.options.context
+    ids = encode(run, prompt)
+    length = len(ids) + tokens
+    try:
+        sampler, cache = Sampler(**how), new_cache(run, acts, samples, len(ids), length)
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    if length > context:
+        _say(f"text gets worse beyond {context} tokens, the context that the model was trained with")
+    prompt_BT = torch.tensor([ids] * samples, device=model.embed.weight.device)
+    text = Text(run, prompt)
+    made = make(stream(model, prompt_BT, sampler, cache if cached else None), tokens, text.write)
+    text.end()
+    for number, column in enumerate(list(zip(*made.tokens_NB, strict=True))[1:], 2):
+        print(f"--- sample {number} ---")
+        text = Text(run, prompt)
+        for token in column:
+            text.write(token)
+        text.end()
+    if cached:
+        full = samples * model.kv_stored_bytes(length, dtype)
+        _say(f"{made}; the cache holds {cache.nbytes:,} bytes, a full one {full:,}")
+    else:
+        again = make(stream(model, prompt_BT, sampler, cache), tokens, lambda token: None)
+        _say(f"without a cache: {made}")
+        _say(f"with one: {again}")
+
+
+def encode(run: TrainedRun, prompt: str) -> list[int]:
+    """The prompt's tokens: of text; or ids, where these stand for no text. Without a prompt a new document begins."""
+    if run.tokenizer:
+        return run.tokenizer.encode_ordinary(prompt) or [run.tokenizer.eot_token]
+    n_vocab = run.model.options.vocab_size
+    ids = [int(word) if word.isdecimal() else n_vocab for word in prompt.split()]
+    if not ids or max(ids) >= n_vocab:
+        raise InputError(f"--prompt: tokens of this run stand for no text; give ids from 0 to {n_vocab - 1}, as '3 17'")
+    return ids
+
+
+def new_cache(run: TrainedRun, acts: dict[str, Any], samples: int, prompt: int, length: int) -> Cache:
+    """An empty cache, under a technique if one acts or the model was trained further for one. ValueError says what is
+    wrong."""
+    model, (technique, quantisation) = run.model, (run.technique, None)
+    if acts:
+        technique, quantisation = from_settings({"technique": "full"} | acts, prompt)
+    if technique is None:
+        return model.new_cache(samples, length)
+    kind_V = torch.from_numpy(token_kinds(run.tokenizer, model.options.vocab_size)).to(model.embed.weight.device)
+    return compressed_cache(model, technique, samples, length, quantisation=quantisation, kind_V=kind_V)
+
+
+def make(stream: Iterator[Tensor], tokens: int, write: Callable[[int], object]) -> Made:
+    """The first `tokens` tokens of the stream; `write` gets those of the first sample."""
+    made, started = [], time.perf_counter()
+    for _ in range(tokens):
+        made.append(next(stream).tolist())
+        write(made[-1][0])
+        if len(made) == 1:
+            first = time.perf_counter()
+    return Made(made, first - started, time.perf_counter() - first)
+
+
+class Text:
+    """Writes the prompt to stdout, then tokens as text, each character once all its bytes are there."""
+
+    def __init__(self, run: TrainedRun, prompt: str):
+        print(prompt, end="" if run.tokenizer else " ", flush=True)
+        self.tokenizer, self.decoder = run.tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, token: int) -> None:
+        known = self.tokenizer and self.tokenizer.decode_single_token_bytes(token)
+        print(f"{token} " if known is None else self.decoder.decode(known), end="", flush=True)
+
+    def end(self) -> None:
+        print(self.decoder.decode(b"", final=True), flush=True)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
