@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains language models from scratch that differ only in how attention keeps its keys and values, "
         "measures cache bytes, decode speed and loss, and plots memory against quality.",
     )
+    parser.add_argument("--version", action="version", version=f"kvfrontier {version('kvfrontier')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     stages = {
         "run": "train, evaluate and plot a study; what is finished and unchanged is not done again",

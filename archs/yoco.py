@@ -86,8 +86,9 @@ class GatedRetention(nn.Module):
     """Retention with a data-dependent decay a head, gamma = sigmoid(x W_gamma)^(1/16), normed a head and swish-gated.
 
     Computed in fp32 at least, whatever the model's precision: products of many decays lose their tails in bf16. The
-    cached state has the cache's dtype: in bf16 decode stays within about 1 % of the full forward. The option
-    `gate` adds nothing to its own gate.
+    cached state has the cache's dtype. In bf16, where each step rounds it, decode differs from the full forward by
+    about 0.1 % with initial weights, and by 1 to 4 % with weights four times as large. The option `gate` adds nothing
+    to its own gate.
     """
 
     def __init__(self, o: YOCOOptions):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from archs import Cache
 from archs.sampling import Sampler, stream
-from archs.techniques import compressed_cache, from_settings
+from archs.techniques import Quantisation, compressed_cache, from_settings
+from archs.techniques.quantised import is_packed, nothing_packed
 from train.errors import InputError
 from train.machine import find_device, resolve_dtype
 from train.tokenizer import token_kinds
@@ -49,7 +50,7 @@ def sample(
     ids = encode(run, prompt)
     length = len(ids) + tokens
     try:
-        sampler, cache = Sampler(**how), new_cache(run, acts, samples, len(ids), length)
+        sampler, (cache, quantisation) = Sampler(**how), new_cache(run, acts, samples, len(ids), length)
     except ValueError as e:
         raise InputError(str(e)) from None
     if length > context:
@@ -66,6 +67,8 @@ def sample(
         text.end()
     if cached:
         full = samples * model.kv_stored_bytes(length, dtype)
+        if quantisation and not is_packed(cache):
+            _say(nothing_packed(quantisation, length))
         _say(f"{made}; the cache holds {cache.nbytes:,} bytes, a full one {full:,}")
     else:
         again = make(stream(model, prompt_BT, sampler, cache), tokens, lambda token: None)
@@ -84,16 +87,19 @@ def encode(run: TrainedRun, prompt: str) -> list[int]:
     return ids
 
 
-def new_cache(run: TrainedRun, acts: dict[str, Any], samples: int, prompt: int, length: int) -> Cache:
-    """An empty cache, under a technique if one acts or the model was trained further for one. ValueError says what is
-    wrong."""
+def new_cache(
+    run: TrainedRun, acts: dict[str, Any], samples: int, prompt: int, length: int
+) -> tuple[Cache, Quantisation | None]:
+    """An empty cache, under a technique if one acts or the model was trained further for one, and how it is quantised.
+    ValueError says what is wrong."""
     model, (technique, quantisation) = run.model, (run.technique, None)
     if acts:
         technique, quantisation = from_settings({"technique": "full"} | acts, prompt)
     if technique is None:
-        return model.new_cache(samples, length)
+        return model.new_cache(samples, length), None
     kind_V = torch.from_numpy(token_kinds(run.tokenizer, model.options.vocab_size)).to(model.embed.weight.device)
-    return compressed_cache(model, technique, samples, length, quantisation=quantisation, kind_V=kind_V)
+    cache = compressed_cache(model, technique, samples, length, quantisation=quantisation, kind_V=kind_V)
+    return cache, quantisation
 
 
 def make(stream: Iterator[Tensor], tokens: int, write: Callable[[int], object]) -> Made:

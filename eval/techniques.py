@@ -11,6 +11,7 @@ import torch
 
 from archs import Decoder
 from archs.techniques import Quantisation, Technique, compressed_cache, from_settings
+from archs.techniques.quantised import is_packed, nothing_packed
 from eval.recall import answers
 from train.batches import IGNORED
 from train.module import bits_per_byte, token_nats
@@ -38,7 +39,8 @@ def measure(subject: "EvalContext") -> dict:
             continue
         model = model.to(subject.model.embed.weight.device)
         result = evaluate_with_technique(subject, model, technique, quantisation, prompt)
-        subject.show(f"{options['technique']}: {result['bytes_held']:,.0f} bytes held")
+        if "bytes_held" in result:
+            subject.show(f"{options['technique']}: {result['bytes_held']:,.0f} bytes held")
         measured.append(options | result)
     return {"techniques": measured} if measured else {}
 
@@ -47,7 +49,7 @@ def measure(subject: "EvalContext") -> dict:
 def evaluate_with_technique(
     subject: "EvalContext", model: Decoder, technique: Technique, quantisation: Quantisation | None, prompt: int
 ) -> dict:
-    """The measured part of a technique's entry; `prompt` is in tokens."""
+    """The measured part of a technique's entry, or `skipped` where nothing was quantised; `prompt` is in tokens."""
     kinds = torch.from_numpy(token_kinds(subject.data.tokenizer, subject.data.n_vocab)).to(model.embed.weight.device)
     nats, right, nbytes, notes, seconds = 0.0, [], 0, 0, 0.0
     context = model.options.context
@@ -69,6 +71,8 @@ def evaluate_with_technique(
         logits_BTV = torch.stack(logits, 1)
         nats += token_nats(logits_BTV, targets).double().sum().item()
         right.append((logits_BTV.argmax(-1) == targets).cpu())
+        if quantisation and not is_packed(cache):
+            return {"skipped": nothing_packed(quantisation, context)}
         nbytes, notes = nbytes + cache.nbytes, notes + cache.metadata_nbytes
     asked_NT, pairs_N = targets_NT[:, prompt - 1 :] != IGNORED, (targets_NT != IGNORED).sum(1)
     predicted_N = targets_NT[:, prompt - 1 :][asked_NT]

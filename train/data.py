@@ -34,10 +34,7 @@ class DataModule(L.LightningDataModule):
         self.validation = data.held_out("tune", context, batch_size, val_tokens)
 
     def train_dataloader(self) -> DataLoader:
-        if not (trainer := self.trainer):
-            return self._loader(_InOrder(self.training))
-        done = trainer.global_step * trainer.accumulate_grad_batches * trainer.world_size
-        return self._loader(_InOrder(self.training, done + trainer.global_rank, trainer.world_size))
+        return self._loader(_InOrder(self.training, self.trainer))
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(_InOrder(self.validation))
@@ -49,13 +46,18 @@ class DataModule(L.LightningDataModule):
 
 
 class _InOrder(IterableDataset):
-    """Every `step`-th item of a dataset from `first` on. A Trainer cannot replace this order by its own sampler."""
+    """A dataset from its start; or this device's share of it, from the batch on that the Trainer has come to, also in
+    a second epoch. A Trainer cannot replace this order by its own sampler."""
 
-    def __init__(self, dataset: Dataset, first: int = 0, step: int = 1):
-        self.dataset, self.first, self.step = dataset, first, step
+    def __init__(self, dataset: Dataset, trainer: L.Trainer | None = None):
+        self.dataset, self.trainer = dataset, trainer
 
     def __iter__(self) -> Iterator:
-        for k in itertools.count(self.first, self.step):
+        first, step = 0, 1
+        if t := self.trainer:
+            done = t.global_step * t.accumulate_grad_batches * t.world_size
+            first, step = done + t.global_rank, t.world_size
+        for k in itertools.count(first, step):
             try:
                 yield self.dataset[k]
             except IndexError:

@@ -81,7 +81,11 @@ class SnapKV(Technique):
 
     def validate_options(self, capacity: float) -> None:
         self.check(self.kernel % 2 == 1, f"kernel={self.kernel}: must be odd")
-        fits = self.window <= capacity
+
+    def validate_prompt(self, tokens: int) -> None:
+        """Later tokens are all kept, so a budget that is too small for the window only matters for a longer prompt."""
+        capacity = self.capacity(tokens)
+        fits = tokens <= capacity or self.window <= capacity
         self.check(fits, f"window={self.window} is longer than the budget of {capacity} slots: give a shorter one")
 
     def select(self, slots: Slots) -> Tensor | None:
@@ -98,7 +102,10 @@ class SnapKV(Technique):
 
 
 class L2Norm(Technique):
-    """Keys of low norm receive the attention, and are kept. The first layers are left whole."""
+    """Keys of low norm receive the attention, and are kept. The first layers are left whole.
+
+    Norms that differ by 1e-5 or less, as rotations of one key do by rounding, count as equal; the earlier are kept.
+    """
 
     whole_layers: int = Field(2, ge=0)
 
@@ -111,4 +118,4 @@ class L2Norm(Technique):
         return None if slots.layer < self.whole_layers else super().select(slots)
 
     def priority(self, slots: Slots) -> Tensor:
-        return -slots.keys_ND.float().norm(dim=1)
+        return -(slots.keys_ND.float().norm(dim=1).log2() * 2**16).round()

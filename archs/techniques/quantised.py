@@ -16,7 +16,7 @@ from torch import Tensor
 
 from archs.settings import Settings
 from archs.techniques import ragged
-from archs.techniques.slots import Slots
+from archs.techniques.slots import CompressedCache, Slots
 
 
 class Quantisation(Settings):
@@ -102,6 +102,17 @@ class QuantisedSlots(Slots):
         self.packed = [ragged.join(old, self.packed_O, new, new_O) for old, new in pairs]
         self.key_scales = [torch.cat(pair) for pair in zip(self.key_scales, key_scales, strict=True)]
         self.tensors, self.packed_O = [x[~is_new] for x in self.tensors], self.packed_O + new_O
+
+
+def is_packed(cache: CompressedCache) -> bool:
+    """True if a slot of the cache is quantised: a sequence shorter than `residual` and a group stays as it is."""
+    return any(bool(slots.packed_O.any()) for slots in cache.slots)
+
+
+def nothing_packed(quantisation: Quantisation, tokens: int) -> str:
+    q = quantisation
+    kept = f"no group of group={q.group} slots is older than the newest residual={q.residual}, which stay as they are"
+    return f"bits={q.bits} quantised nothing of {tokens} tokens: {kept}; give a smaller residual"
 
 
 def quantise(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:

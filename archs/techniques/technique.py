@@ -34,8 +34,9 @@ class Technique(Settings):
     @model_validator(mode="after")
     def _validate(self) -> "Technique":
         is_share = isinstance(self.budget, float)
-        fits = 0 < self.budget <= 1 if is_share else self.budget >= 1
-        self.check(fits, f"budget={self.budget!r}: must be a share above 0.0 and up to 1.0, or 1 token or more")
+        fits = 0 < self.budget <= 1 if is_share else self.budget > 1
+        allowed = "a share above 0.0 and up to 1.0 (all tokens), or a whole number of tokens from 2 on"
+        self.check(fits, f"budget={self.budget!r}: must be {allowed}")
         self.validate_options(math.inf if is_share else self.budget)
         return self
 

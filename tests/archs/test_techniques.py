@@ -149,9 +149,12 @@ def test_a_freed_slot_is_not_read():
     assert slots.attend(torch.ones(1, 1, 1, 4), 1.0).isfinite().all()
 
 
-def test_of_slots_of_equal_priority_the_earlier_ones_stay():
+@pytest.mark.parametrize("rounding", [0.0, 2e-7])
+def test_of_slots_of_equal_priority_the_earlier_ones_stay(rounding):
+    """Equal up to rounding, too: a token's key has another one at each position."""
     slots = one_layer(technique("l2-norm", budget=3, whole_layers=0), heads=1, sizes=(1, 1))
-    norms = torch.tensor([2.0, 1.0, 2.0, 2.0, 1.0, 2.0]).view(1, 1, 6, 1)
+    norms = torch.tensor([2.0, 1.0, 2.0, 2.0, 1.0, 2.0]) * (1 - rounding * torch.arange(6))
+    norms = norms.view(1, 1, 6, 1)
     append(slots, 0, norms, norms)
     slots.evict()
     assert slots.position_N.tolist() == [0, 1, 4]
@@ -331,11 +334,22 @@ def test_streaming_llms_positions_are_those_within_the_cache():
     torch.testing.assert_close(model.decode(tokens[:, 49], cache), model(kept)[:, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_snapkvs_window_may_be_longer_than_a_budget_that_has_room_for_the_prompt():
+    model, tokens = make("mha", {}), torch.randint(97, (2, 40))
+    cache = compressed_cache(model, technique("snapkv", budget=28), 2, 64)  # its window is 32
+    run(model, tokens[:, :28], cache)
+    assert cache.nbytes == 2 * model.kv_stored_bytes(28, torch.float32)
+    longer = compressed_cache(model, technique("snapkv", budget=28), 2, 64)
+    with pytest.raises(ValueError, match="window=32 is longer than the budget of 28 slots"):
+        model.prefill(tokens, longer)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("h2p", {}, "unknown technique 'h2p'; allowed are full, streaming-llm, h2o"),
-        ("h2o", {"budget": 0}, "budget=0: must be a share above 0.0 and up to 1.0, or 1 token or more"),
+        ("h2o", {"budget": 0}, "budget=0: must be a share above 0.0 and up to 1.0"),
+        ("h2o", {"budget": 1}, r"1.0 \(all tokens\), or a whole number of tokens from 2 on"),
         ("h2o", {"budget": 1.5}, "budget=1.5: must be a share"),
         ("h2o", {"size": 3}, "h2o: unknown option 'size'; allowed: budget, recent"),
         ("h2o", {"recent": 1.0}, "recent=1.0: must be a number of at least 0 and below 1"),

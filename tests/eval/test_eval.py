@@ -458,10 +458,11 @@ def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_byt
         {"technique": "full"},
         {"technique": "h2o", "budget": [0.5, 12]},
         {"technique": "snapkv", "budget": 0.5, "window": 8},
+        {"technique": "full", "bits": 4, "group": 8, "residual": 25},  # 32 tokens have no whole group that is older
     ]
     config = parse_study({"eval": {"techniques": entries}}).eval
     subject = SimpleNamespace(model=model, data=data, predictions=found, config=config, dtype=torch.float32, show=print)
-    packed, full, half, twelve, snapkv = techniques.measure(subject)["techniques"]
+    packed, full, half, twelve, snapkv, unpacked = techniques.measure(subject)["techniques"]
     expected = nats[:, 15:].mean().item()
     assert full["val_nats"] == pytest.approx(expected, rel=1e-5)
     assert full["val_bpb"] == pytest.approx(expected / math.log(2), rel=1e-5)
@@ -473,5 +474,7 @@ def test_under_a_full_cache_the_loss_is_the_models_and_under_a_small_one_its_byt
     assert (half["budget"], twelve["budget"], half["prompt"]) == (0.5, 12, 16)
     assert half["val_nats"] != full["val_nats"]
     assert snapkv["bytes_held"] == full["bytes_held"] * (8 + 16) / 32  # of the prompt a half, and all that is decoded
+    assert "bits=4 quantised nothing of 32 tokens" in unpacked["skipped"]
+    assert "bytes_held" not in unpacked
     subject.model = build("yoco", vocab_size=257, width=32, layers=4, heads=4, context=32, kv_heads=2, window=8).eval()
-    assert "computes the last one's alone" in techniques.measure(subject)["techniques"][-1]["skipped"]
+    assert "computes the last one's alone" in techniques.measure(subject)["techniques"][-2]["skipped"]

@@ -39,6 +39,19 @@ def test_works_with_a_plain_trainer_and_learns(data, tmp_path):
     assert validated["val/bpb"] == pytest.approx(validated["val/loss"] / math.log(2), rel=0.01)  # a byte is a token
 
 
+def test_each_epoch_of_a_plain_trainer_goes_on_where_the_last_one_ended(data, monkeypatch):
+    model, seen = LanguageModel("mha", OPTIONS, tokens=12 * 32), []
+    monkeypatch.setattr(model, "on_train_batch_start", lambda batch, n: seen.append(batch[0]))
+    trainer = L.Trainer(
+        max_epochs=3, limit_train_batches=4, accelerator="cpu", limit_val_batches=0, logger=False, **QUIET
+    )
+    batches = DataModule(data, context=16, batch_size=2)
+    trainer.fit(model, batches)
+    assert len(seen) == 12
+    for k, inputs in enumerate(seen):
+        assert torch.equal(inputs, batches.training[k][0])
+
+
 @each_variant
 def test_compiled_parts_have_the_same_loss_and_gradients(arch, options):
     """What a GPU runs, up to the code that inductor makes of it; one graph a block, without breaks."""
