@@ -111,12 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     }
     for stage, does in stages.items():
         command = commands.add_parser(stage, help=does, description=does[0].upper() + does[1:] + ".")
-        command.add_argument(
-            "study",
-            nargs="?",
-            default="quick",
-            help="the name of a study in studies/, a YAML file, or the directory of a study (default: quick)",
-        )
+        what = "the name of a study in studies/, a YAML file, or the directory of a study (default: quick)"
+        if stage == "plot":
+            command.add_argument("study", nargs="*", default=["quick"], help=f"{what}; several: on one plane")
+            _add_paper(command)
+        else:
+            command.add_argument("study", nargs="?", default="quick", help=what)
         command.add_argument("--out", type=_folder, metavar="DIR", help="where to write (default: runs/<study>)")
         if stage != "plot":
             command.add_argument(
@@ -195,6 +195,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_paper(plot: argparse.ArgumentParser) -> None:
+    """The options of `plot` for single figures."""
+    plot.epilog = (
+        "example: kvfrontier plot runs/frontier --only frontier,decode --size 3.3x2.2 --format pdf,pgf "
+        "--variants mha,gqa,mla"
+    )
+    paper = plot.add_argument_group("figures for a paper", "any of these writes figures alone, into DIR/paper")
+    paper.add_argument("--only", type=_names, metavar="FIGURES", help="such as frontier,decode (default: all)")
+    paper.add_argument("--variants", type=_names, metavar="LABELS", help="show these, in this order")
+    paper.add_argument("--labels", type=Path, metavar="FILE", help="YAML with other names: {gqa: ours}")
+    paper.add_argument("--size", type=_size, metavar="WxH", help="in inches, such as 3.3x2.2 (default: 6.9 wide)")
+    paper.add_argument("--format", type=_names, metavar="KINDS", help="of pdf, svg, png, pgf, eps (default: pdf)")
+    paper.add_argument("--style", metavar="FILE", help="a matplotlib style: a file or a name")
+    paper.add_argument("--to", type=_folder, metavar="FOLDER", help="where to write (default: DIR/paper)")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _size(text: str) -> tuple[float, float]:
+    width, _, height = text.partition("x")
+    try:
+        size = float(width), float(height)
+    except ValueError:
+        size = 0.0, 0.0
+    if not all(0.5 <= length <= 40 for length in size):
+        raise argparse.ArgumentTypeError(f"{text!r} must be WIDTHxHEIGHT in inches, 0.5 to 40, such as 3.3x2.2")
+    return size
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 to 1024")
@@ -210,9 +241,13 @@ def _folder(text: str) -> Path:
 def _run_stages(args: argparse.Namespace) -> int:
     from train.store import find_directory
 
-    directory, study_file = find_directory(args.study, args.out)
     if args.stage == "plot":
-        return _plot(directory)
+        directories = [find_directory(study, args.out)[0] for study in args.study]
+        paper = "only", "variants", "labels", "size", "format", "style", "to"
+        if len(directories) > 1 or any(getattr(args, name) for name in paper):
+            return _plot_for_paper(directories, args)
+        return _plot(directories[0])
+    directory, study_file = find_directory(args.study, args.out)
     from eval import measure_names
     from train.errors import InputError
     from train.files import read_json
@@ -316,6 +351,30 @@ def _plot(directory: Path, only_if_changed: bool = False) -> int:
         raise InputError(str(e)) from None
     print((directory / "tables" / "results.md").read_text(encoding="utf-8"))
     print(f"figures, tables and the report are in {directory}: open {report}, or tensorboard --logdir {directory}")
+    return 0
+
+
+def _plot_for_paper(directories: list[Path], args: argparse.Namespace) -> int:
+    from plots import FIGURES, ResultsError, draw_for_paper, load
+    from plots.style import BACKENDS
+    from train.errors import InputError
+    from train.study import read_yaml
+
+    kinds, only, pairs = args.format or ["pdf"], args.only or [], "names of variants, such as {gqa: ours}"
+    labels = read_yaml(args.labels, pairs) if args.labels else {}
+    for name, given, known in (("--format", kinds, BACKENDS), ("--only", only, FIGURES)):
+        if unknown := [each for each in given if each not in known]:
+            raise InputError(f"{name} {unknown[0]}: there are {', '.join(known)}")
+    if not all(isinstance(name, str) for name in labels.values()):
+        raise InputError(f"{args.labels} must be {pairs}")
+    try:
+        results = load(*directories, variants=args.variants, labels=labels)
+        for path in draw_for_paper(
+            results, only, args.to or directories[0] / "paper", kinds, args.size, args.style or ()
+        ):
+            print(path)
+    except ResultsError as e:
+        raise InputError(str(e)) from None
     return 0
 
 

@@ -1,12 +1,24 @@
 """Figures, tables and the report of one study, drawn from its `results.json` alone: they can be drawn again at any
-time, on any machine, without the models that were measured."""
+time, on any machine, without the models that were measured.
+
+    from plots import frontier, load
+
+    fig, rows = frontier(load("runs/quick", labels={"gqa": "ours"}), size=(3.3, 2.2))
+
+Each figure of FIGURES is such a function: it gives a matplotlib Figure, and its numbers as a list of dicts.
+"""
 
 import csv
 import io
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.text.summary import text_pb
@@ -15,9 +27,9 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from plots import report, style, tables
 from plots.drawing import NotInResults
 from plots.figures import FIGURES
-from plots.results import ResultsError, load
+from plots.results import Results, ResultsError, load
 
-__all__ = ["ResultsError", "draw", "is_drawn"]
+__all__ = ["FIGURES", "ResultsError", "draw", "draw_for_paper", "figure", "is_drawn", "load", *FIGURES]
 
 
 def is_drawn(directory: Path) -> bool:
@@ -97,6 +109,62 @@ def draw(directory: Path) -> list[Path]:
     written.append(_tensorboard(directory / "study", images, text))
     page = report.page(results, drawn, left_out, [*short, *all_long, *matching])
     write("report.html", page)  # last: where it exists, everything else was written
+    return written
+
+
+def figure(
+    name: str, results: Results, size: tuple[float, float] | None = None, look: Any = ()
+) -> tuple[Figure, list[dict]]:
+    """The figure of that name and the rows that it shows, as plots/figures draws it. `size`: width and height in
+    inches; without it two columns wide. `look`: matplotlib styles, as names, files or dicts, over our own and over what
+    your matplotlibrc or program has set. NotInResults says why the results have no such figure."""
+    rows = FIGURES[name].rows(results)
+    with matplotlib.rc_context(_look(size, look)):
+        fig = FIGURES[name].draw(rows, results, size[0] if size else style.PAGES["_wide"])
+    for ax in fig.axes:  # in our own texts a `$` is a dollar sign; ticks on an axis that is changed later may have math
+        for axis in (ax.xaxis, ax.yaxis):
+            for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+                tick.label1.set_parse_math(not isinstance(axis.get_major_formatter(), FixedFormatter))
+    return fig, rows
+
+
+def _look(size: tuple[float, float] | None, look: Any) -> dict[str, Any]:
+    default = matplotlib.rcParamsDefault
+    with matplotlib.rc_context():
+        own = {key: value for key, value in matplotlib.rcParams.items() if key not in default or value != default[key]}
+        matplotlib.rcdefaults()
+        matplotlib.style.use([style.RC, own, *([look] if isinstance(look, str | Path | dict) else look)])
+        if size:
+            matplotlib.rcParams["figure.figsize"] = size
+        return dict(matplotlib.rcParams)
+
+
+def __getattr__(name: str) -> Any:
+    if name in FIGURES:
+        return partial(figure, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def draw_for_paper(
+    results: Results, names: Sequence[str], folder: Path, kinds: Sequence[str], size=None, look: Any = ()
+) -> list[Path]:
+    """Writes these figures, or all that the results have if none is named, and their CSV to `folder`, and returns the
+    files; see `figure`. ResultsError if the results have no such figure or it cannot be written in that form."""
+    written = []
+    for name in names or FIGURES:
+        try:
+            fig, rows = figure(name, results, size, look)
+            files = style.render(fig, kinds) | {"csv": _csv(rows).encode()}
+        except NotInResults as why:
+            if names:
+                raise ResultsError(f"{name}: {why}") from None
+            continue
+        except (OSError, RuntimeError) as why:  # an unknown style, or no TeX for pgf
+            raise ResultsError(f"{name}: {str(why).splitlines()[0]}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, content in files.items():
+            written.append(folder / f"{name}.{kind}")
+            written[-1].write_bytes(content)
     return written
 
 

@@ -68,7 +68,7 @@ def is_narrow(width: float) -> bool:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=style.fixed_size() or (width, height), layout="constrained")
 
 
 def panels(width: float, count: int, narrow: float, wide: float, across: tuple[int, int] = (2, 3), **shared):

@@ -4,10 +4,13 @@ tables and report work on variants, never on single runs."""
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
+from plots import choose
+from plots.choose import without_size
 from plots.style import Look, plain_text
 
 FORMAT = 2  # as eval/results.py writes it; a file without the number is read as if it had it
@@ -201,10 +204,6 @@ def spread_evenly(items: list, most: int) -> list:
     return [items[round(index * (len(items) - 1) / last)] for index in range(last + 1)] if last > 0 else items[:1]
 
 
-def without_size(label: str, size: str) -> str:
-    return label.removesuffix(f"-{size}") if size else label
-
-
 @dataclass(frozen=True)
 class Results:
     raw: dict
@@ -316,23 +315,18 @@ class Results:
         return max(timed, key=lambda at: (timed[at], at[0] * at[1], at[0]), default=None)
 
 
-def load(directory: Path) -> Results:
-    """The results in `directory`; ResultsError says in one line why they cannot be drawn."""
-    path = Path(directory) / "results.json"
-    again = f"run `kvfrontier eval {directory}` to write it again"
+def load(
+    *directories: str | Path, variants: Sequence[str] | None = None, labels: Mapping[str, str] | None = None
+) -> Results:
+    """The results in a study's directory; or in several, on one plane. `variants`: these alone, in this order.
+    `labels`: what some of them are to be called. ResultsError says in one line why they cannot be drawn."""
+    raws = [_read(Path(directory)) for directory in directories]
+    where = ", ".join(str(Path(directory) / "results.json") for directory in directories)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ResultsError(f"{path}: no such file; `kvfrontier run` or `kvfrontier eval` writes it") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ResultsError(f"{path}: cannot be read as JSON ({reason}); {again}") from None
-    try:
-        if raw.get("format", FORMAT) != FORMAT:
-            raise ResultsError(f"{path}: has format {raw['format']}, and only format {FORMAT} can be drawn; {again}")
-        if not raw["runs"]:
-            raise ResultsError(f"{path}: no finished runs; train first with `kvfrontier run` or `kvfrontier train`")
-        _check_is_one_study(raw, path)
+        raw = choose.present(raws[0]) if len(raws) == 1 else choose.combined([*map(choose.present, raws)])
+        raw = choose.subset(raw, variants) if variants else raw
+        raw = choose.renamed(raw, labels) if labels else raw
+        _check_is_one_study(raw, where)
         return Results(
             raw,
             _variants(raw),
@@ -341,19 +335,43 @@ def load(directory: Path) -> Results:
             [TechniqueResult.of(entry) for entry in raw.get("techniques", []) if "skipped" not in entry],
             [TechniqueResult.of(entry) for entry in raw.get("equal_bytes", [])],
         )
+    except choose.ChoiceError as error:
+        raise ResultsError(f"{where}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ResultsError(f"{path}: not in the form that can be drawn ({reason}); {again}") from error
+        raise ResultsError(f"{where}: not in the form that can be drawn ({reason}); {AGAIN}") from error
 
 
-def _check_is_one_study(raw: dict, path: Path) -> None:
+AGAIN = "`kvfrontier eval` on its directory writes it again"
+
+
+def _read(directory: Path) -> dict:
+    path = directory / "results.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResultsError(f"{path}: no such file; `kvfrontier run` or `kvfrontier eval` writes it") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ResultsError(f"{path}: cannot be read as JSON ({reason}); {AGAIN}") from None
+    try:
+        if raw.get("format", FORMAT) != FORMAT:
+            raise ResultsError(f"{path}: has format {raw['format']}, and only format {FORMAT} can be drawn; {AGAIN}")
+        if not raw["runs"]:
+            raise ResultsError(f"{path}: no finished runs; train first with `kvfrontier run` or `kvfrontier train`")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ResultsError(f"{path}: not in the form that can be drawn ({error}); {AGAIN}") from error
+    return raw
+
+
+def _check_is_one_study(raw: dict, where: str) -> None:
     whole = {"corpus_fingerprint": dig(raw, "corpus.fingerprint"), "match": raw.get("match"), "tokenizer": None}
     for key, value in whole.items():
         values = [each for each in (*(run.get(key) for run in raw["runs"]), value) if each]
         texts = dict.fromkeys(json.dumps(each, sort_keys=True) for each in values)
         if len(texts) > 1:
             raise ResultsError(
-                f'{path}: runs that differ in "{key}" ({" and ".join(texts)}) cannot be drawn together; evaluate each '
+                f'{where}: runs that differ in "{key}" ({" and ".join(texts)}) cannot be drawn together; evaluate each '
                 "on its own"
             )
 

@@ -3,16 +3,16 @@
 Colours follow Okabe and Ito's idea (colour-blind readers can distinguish them), and the first five also differ by at
 least 10 in CIE lightness, so that they stay distinct in grey. Lengths are in inches, text sizes in points."""
 
+import importlib
 import io
 import math
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.backends.backend_svg import FigureCanvasSVG
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
@@ -23,11 +23,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 markers and 8 colours: a pair
 FILLS = ("full", "left", "top", "right", "bottom")
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 GREY = "#666666"
-CANVASES = {  # with the metadata that would differ from one drawing to the next
-    "svg": (FigureCanvasSVG, "Date"),
-    "pdf": (FigureCanvasPdf, "CreationDate"),
-    "png": (FigureCanvasAgg, "Software"),
-}
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}  # the same file each time
+BACKENDS = {"svg": "svg", "pdf": "pdf", "png": "agg", "pgf": "pgf", "eps": "ps"}
 PNG_DPI = 300
 
 RC = {
@@ -93,6 +90,13 @@ class Look:
 
     def handle(self) -> Line2D:
         return Line2D([], [], linestyle=self.line, **self.marks())
+
+
+def fixed_size() -> tuple[float, float] | None:
+    """The size in inches that all figures are to have, where matplotlib's `figure.figsize` is set; else each has the
+    height that its content needs."""
+    size = tuple(matplotlib.rcParams["figure.figsize"])
+    return size if size != tuple(matplotlib.rcParamsDefault["figure.figsize"]) else None
 
 
 def wrapped(label: str, width: int = 28) -> str:
@@ -181,21 +185,24 @@ def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
         if box.width <= room or rows == len(entries):
             break
         legend.remove()
-    fig.set_figheight(fig.get_figheight() + box.height / fig.dpi)
+    if not fixed_size():
+        fig.set_figheight(fig.get_figheight() + box.height / fig.dpi)
 
 
-def render(fig: Figure) -> dict[str, bytes]:
-    """The figure as the bytes of a PDF, a PNG and an SVG. It is laid out once, so that all three agree, and contains no
-    dates or versions, so that the same figure gives the same bytes."""
+def render(fig: Figure, kinds: Sequence[str] = ("svg", "pdf", "png")) -> dict[str, bytes]:
+    """The figure as the bytes of files of these kinds. It is laid out once, so that all agree, and contains no dates or
+    versions, so that the same figure gives the same bytes. RuntimeError for pgf where no TeX is installed."""
     if layout := fig.get_layout_engine():
         layout.execute(fig)
         fig.set_layout_engine("none")
     files, dpi = {}, fig.dpi
-    for kind, (canvas, undated) in CANVASES.items():
+    for kind in kinds:
         buffer = io.BytesIO()
         fig.dpi = PNG_DPI if kind == "png" else 72
-        getattr(canvas(fig), f"print_{kind}")(buffer, metadata={undated: None})  # savefig would draw everything twice
+        canvas = importlib.import_module(f"matplotlib.backends.backend_{BACKENDS[kind]}").FigureCanvas(fig)
+        how = {"metadata": UNDATED[kind]} if kind in UNDATED else {}
+        getattr(canvas, f"print_{kind}")(buffer, **how)  # savefig would draw everything twice
         fig.dpi, files[kind] = dpi, buffer.getvalue()
-    # A hundredth of a point is enough for places; scales are below 1 and stay as they are.
-    files["svg"] = re.sub(rb"\b([1-9]\d*\.\d\d)\d+", rb"\1", files["svg"])
+    if "svg" in files:  # a hundredth of a point is enough for places; scales are below 1 and stay as they are
+        files["svg"] = re.sub(rb"\b([1-9]\d*\.\d\d)\d+", rb"\1", files["svg"])
     return files

@@ -241,11 +241,11 @@ EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
-def read_yaml(path: Path) -> dict:
-    """The mapping in a study's file. InputError if there is none."""
+def read_yaml(path: Path, what: str = f"a mapping with some of the keys {', '.join(Study.model_fields)}") -> dict:
+    """The mapping in a study's file, or in another one that has `what`. InputError if there is none."""
     content = _load(path.read_bytes(), f"{path} is not a YAML file")
     if not isinstance(content, dict):
-        raise InputError(f"{path} must be a mapping with some of the keys {', '.join(Study.model_fields)}")
+        raise InputError(f"{path} must be {what}")
     return content
 
 
