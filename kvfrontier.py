@@ -8,14 +8,44 @@ kvfrontier status runs/quick
 import argparse
 import contextlib
 import errno
+import importlib
 import os
 import signal
 import sys
 import threading
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import NoReturn
+
+PACKAGES = "archs", "eval", "plots", "train"
+
+
+class OtherName(MetaPathFinder, Loader):
+    """Imports a module of PACKAGES under a second name, with the prefix `new` instead of `old`. In a checkout the
+    packages are `archs` or `kvfrontier.archs`, which is their only name in a wheel (setup.py)."""
+
+    def __init__(self, new: str, old: str):
+        self.new, self.old = new, old
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package = name.removeprefix(self.new).partition(".")[0]
+        return ModuleSpec(name, self) if name.startswith(self.new) and package in PACKAGES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(self.old + spec.name.removeprefix(self.new))
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = module.__spec__.loader_state  # the import system has put the second name's there
+
+
+if "__path__" not in globals():
+    __path__: list[str] = []  # else Python would look for no module inside of this one
+    sys.meta_path.insert(0, OtherName(f"{__name__}.", ""))
 
 UNWRITABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
 

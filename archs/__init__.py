@@ -9,8 +9,11 @@ A new variant is one file here with a subclass of `Decoder`, and one line in VAR
 `build("my_file.py:MyVariant", ...)`.
 """
 
+import contextlib
 import functools
 import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -54,8 +57,26 @@ def find_variant(arch: str) -> type[Decoder]:
 def _load(path: Path, modified: int) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _short_names():
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _short_names() -> Iterator[None]:
+    """In a wheel, where this package is `kvfrontier.archs`: it is found as `archs`, as in a checkout."""
+    parent = __name__.rpartition(".")[0]
+    if not parent:
+        yield
+        return
+    finder, before = sys.modules[parent].OtherName("", f"{parent}."), {*sys.modules}
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules.keys() - before if finder.find_spec(name)]:
+            del sys.modules[name]
 
 
 def build(arch: str, **options) -> Decoder:

@@ -28,7 +28,7 @@ ROUNDS = 2  # each times all runs: a machine that is slow for a minute then does
 
 
 def measures() -> list[ModuleType]:
-    return [importlib.import_module(f"eval.{name}") for name in measure_names()]
+    return [importlib.import_module(f"{__package__}.{name}") for name in measure_names()]
 
 
 def evaluate_runs(plan: Plan) -> list[str]:

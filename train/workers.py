@@ -23,7 +23,8 @@ from train.progress import StudyProgress
 from train.store import logged_progress
 from train.variants import Variant
 
-COMMAND = Path(__file__).resolve().parent.parent / "kvfrontier.py"
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = next(path for name in ("kvfrontier.py", "__main__.py") if (path := ROOT / name).exists())  # __main__: a wheel
 INTERRUPTED = 130, 143
 RETRIES = 3  # on Ray, of a run whose process or node was killed
 
