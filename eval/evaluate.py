@@ -10,7 +10,6 @@ import importlib
 from types import ModuleType
 
 from filelock import Timeout
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from archs import Decoder, build
 from archs.techniques import Technique
@@ -93,7 +92,6 @@ def _evaluate_runs(plan: Plan) -> list[str]:
                     write_json(run.directory / FIRST_ROUND, states[run.directory] | {"measured": known})
                     continue
                 record = run.record() | known | run.settings | states[run.directory]
-                _log_hyperparameters(run, record)
                 write_json(run.directory / "record.json", record)
                 (run.directory / FIRST_ROUND).unlink(missing_ok=True)
     return failures
@@ -135,21 +133,3 @@ def load_retrofit(look: Snapshot, run: Run, technique: Technique) -> Decoder:
     if "train" not in record:
         raise ValueError(f"its training failed: {record.get('failed')}")
     return load_model(retrofit)
-
-
-def _log_hyperparameters(run: Run, record: dict) -> None:
-    """Writes the run's options and final metrics as a row of TensorBoard's HParams table."""
-    for old in run.directory.glob("*.final"):
-        old.unlink()
-    logger = TensorBoardLogger(run.directory, name="", version="", default_hp_metric=False, filename_suffix=".final")
-    settings = {name: record[name] for name in ("label", "arch", "seed", "params")} | {"lr": record["train"]["lr"]}
-    metrics = {
-        "final/val_bpb": record["loss"]["val_bpb"],
-        "final/val_nats": record["loss"]["val_nats"],
-        "final/kv_bytes_per_token": record["kv"]["bytes_per_token"],
-        "final/train_tokens_per_s": record["train"]["tokens_per_s"],
-    }
-    if record["decode"]:
-        metrics["final/decode_tokens_per_s"] = record["decode"][-1]["tokens_per_s"]
-    logger.log_hyperparams(settings | run.variant.options, metrics, step=record["train_tokens"])
-    logger.finalize("success")

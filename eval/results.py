@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from archs import VARIANTS
+from eval.board import write_board
 from eval.compare import compare, gap_changes
 from eval.equal_bytes import bytes_for_accuracy, equal_bytes, technique_differences
 from eval.frontier import bytes_for_baseline
@@ -26,7 +27,8 @@ def write_results(plan: Plan) -> int:
     If there are none, or nothing changed, the files stay as they are.
     """
     look = plan.look()
-    records = [look.record(run) for run in look.runs if look.is_evaluated(run)]
+    evaluated = [run for run in look.runs if look.is_evaluated(run)]
+    records = [look.record(run) for run in evaluated]
     if not records:
         return 0
     level = plan.study.eval.level
@@ -56,6 +58,7 @@ def write_results(plan: Plan) -> int:
     if not _same(read_json(path), results) or not table.exists():
         write_json(path, results | {"matching": matching_tables(plan.study, plan.data.n_vocab, plan.study_file.parent)})
         write_atomic(table, _csv(records).encode())
+        write_board(plan.directory, list(zip(evaluated, records, strict=True)))
     return len(records)
 
 

@@ -178,7 +178,7 @@ def _csv(rows: list[dict]) -> str:
 
 def _tensorboard(folder: Path, images: dict[str, bytes], text: str) -> Path:
     """Write a TensorBoard run for the whole study, next to the training runs: figures as PNG and tables as text."""
-    before = [*folder.glob("events.out.tfevents*")]
+    before = [path for path in folder.glob("events.out.tfevents*") if path.suffix != ".final"]  # which `eval` writes
     writer = EventFileWriter(str(folder))
     for name, png in images.items():
         width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))
@@ -189,4 +189,4 @@ def _tensorboard(folder: Path, images: dict[str, bytes], text: str) -> Path:
     writer.close()
     for old in before:
         old.unlink(missing_ok=True)
-    return next(folder.glob("events.out.tfevents*"))
+    return next(path for path in folder.glob("events.out.tfevents*") if path.suffix != ".final")

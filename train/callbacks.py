@@ -1,7 +1,5 @@
-"""What accompanies a run's training: checkpoints and signals, the study's progress display, metrics.jsonl."""
+"""What accompanies a run's training: checkpoints and signals, the study's progress display, samples of text."""
 
-import json
-import os
 import signal
 import threading
 import time
@@ -12,12 +10,10 @@ import lightning as L
 import tiktoken
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from train.checkpoints import checkpoint_path, write_checkpoint
 from train.errors import Interrupted
-from train.files import read_rows, write_atomic
 from train.module import LanguageModel
 from train.progress import StudyProgress
 
@@ -138,37 +134,3 @@ class LogSamples(L.Callback):
             board.experiment.add_text(
                 "sample", "".join(f"    {line}\n" for line in text.splitlines()), module.tokens_seen
             )
-
-
-class JSONLines(Logger):
-    """metrics.jsonl: each line has `tokens` and the metrics logged there. Deletes lines past `up_to_tokens`, where the
-    checkpoint is from which the run continues."""
-
-    def __init__(self, path: Path, up_to_tokens: int):
-        super().__init__()
-        self.path = path
-        rows = [row for row in read_rows(path) if row["tokens"] <= up_to_tokens]
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-    name, version = "jsonl", ""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> None:
-        return None
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        with self.path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps({"tokens": step, **metrics}) + "\n")
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """config.json has them."""
-
-    def save(self) -> None:
-        with self.path.open("a", encoding="utf-8") as f:
-            os.fsync(f.fileno())
-
-    def curve(self) -> list[dict]:
-        """The validations so far, as the record has them."""
-        rows = [row for row in read_rows(self.path) if "val/bpb" in row]
-        return [{"tokens": row["tokens"], "val_nats": row["val/loss"], "val_bpb": row["val/bpb"]} for row in rows]

@@ -26,7 +26,7 @@ from train.variants import Variant, on_meta, resolve_variants
 
 # Settings that do not determine a run's result. Devices share one batch.
 NOT_IN_KEY = {"tuning_seeds", "tuning_share", "devices", "num_nodes", "strategy"}
-NOT_IN_KEY |= {"checkpoint_seconds", "checkpoint_steps"}
+NOT_IN_KEY |= {"checkpoint_seconds", "checkpoint_steps", "loggers"}
 # Settings that came later: at their default they are left out, so that the keys of earlier runs stay as they were.
 ADDED = {"document_mask": False, "optimizer": "adamw", "schedule": "cosine"}
 ADDED |= {"qk_norm": False, "gate": False, "latent_scale": False, "latent_std": 0.02}  # of the options

@@ -20,14 +20,12 @@ from typing import Any
 import lightning as L
 import torch
 from filelock import Timeout
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from train.callbacks import (
     CheckpointAndStop,
     DurableCheckpoints,
-    JSONLines,
     LogSamples,
     ShowProgress,
     save_checkpoint,
@@ -36,6 +34,7 @@ from train.checkpoints import checkpoints, keep_weights, newest_whole
 from train.data import DataModule
 from train.errors import InputError, Interrupted, out_of_memory
 from train.files import lock, read_json, write_json
+from train.loggers import finish, make_loggers
 from train.machine import device_name, find_device
 from train.module import LanguageModel, Retrofit
 from train.plan import Plan, Run, step_counts
@@ -163,7 +162,7 @@ def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) ->
     checkpoint, tokens_done = (start[0], start[1]["seen"]["tokens_seen"]) if start else (None, 0)
     steps, val_every = step_counts(run.variant.tokens, config)
     module = make_module(plan, run, steps * config.batch_tokens, pieces)
-    loggers = make_loggers(run, tokens_done) if writes else []
+    loggers = make_loggers(run, config.loggers, tokens_done) if writes else []
     stop = CheckpointAndStop(run.directory, val_every, config.checkpoint_seconds, config.checkpoint_steps)
     callbacks = [stop, ShowProgress(progress, run.name, steps, run.variant.work / steps)]
     if run.kind == "compared" and plan.data.tokenizer:
@@ -190,7 +189,10 @@ def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) ->
     context = run.variant.options["context"]
     sequences = config.batch_tokens // context // (config.devices * config.num_nodes)
     batches = DataModule(plan.data, context, sequences, run.seed, config.val_tokens)
-    trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        finish(loggers)
     save_checkpoint(trainer, run.directory)
     if writes:
         write_record(run, module, loggers[-1].curve())
@@ -243,13 +245,6 @@ def make_module(plan: Plan, run: Run, tokens: int, pieces: int) -> LanguageModel
     module = LanguageModel(arch, options, **recipe) if plain else Retrofit(technique, arch, options, **recipe)
     module.load_state_dict(trained_weights(run.parent))
     return module
-
-
-def make_loggers(run: Run, tokens_done: int) -> list:
-    """TensorBoard and, last, metrics.jsonl; both forget what was logged after `tokens_done`."""
-    purge = tokens_done + 1 if tokens_done else None
-    tensorboard = TensorBoardLogger(run.directory, name="", version="", default_hp_metric=False, purge_step=purge)
-    return [tensorboard, JSONLines(run.directory / "metrics.jsonl", up_to_tokens=tokens_done)]
 
 
 def make_trainer(**arguments: Any) -> L.Trainer:

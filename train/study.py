@@ -53,6 +53,9 @@ class TrainConfig(Section):
     devices: Count  # of one run, on each of num_nodes machines; with strategy they go to Lightning's Trainer
     num_nodes: Count
     strategy: Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
+    loggers: list[str] = Field(
+        ["tensorboard"]
+    )  # also csv, wandb, or package.module:Class; metrics.jsonl is always written
     checkpoint_seconds: Positive  # between two checkpoints, at most
     checkpoint_steps: Count | None = None  # likewise
     document_mask: bool = False  # a token attends to its own document alone
