@@ -155,6 +155,36 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, metavar="RUN_DIR", help="such as runs/quick/runs/mha/seed-0")
     export.add_argument("out", type=Path, metavar="OUT")
     export.set_defaults(command=_export)
+    cache_bytes = commands.add_parser(
+        "bytes",
+        help="the cache of any model from its config.json, without weights: per token, constant, stored, read",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Cache bytes of models from their Hugging Face config.json, without weights. Fields that are not\n"
+        "understood are refused, and never guessed. A trained run or the directory of a study stands beside them.",
+        epilog="for example:\n  kvfrontier bytes Qwen3-0.6B/config.json DeepSeek-V3 runs/quick --context 32768 "
+        "--memory 80GiB",
+    )
+    cache_bytes.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="a config.json, a directory that holds one, a run, or a study"
+    )
+    cache_bytes.add_argument(
+        "--context",
+        type=_tokens,
+        metavar="N",
+        help="tokens in the cache (default: the longest that each config states)",
+    )
+    cache_bytes.add_argument("--batch", type=_tokens, default=1, metavar="N", help="sequences (default: 1)")
+    cache_bytes.add_argument(
+        "--dtype",
+        choices=["fp32", "fp16", "bf16", "fp8", "int8", "nvfp4", "int4", "int2"],
+        help="of keys and values in the cache (default: bf16, or what the config quantises its cache to)",
+    )
+    cache_bytes.add_argument(
+        "--memory", metavar="SIZE", help="such as 80GiB: the largest batch whose cache fits, weights not counted"
+    )
+    cache_bytes.add_argument("--json", dest="as_json", action="store_true", help="print a list of objects, plain bytes")
+    cache_bytes.add_argument("--figure", type=Path, metavar="FILE", help="draw bytes over context: .pdf, .png or .svg")
+    cache_bytes.set_defaults(command=_bytes)
     status = commands.add_parser("status", help="which runs are done, running, interrupted, failed, stale, missing")
     status.add_argument(
         "study", nargs="?", default="quick", help="the directory of a study, its name or its YAML file (default: quick)"
@@ -166,6 +196,12 @@ def _parser() -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 to 1024")
+    return int(text)
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**40:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
     return int(text)
 
 
@@ -312,6 +348,13 @@ def _export(args: argparse.Namespace) -> int:
 
     export(args.run, args.out)
     print(f"{args.out}: AutoModelForCausalLM.from_pretrained loads it")
+    return 0
+
+
+def _bytes(args: argparse.Namespace) -> int:
+    from eval.kv_bytes.command import report
+
+    print(report(args.sources, args.context, args.batch, args.dtype, args.memory, args.as_json, args.figure))
     return 0
 
 

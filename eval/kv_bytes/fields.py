@@ -1,19 +1,14 @@
-"""The fields of a Hugging Face config.json, and the cache that follows from them.
+"""The fields of a Hugging Face config.json, and the parts of the cache that follow from them.
 
-A cache is a list of parts. What each layer keeps is one or more of them: keys and values of all tokens, those of a
-window, a latent, an index, a recurrent state. A part knows how many numbers it holds after T tokens and how many of
-them one decode step reads. `eval.families` makes the parts from the fields.
+What a layer keeps is one or more parts: keys and values of all tokens, those of a window, a latent, an index, a
+recurrent state. A part knows how many entries it holds after T tokens and how many of them one decode step reads.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from train.errors import InputError
-
-DTYPES = {"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "fp4": 4, "int4": 4, "int2": 2}  # bits of a number
 
 
 @dataclass(frozen=True)
@@ -48,54 +43,6 @@ class Part:
 
 
 @dataclass
-class ModelCache:
-    """The cache of one sequence by formula: plain bytes."""
-
-    name: str
-    model_type: str
-    parts: list[Part]
-    dtype: str
-    max_tokens: int | None = None  # the longest context that the config states
-
-    def _bytes(self, part: Part, entries: int | Fraction) -> Fraction:
-        return Fraction(part.elements * max(part.bits, DTYPES[self.dtype]), 8) * entries
-
-    @property
-    def bytes_per_token(self) -> int | float:
-        """What each further token adds once all windows are full."""
-        stored = (part for part in self.parts if not part.shared)
-        return _number(sum(self._bytes(part, Fraction(1, part.per)) for part in stored if part.grows))
-
-    @property
-    def constant_bytes(self) -> int:
-        """What a sequence holds whatever its length: full windows, states, caches of an encoder."""
-        stored = (part for part in self.parts if not part.shared and not part.grows)
-        return -(-sum(self._bytes(part, part.limit or 0) for part in stored) // 1)
-
-    def stored_bytes(self, tokens: int) -> int:
-        stored = (part for part in self.parts if not part.shared)
-        return -(-sum(self._bytes(part, part.entries(tokens)) for part in stored) // 1)
-
-    def read_bytes(self, tokens: int) -> int:
-        """What one decode step reads with `tokens` in the cache. A cache counts once for each layer that reads it."""
-        return -(-sum(self._bytes(part, part.read_entries(tokens)) for part in self.parts) // 1)
-
-    @property
-    def summary(self) -> str:
-        """Such as "12 full, 12 window 128": the number of layers that have each kind of part."""
-        sizes = {"window", "chunk", "cross"}
-        kinds = Counter(
-            part.kind + (f" {part.limit}" if part.kind in sizes else "") + (" shared" if part.shared else "")
-            for part in self.parts
-        )
-        return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-
-
-def _number(value: Fraction) -> int | float:
-    return int(value) if value.denominator == 1 else float(value)
-
-
-@dataclass
 class Config:
     """The fields of one config, with the defaults of its model type. `where` names it in messages. Look-ups are noted
     in `asked`: a field about the cache that nobody asked for is refused."""
@@ -114,7 +61,11 @@ class Config:
         for name in given:
             if self.fields[name] is not None:
                 return name, self.fields[name]
-        return (given[0], None) if given else (names[0], next((self.defaults[n] for n in names if n in self.defaults), None))
+        return (
+            (given[0], None)
+            if given
+            else (names[0], next((self.defaults[n] for n in names if n in self.defaults), None))
+        )
 
     def size(self, *names: str) -> int | None:
         """A whole number above zero, or None: null, 0 and a missing field mean that there is none."""
@@ -155,7 +106,8 @@ class Config:
         """Numbers of layers, counted from `first`."""
         for index in (numbers := self.items(name)):
             if isinstance(index, bool) or not isinstance(index, int) or not first <= index < first + count:
-                raise InputError(f"{self.where}: {name} has {_short(index)}; layers count from {first} to {first + count - 1}")
+                last = first + count - 1
+                raise InputError(f"{self.where}: {name} has {_short(index)}; layers count from {first} to {last}")
         return {index - first for index in numbers}
 
     def part(self, name: str) -> "Config":
@@ -168,9 +120,8 @@ class Config:
 
     def refuse(self, name: str, value: Any, understood: Any) -> InputError:
         known = ", ".join(str(each) for each in understood)
-        return InputError(
-            f"{self.where}: {name}={_short(value)} is not understood for model_type={self.model_type}; understood: {known}"
-        )
+        what = f"{name}={_short(value)} is not understood for model_type={self.model_type}"
+        return InputError(f"{self.where}: {what}; understood: {known}")
 
     @property
     def heads(self) -> int:
