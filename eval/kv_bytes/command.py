@@ -40,7 +40,7 @@ def report(
 
 
 def row(cache: ModelCache | TrainedCache, context: int | None, batch: int, memory: int | None) -> dict:
-    """`bytes_per_token` and `constant_bytes` are those of one sequence, `stored_bytes` and `read_bytes` of the batch."""
+    """The first two byte counts are those of one sequence, `stored_bytes` and `read_bytes` those of the batch."""
     tokens = context or cache.max_tokens or UNSTATED
     stored = cache.stored_bytes(tokens)
     facts = {

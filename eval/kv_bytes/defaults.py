@@ -12,9 +12,11 @@ afmoe             32     2048  16    .   128      1024   4       16384
 apertus           32     4096  32    .   .        .      .       65536
 aquila            .      .     .     .   .        .      .       .
 arcee             32     2560  32    .   .        .      .       4096
+arctic            .      .     .     .   .        .      .       .
 baichuan          .      .     .     .   .        .      .       .
+bailing_moe       .      .     .     .   .        .      .       .
+bailing_moe_v2    .      .     .     .   .        .      .       .
 bamba             32     4096  32    8   .        .      .       262144
-bart              .      .     .     .   .        .      .       1024
 biogpt            24     1024  16    .   .        .      .       1024
 bitnet            30     2560  20    5   .        .      .       2048
 bloom             2      64    8     .   .        .      .       2048
@@ -92,6 +94,7 @@ mistral           32     4096  32    8   .        4096   all     131072
 mixtral           32     4096  32    8   .        .      all     131072
 mllama            40     4096  32    8   .        .      .       131072
 mpt               24     2048  16    .   .        .      .       2048
+mt5               8      512   6     .   .        .      .       .
 nanochat          12     768   6     .   .        .      .       2048
 nemotron          32     6144  48    .   .        .      .       4096
 nemotron_h        .      4096  32    8   128      .      .       4096
@@ -106,6 +109,7 @@ persimmon         36     4096  64    .   .        .      .       16384
 phi               24     2048  32    .   .        .      .       2048
 phi-msft          .      .     .     .   .        .      .       .
 phi3              32     3072  32    .   .        .      all     4096
+phi3_v            32     3072  32    .   .        .      all     4096
 phi4_multimodal   32     3072  32    8   .        .      all     131072
 phi4mm            32     3072  32    8   .        .      all     131072
 phimoe            32     4096  32    8   .        .      all     131072
@@ -133,7 +137,9 @@ stablelm_epoch    .      .     .     .   .        .      .       .
 starcoder2        30     3072  24    2   .        .      all     4096
 step3             61     7168  64    1   256      .      .       65536
 step3p5           45     4096  64    8   128      .      .       128000
+switch_transformers 12     768   12    .   .        .      .       .
 t5                6      512   8     .   .        .      .       .
+umt5              8      512   6     .   .        .      .       .
 vaultgemma        26     2304  8     4   256      4096   2       8192
 xglm              24     1024  16    .   .        .      .       2048
 xverse            .      .     .     .   .        .      .       .

@@ -162,7 +162,10 @@ def recurrent_gemma(config: Config) -> Layers:
     elements = 2 * config.kv_heads * (config.width // config.heads)
     own = recurrent(config, width, width, config.need("conv1d_width") - 1)
     kinds = [cycle[layer % len(cycle)] for layer in range(count)] if cycle else []
-    parts = {"recurrent": own, "attention": [Part("window", elements, limit=config.need("attention_window_size"))]}
+    parts = {
+        "recurrent": own,
+        "attention": [Part("window", elements, limit=config.need("attention_window_size", "sliding_window"))],
+    }
     return assemble(config, kinds, parts, "block_types")
 
 
@@ -184,7 +187,7 @@ def plamo2(config: Config) -> Layers:
     `full_attention_idx`; without that list nowhere."""
     count, step, enabled = config.layers, config.need("mamba_step"), config.flag("mamba_enabled")
     inner, state = config.need("mamba_num_heads") * config.head_dim, config.need("mamba_d_state")
-    window = config.need("attention_window_size")
+    window = config.need("attention_window_size", "sliding_window")
     listed = config.value("full_attention_idx")[1] is not None
     full = config.indices("full_attention_idx", count) if listed else set(range(count))
     middle = {layer for layer in range(count) if layer % step == step // 2} if count > step // 2 else {count - 1}

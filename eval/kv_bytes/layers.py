@@ -111,7 +111,9 @@ def latent(config: Config) -> Layers:
     rank = config.size("kv_lora_rank")
     if rank is None or config.fields.get("use_mla") is False:
         return grouped(config)
-    count = config.need("num_layers") * 2 if config.model_type == "longcat_flash" else config.layers
+    count = (
+        config.layers if config.model_type != "longcat_flash" else 2 * config.need("num_layers", "num_hidden_layers")
+    )
     elements, topk = rank + (config.size("qk_rope_head_dim") or 0), config.size("index_topk")
     whole, selected = [Part("latent", elements)], [Part("latent", elements, read=topk)]
     parts = {FULL: selected if topk else whole}
@@ -157,7 +159,9 @@ def delta_layer(config: Config) -> list[Part]:
     bailing = config.model_type == "bailing_hybrid"
     size = linear.size("head_dim") or config.size("head_dim" if bailing else "linear_head_dim") or 128
     default = {"kimi_linear": 32, "glm5_next": 64}.get(config.model_type, 32)
-    heads = linear.size("num_heads") or (config.heads if bailing else config.size("linear_num_heads") or default)
+    heads = linear.size("num_heads") or (
+        (config.size("num_attention_heads") or 32) if bailing else config.size("linear_num_heads") or default
+    )
     kernel = (
         linear.size("short_conv_kernel_size") or config.size("linear_conv_kernel_dim", "short_conv_kernel_size") or 4
     )

@@ -6,6 +6,7 @@ one decode step reads there. Numbers have the cache's data type: 16 bits, unless
 
 import difflib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ TELLING = (
     "linear_attn_config multi_query multi_query_group_num num_attention_groups num_global_key_value_heads "
     "num_key_value_heads_per_layer num_kv_shared_layers sliding_window sliding_window_pattern sparse_attention_config "
     "swa_head_dim swa_num_key_value_heads use_cla"
+)
+
+# Names under which other model types list the kinds of their layers.
+KINDS = re.compile(
+    r"(layers?|blocks?|attn|attention|(token_)?mixer|hybrid)_(types?|patterns?|kinds?|layout|pattern_str)"
 )
 
 
@@ -157,8 +163,9 @@ def parts_of(fields: dict, where: str) -> tuple[list[Part], Config]:
     rule, defaults = FAMILIES[plain]
     config = Config(fields, where, plain, defaults, outer)
     layers = rule(config)
-    for name in TELLING.split():
-        if fields.get(name) and name not in config.asked:
+    for name in fields:
+        tells = name in TELLING.split() or KINDS.fullmatch(name)
+        if tells and fields[name] and name not in config.asked:
             if name == "sliding_window" and fields.get("use_sliding_window") is False:
                 continue
             raise InputError(f"{where}: {name}={str(fields[name])[:60]} is not understood for model_type={model_type}")
@@ -174,8 +181,8 @@ def cache_dtype(config: Config) -> str:
         inner = quantised.get("quantization")
         for holder in (quantised, inner if isinstance(inner, dict) else {}):
             where = f"{config.where}: quantization_config"
-            match scheme := holder.get("kv_cache_scheme"):
-                case None | {}:
+            match scheme := holder.get("kv_cache_scheme") or None:
+                case None:
                     pass
                 case {"num_bits": 8, "type": "float"}:
                     return "fp8"
@@ -205,10 +212,14 @@ def read_caches(source: str, dtype: str | None = None) -> list[ModelCache | Trai
             caches = {run.get("label"): run for run in reversed(runs)}  # seeds do not differ
             return [trained_cache(run, f"{path / 'results.json'}") for run in reversed(caches.values())]
         path = path / "config.json"
-    fields = read_object(path)
-    parts, config = parts_of(fields, str(path))
-    stem = path.resolve().parent.name if path.name == "config.json" else path.name.removesuffix(".json")
-    return [ModelCache(stem, config.model_type, dtype or cache_dtype(config), config.max_tokens, parts)]
+    name = path.resolve().parent.name if path.name == "config.json" else path.name.removesuffix(".json")
+    return [model_cache(read_object(path), str(path), name, dtype)]
+
+
+def model_cache(fields: dict, where: str = "config.json", name: str = "model", dtype: str | None = None) -> ModelCache:
+    """The cache that the fields of a config.json describe; `where` names it in messages."""
+    parts, config = parts_of(fields, where)
+    return ModelCache(name, config.model_type, dtype or cache_dtype(config), config.max_tokens, parts)
 
 
 def trained_cache(record: dict, where: str) -> TrainedCache:

@@ -84,7 +84,14 @@ def nemotron_nas(config: Config) -> Layers:
                 f"{config.where}: model_type=nemotron-nas needs block_configs, an object with attention for each layer"
             )
         inner = Config(block["attention"], f"{config.where}: block_configs: attention", config.model_type)
-        understood = "n_heads_in_group", "no_op", "replace_with_linear", "window_length", "num_sink_tokens"
+        understood = (
+            "n_heads_in_group",
+            "num_key_value_heads",
+            "no_op",
+            "replace_with_linear",
+            "window_length",
+            "num_sink_tokens",
+        )
         ignored = "sparsify", "use_prefill_window_in_sink_attention", "unshifted_sink"
         for name, value in inner.fields.items():
             if value and name not in (*understood, *ignored):
@@ -92,7 +99,8 @@ def nemotron_nas(config: Config) -> Layers:
         if inner.flag("no_op") or inner.flag("replace_with_linear"):
             layers.append([])
             continue
-        elements = 2 * (config.heads // inner.need("n_heads_in_group")) * config.head_dim
+        heads = inner.size("num_key_value_heads") or config.heads // inner.need("n_heads_in_group")
+        elements = 2 * heads * config.head_dim
         window, sinks = inner.size("window_length"), inner.size("num_sink_tokens") or 0
         layers.append(attention(elements, window + sinks)[WINDOW] if window else attention(elements)[FULL])
     return layers
@@ -245,7 +253,9 @@ def minimax_m(config: Config) -> Layers:
 def t5(config: Config) -> Layers:
     """A decoder's own keys and values, and those of the encoder's `n_positions` tokens, which do not grow."""
     elements = 2 * config.heads * config.need("d_kv")
-    return encoder_decoder(config.need("num_decoder_layers", "num_layers"), elements, config.need("n_positions"))
+    return encoder_decoder(
+        config.need("num_decoder_layers", "num_layers", "num_hidden_layers"), elements, config.need("n_positions")
+    )
 
 
 @family(
@@ -256,7 +266,13 @@ def t5(config: Config) -> Layers:
     d_model=384,
     decoder_attention_heads=6,
 )
-@family("bart mbart pegasus marian", decoder_layers=12, d_model=1024, decoder_attention_heads=16)
+@family(
+    "bart mbart pegasus marian",
+    max_position_embeddings=1024,
+    decoder_layers=12,
+    d_model=1024,
+    decoder_attention_heads=16,
+)
 def bart(config: Config) -> Layers:
     source = config.need("max_source_positions", "max_position_embeddings")
     config.need("decoder_attention_heads")
