@@ -133,7 +133,10 @@ class Config:
 
     @property
     def layers(self) -> int:
-        return self.need("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
+        count = self.need("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
+        if count > 10_000:
+            raise InputError(f"{self.where}: {count} layers are more than any model has")
+        return count
 
     @property
     def kv_heads(self) -> int:
@@ -143,7 +146,12 @@ class Config:
     @property
     def head_dim(self) -> int:
         names = "head_dim", "attention_head_dim", "kv_channels", "d_kv", "hidden_size_per_head"
-        return self.size(*names) or self.width // self.heads
+        size = self.size(*names)
+        if size is None and self.width % self.heads:
+            raise InputError(
+                f"{self.where}: hidden_size={self.width} is no multiple of {self.heads} heads; give head_dim"
+            )
+        return size or self.width // self.heads
 
     @property
     def max_tokens(self) -> int | None:

@@ -17,7 +17,7 @@ from eval.kv_bytes.layers import (
 from train.errors import InputError
 
 
-def gated_delta(config: Config, heads: int | None = None, size: int | None = None) -> list[Part]:
+def gated_delta(config: Config) -> list[Part]:
     keys = config.size("linear_num_key_heads") or config.heads
     values = config.size("linear_num_value_heads") or config.heads
     key = config.size("linear_key_head_dim") or int(0.75 * config.width / keys)
@@ -69,10 +69,8 @@ def mamba2(config: Config) -> list[Part]:
     inner = config.size("mamba_d_ssm") or (config.size("mamba_expand", "expand") or 2) * config.width
     size = None if config.value("mamba_d_head")[1] == "auto" else config.size("mamba_d_head", "mamba_head_dim")
     inner = heads * size if size else inner
-    state, groups = (
-        config.need("mamba_d_state", "ssm_state_size"),
-        config.size("mamba_n_groups", "mamba_ngroups", "n_groups") or 1,
-    )
+    state = config.need("mamba_d_state", "ssm_state_size")
+    groups = config.size("mamba_n_groups", "mamba_ngroups", "n_groups") or 1
     return recurrent(config, inner * state, inner + 2 * groups * state, config.size("mamba_d_conv", "conv_kernel") or 4)
 
 
@@ -128,9 +126,8 @@ def nemotron_h(config: Config) -> Layers:
     count = config.size("num_hidden_layers")
     if not given or count not in (None, len(given)):
         wrong = f"has {len(given)} entries for {count} layers" if given else "is missing"
-        raise InputError(
-            f"{config.where}: {'layers_block_type' if 'layers_block_type' in config.fields else name} {wrong}"
-        )
+        name = "layers_block_type" if "layers_block_type" in config.fields else name
+        raise InputError(f"{config.where}: {name} {wrong}")
     kinds = [SAME.get(kind, kind) if isinstance(kind, str) else kind for kind in given]
     parts = attention(keys_and_values(config)) | {LINEAR: mamba2(config), "moe": [], "mlp": []}
     return assemble(config, kinds, parts, "layers_block_type")
@@ -162,10 +159,8 @@ def recurrent_gemma(config: Config) -> Layers:
     elements = 2 * config.kv_heads * (config.width // config.heads)
     own = recurrent(config, width, width, config.need("conv1d_width") - 1)
     kinds = [cycle[layer % len(cycle)] for layer in range(count)] if cycle else []
-    parts = {
-        "recurrent": own,
-        "attention": [Part("window", elements, limit=config.need("attention_window_size", "sliding_window"))],
-    }
+    window = Part("window", elements, limit=config.need("attention_window_size", "sliding_window"))
+    parts = {"recurrent": own, "attention": [window]}
     return assemble(config, kinds, parts, "block_types")
 
 

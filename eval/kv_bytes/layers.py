@@ -91,9 +91,9 @@ def windowed(config: Config, count: int, windows: str | int) -> list[str]:
         if first is None:
             first = {"qwen2_vl": 80, "qwen2_5_vl": 80, "dots1": 62}.get(config.model_type, 28)
         return [WINDOW if layer >= first else FULL for layer in range(count)]
-    if windows == "list" and not config.items("layer_types"):
-        raise InputError(f"{config.where}: model_type={config.model_type} with a sliding_window needs layer_types")
     if windows == "list":
+        if not config.items("layer_types"):
+            raise InputError(f"{config.where}: model_type={config.model_type} with a sliding_window needs layer_types")
         return [FULL] * count
     name, pattern = config.value("sliding_window_pattern", "global_attn_every_n_layers")
     if isinstance(pattern, str):  # one letter for each of a few layers, over and over; the last layer has no window
@@ -111,9 +111,9 @@ def latent(config: Config) -> Layers:
     rank = config.size("kv_lora_rank")
     if rank is None or config.fields.get("use_mla") is False:
         return grouped(config)
-    count = (
-        config.layers if config.model_type != "longcat_flash" else 2 * config.need("num_layers", "num_hidden_layers")
-    )
+    count = config.layers
+    if config.model_type == "longcat_flash":  # a layer has two attention blocks
+        count = 2 * config.need("num_layers", "num_hidden_layers")
     elements, topk = rank + (config.size("qk_rope_head_dim") or 0), config.size("index_topk")
     whole, selected = [Part("latent", elements)], [Part("latent", elements, read=topk)]
     parts = {FULL: selected if topk else whole}
@@ -130,8 +130,8 @@ def latent(config: Config) -> Layers:
 
 def latent_kinds(config: Config, count: int) -> list[str]:
     linear = config.part("linear_attn_config")
-    if linear.fields and not config.items("layer_types"):
-        full, delta = (linear.indices(name, count, first=1) for name in ("full_attn_layers", "kda_layers"))
+    full, delta = (linear.indices(name, count, first=1) for name in ("full_attn_layers", "kda_layers"))
+    if (full or delta) and not config.items("layer_types"):
         if len(full) + len(delta) != count or full & delta:
             raise InputError(f"{linear.where} must name each of {count} layers in full_attn_layers or in kda_layers")
         return [FULL if layer in full else LINEAR for layer in range(count)]
@@ -158,13 +158,10 @@ def delta_layer(config: Config) -> list[Part]:
     linear = config.part("linear_attn_config")
     bailing = config.model_type == "bailing_hybrid"
     size = linear.size("head_dim") or config.size("head_dim" if bailing else "linear_head_dim") or 128
-    default = {"kimi_linear": 32, "glm5_next": 64}.get(config.model_type, 32)
-    heads = linear.size("num_heads") or (
-        (config.size("num_attention_heads") or 32) if bailing else config.size("linear_num_heads") or default
-    )
-    kernel = (
-        linear.size("short_conv_kernel_size") or config.size("linear_conv_kernel_dim", "short_conv_kernel_size") or 4
-    )
+    heads = linear.size("num_heads") or config.size("num_attention_heads" if bailing else "linear_num_heads")
+    heads = heads or (64 if config.model_type == "glm5_next" else 32)
+    kernel = linear.size("short_conv_kernel_size")
+    kernel = kernel or config.size("linear_conv_kernel_dim", "short_conv_kernel_size") or 4
     return recurrent(config, heads * size * size, 3 * heads * size, kernel)
 
 
@@ -178,7 +175,7 @@ def indexers(config: Config, count: int) -> list[bool]:
         pattern = config.items("index_topk_pattern", count)
     letters = {"full": True, "F": True, "shared": False, "S": False}
     for each in pattern:
-        if each not in letters:
+        if each not in [*letters]:
             raise config.refuse("indexer_types" if "indexer_types" in config.fields else name, each, letters)
     every, offset = config.size("index_topk_freq") or 1, config.value("index_skip_topk_offset")[1]
     start = 2 if offset is None else offset

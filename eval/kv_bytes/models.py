@@ -162,7 +162,12 @@ def parts_of(fields: dict, where: str) -> tuple[list[Part], Config]:
         raise InputError(f"{where}: model_type={model_type!r}{remote} is not understood{hint}; understood: {known}")
     rule, defaults = FAMILIES[plain]
     config = Config(fields, where, plain, defaults, outer)
-    layers = rule(config)
+    try:
+        layers = rule(config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{where}: not in the form that model_type={plain} has ({e!r})") from None
     for name in fields:
         tells = name in TELLING.split() or KINDS.fullmatch(name)
         if tells and fields[name] and name not in config.asked:

@@ -40,7 +40,7 @@ def nested_attention(config: Config) -> Layers:
     if config.model_type == "mpt":
         _, kind = inner.value("attn_type")
         kinds = {None: None, "multihead_attention": None, "multiquery_attention": 1, "grouped_query_attention": 0}
-        if kind not in kinds:
+        if kind not in [*kinds]:
             raise inner.refuse("attn_type", kind, [name for name in kinds if name])
         heads = kinds[kind] or (inner.need("kv_n_heads") if kind == "grouped_query_attention" else config.heads)
     else:
@@ -222,7 +222,7 @@ def deepseek_v4(config: Config) -> Layers:
     by_ratio = {0: WINDOW, 4: csa, 128: hca}
     ratios = config.items("compress_ratios", count)
     for ratio in ratios:
-        if ratio not in by_ratio:
+        if ratio not in [*by_ratio]:
             raise config.refuse("compress_ratios", ratio, by_ratio)
     default = [hca if layer < 2 or layer % 2 == 0 else csa for layer in range(count)]
     kinds = layer_types(config, count, lambda layer: by_ratio[ratios[layer]] if ratios else default[layer])
