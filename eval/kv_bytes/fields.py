@@ -148,9 +148,8 @@ class Config:
         names = "head_dim", "attention_head_dim", "kv_channels", "d_kv", "hidden_size_per_head"
         size = self.size(*names)
         if size is None and self.width % self.heads:
-            raise InputError(
-                f"{self.where}: hidden_size={self.width} is no multiple of {self.heads} heads; give head_dim"
-            )
+            what = f"hidden_size={self.width} is no multiple of {self.heads} heads"
+            raise InputError(f"{self.where}: model_type={self.model_type} needs the field head_dim: {what}")
         return size or self.width // self.heads
 
     @property

@@ -39,10 +39,16 @@ def nested_attention(config: Config) -> Layers:
     inner = config.part("attn_config")
     if config.model_type == "mpt":
         _, kind = inner.value("attn_type")
-        kinds = {None: None, "multihead_attention": None, "multiquery_attention": 1, "grouped_query_attention": 0}
-        if kind not in [*kinds]:
-            raise inner.refuse("attn_type", kind, [name for name in kinds if name])
-        heads = kinds[kind] or (inner.need("kv_n_heads") if kind == "grouped_query_attention" else config.heads)
+        match kind:
+            case None | "multihead_attention":
+                heads = config.heads
+            case "multiquery_attention":
+                heads = 1
+            case "grouped_query_attention":
+                heads = inner.need("kv_n_heads")
+            case _:
+                known = "multihead_attention", "multiquery_attention", "grouped_query_attention"
+                raise inner.refuse("attn_type", kind, known)
     else:
         heads = inner.size("kv_n_heads") or 1
     return [[Part("full", 2 * heads * (config.width // config.heads))]] * config.layers
@@ -57,53 +63,43 @@ def chatglm(config: Config) -> Layers:
 
 @family("openelm")
 def openelm(config: Config) -> Layers:
-    count = config.layers
-    heads = config.items("num_kv_heads", count)
-    if not heads or not all(isinstance(number, int) and number > 0 for number in heads):
-        raise InputError(f"{config.where}: model_type=openelm needs num_kv_heads, a whole number for each layer")
-    return [[Part("full", 2 * number * config.need("head_dim"))] for number in heads]
+    return heads_by_layer(config, "num_kv_heads")
 
 
 @family("deci")
 def deci(config: Config) -> Layers:
-    heads = config.items("num_key_value_heads_per_layer", config.layers)
+    return heads_by_layer(config, "num_key_value_heads_per_layer")
+
+
+def heads_by_layer(config: Config, name: str) -> Layers:
+    heads = config.items(name, config.layers)
     if not heads or not all(isinstance(number, int) and number > 0 for number in heads):
-        raise InputError(
-            f"{config.where}: model_type=deci needs num_key_value_heads_per_layer, a whole number for each layer"
-        )
+        raise InputError(f"{config.where}: model_type={config.model_type} needs {name}, a number for each layer")
     return [[Part("full", 2 * number * config.head_dim)] for number in heads]
 
 
 @family("nemotron-nas")
 def nemotron_nas(config: Config) -> Layers:
     """Each block has its own group size, a window, or no attention at all."""
-    layers = []
-    for block in config.items("block_configs", config.layers) or [None] * config.layers:
-        if not isinstance(block, dict) or not isinstance(block.get("attention"), dict):
-            raise InputError(
-                f"{config.where}: model_type=nemotron-nas needs block_configs, an object with attention for each layer"
-            )
-        inner = Config(block["attention"], f"{config.where}: block_configs: attention", config.model_type)
-        understood = (
-            "n_heads_in_group",
-            "num_key_value_heads",
-            "no_op",
-            "replace_with_linear",
-            "window_length",
-            "num_sink_tokens",
-        )
-        ignored = "sparsify", "use_prefill_window_in_sink_attention", "unshifted_sink"
-        for name, value in inner.fields.items():
-            if value and name not in (*understood, *ignored):
-                raise inner.refuse(name, value, understood)
-        if inner.flag("no_op") or inner.flag("replace_with_linear"):
-            layers.append([])
-            continue
-        heads = inner.size("num_key_value_heads") or config.heads // inner.need("n_heads_in_group")
-        elements = 2 * heads * config.head_dim
-        window, sinks = inner.size("window_length"), inner.size("num_sink_tokens") or 0
-        layers.append(attention(elements, window + sinks)[WINDOW] if window else attention(elements)[FULL])
-    return layers
+    return [block_parts(config, block) for block in config.items("block_configs", config.layers) or [None]]
+
+
+def block_parts(config: Config, block: object) -> list[Part]:
+    where = f"{config.where}: block_configs"
+    if not isinstance(block, dict) or not isinstance(block.get("attention"), dict):
+        raise InputError(f"{where}: model_type=nemotron-nas needs an object with attention for each layer")
+    inner = Config(block["attention"], f"{where}: attention", config.model_type)
+    without = inner.flag("no_op") or inner.flag("replace_with_linear")
+    heads, group = inner.size("num_key_value_heads"), inner.size("n_heads_in_group")
+    window, sinks = inner.size("window_length"), inner.size("num_sink_tokens") or 0
+    ignored = {"sparsify", "use_prefill_window_in_sink_attention", "unshifted_sink"}
+    for name, value in inner.fields.items():
+        if value and name not in inner.asked | ignored:
+            raise inner.refuse(name, value, sorted(inner.asked))
+    if without:
+        return []
+    elements = 2 * (heads or config.heads // (group or inner.need("n_heads_in_group"))) * config.head_dim
+    return attention(elements, window + sinks)[WINDOW] if window else attention(elements)[FULL]
 
 
 @family("hunyuan hunyuan_v1_dense hunyuan_v1_moe", cla_share_factor=1)
@@ -240,7 +236,8 @@ def minimax_m(config: Config) -> Layers:
     dim = sparse.size("sparse_index_dim") or config.size("index_head_dim")
     block = sparse.size("sparse_block_size") or config.size("index_block_size")
     blocks = sparse.size("sparse_topk_blocks") or config.size("index_topk_blocks")
-    frequency = sparse.items("sparse_attention_freq", count)
+    used = "use_sparse_attention" not in sparse.fields or sparse.flag("use_sparse_attention")
+    frequency = sparse.items("sparse_attention_freq", count) if used else []
     kind = "minimax_m3_sparse"
     kinds = layer_types(config, count, lambda layer: kind if frequency and frequency[layer] else FULL)
     parts = attention(keys_and_values(config))
@@ -253,29 +250,17 @@ def minimax_m(config: Config) -> Layers:
 def t5(config: Config) -> Layers:
     """A decoder's own keys and values, and those of the encoder's `n_positions` tokens, which do not grow."""
     elements = 2 * config.heads * config.need("d_kv")
-    return encoder_decoder(
-        config.need("num_decoder_layers", "num_layers", "num_hidden_layers"), elements, config.need("n_positions")
-    )
+    count = config.need("num_decoder_layers", "num_layers", "num_hidden_layers")
+    return encoder_decoder(count, elements, config.need("n_positions"))
 
 
-@family(
-    "whisper",
-    max_source_positions=1500,
-    max_target_positions=448,
-    decoder_layers=4,
-    d_model=384,
-    decoder_attention_heads=6,
-)
-@family(
-    "bart mbart pegasus marian",
-    max_position_embeddings=1024,
-    decoder_layers=12,
-    d_model=1024,
-    decoder_attention_heads=16,
-)
+WHISPER = {"decoder_layers": 4, "d_model": 384, "max_source_positions": 1500, "max_target_positions": 448}
+
+
+@family("whisper", **WHISPER)
+@family("bart mbart pegasus marian", decoder_layers=12, d_model=1024, max_position_embeddings=1024)
 def bart(config: Config) -> Layers:
     source = config.need("max_source_positions", "max_position_embeddings")
-    config.need("decoder_attention_heads")
     return encoder_decoder(config.need("decoder_layers"), 2 * config.need("d_model"), source)
 
 

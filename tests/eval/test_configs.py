@@ -454,7 +454,10 @@ REFUSED = {
     "windows where none are known": (config("llama", 2, 4, 2, 64, sliding_window=512), "sliding_window=512"),
     "a string for a number": (config("llama", "2", 4, 2, 64), "num_hidden_layers='2' must be a whole number"),
     "a negative number": (config("llama", 2, 4, -2, 64), "num_key_value_heads=-2"),
-    "heads that do not divide the width": (config("llama", 2, 5, 1, 64), "no multiple of 5 heads"),
+    "heads that do not divide the width": (
+        config("llama", 2, 5, 1, 64),
+        "needs the field head_dim: .*no multiple of 5 heads",
+    ),
     "layers without end": (config("llama", 10**9, 4, 2, 64), "more than any model has"),
     "another form": (config("glm_moe_dsa", 2, 4, 4, 64, index_skip_topk_offset="2"), "not in the form"),
     "true for a number": (config("llama", True, 4, 2, 64), "num_hidden_layers=True"),
