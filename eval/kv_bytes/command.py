@@ -54,11 +54,11 @@ def row(cache: ModelCache | TrainedCache, context: int | None, batch: int, memor
         "stored_bytes": batch * stored,
         "read_bytes": batch * cache.read_bytes(tokens),
     }
-    return facts | ({"largest_batch": memory // stored if stored else None} if memory else {})
+    return facts | ({"largest_batch": memory // stored} if memory and stored else {})
 
 
 def table(rows: list[dict], caches: list[ModelCache | TrainedCache], batch: int) -> str:
-    memory = "largest_batch" in rows[0]
+    memory = any("largest_batch" in facts for facts in rows)
     head = ["model", "dtype", "per token", "constant", "context", "stored", "read a step"]
     head += ["largest batch"] * bool(memory) + ["layers"]
     lines = [head]
@@ -66,7 +66,7 @@ def table(rows: list[dict], caches: list[ModelCache | TrainedCache], batch: int)
         sizes = [size_text(facts[key]) for key in ("bytes_per_token", "constant_bytes")]
         cells = [facts["name"], facts["dtype"], *sizes, f"{facts['context']:,}"]
         cells += [size_text(facts[key]) for key in ("stored_bytes", "read_bytes")]
-        lines.append([*cells, *([f"{facts['largest_batch']:,}"] if memory else []), cache.summary])
+        lines.append([*cells, *([f"{facts.get('largest_batch', 0):,}"] if memory else []), cache.summary])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = {0, 1, len(head) - 1}
     text = [

@@ -180,11 +180,9 @@ def parts_of(fields: dict, where: str) -> tuple[list[Part], Config]:
 def cache_dtype(config: Config) -> str:
     """The data type of the cache that the config asks for, bf16 if it asks for none."""
     for fields in (config.fields, config.outer):
-        quantised = fields.get("quantization_config") or fields.get("quantization")
-        if not isinstance(quantised, dict):
-            continue
-        inner = quantised.get("quantization")
-        for holder in (quantised, inner if isinstance(inner, dict) else {}):
+        for holder in (fields.get("quantization_config"), fields.get("quantization")):
+            if not isinstance(holder, dict):
+                continue
             where = f"{config.where}: quantization_config"
             match scheme := holder.get("kv_cache_scheme") or None:
                 case None:
@@ -213,12 +211,17 @@ def read_caches(source: str, dtype: str | None = None) -> list[ModelCache | Trai
             record = read_object(path / "record.json")
             return [trained_cache(record, f"{path / 'record.json'}")]
         if (path / "results.json").exists():
-            runs = read_object(path / "results.json").get("runs") or []
+            runs = read_object(path / "results.json").get("runs")
+            if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
+                raise InputError(f"{path / 'results.json'} has no finished runs")
             caches = {run.get("label"): run for run in reversed(runs)}  # seeds do not differ
             return [trained_cache(run, f"{path / 'results.json'}") for run in reversed(caches.values())]
         path = path / "config.json"
     name = path.resolve().parent.name if path.name == "config.json" else path.name.removesuffix(".json")
-    return [model_cache(read_object(path), str(path), name, dtype)]
+    fields = read_object(path)
+    if path.name == "config.json" and (beside := path.with_name("hf_quant_config.json")).exists():
+        fields.setdefault("quantization", read_object(beside).get("quantization"))
+    return [model_cache(fields, str(path), name, dtype)]
 
 
 def model_cache(fields: dict, where: str = "config.json", name: str = "model", dtype: str | None = None) -> ModelCache:
@@ -231,7 +234,10 @@ def trained_cache(record: dict, where: str) -> TrainedCache:
     kv = record.get("kv")
     if not isinstance(kv, dict) or "stored_bytes" not in kv:
         raise InputError(f"{where} has no cache bytes: the run is not evaluated yet; kvfrontier eval does that")
-    return TrainedCache(str(record["label"]), str(record["arch"]), TORCH_DTYPES.get(kv["dtype"], kv["dtype"]), kv)
+    try:
+        return TrainedCache(str(record["label"]), str(record["arch"]), TORCH_DTYPES.get(kv["dtype"], kv["dtype"]), kv)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise InputError(f"{where} is not in the form that a run writes ({e!r})") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:

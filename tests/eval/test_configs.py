@@ -534,6 +534,13 @@ def test_the_context_is_the_longest_that_a_config_states(files):
     assert "28 full" in text
 
 
+def test_a_quantised_cache_may_be_stated_in_a_file_besides(files):
+    beside = files / "Qwen3-0.6B" / "hf_quant_config.json"
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}))
+    (row,) = json.loads(report([str(files / "Qwen3-0.6B")], as_json=True))
+    assert (row["dtype"], row["bytes_per_token"]) == ("fp8", 57344)
+
+
 def test_a_run_is_not_asked_for_a_context_at_which_its_windows_are_not_full(files):
     with pytest.raises(InputError, match=r"context of 100; give one of 16, 1024"):
         report([str(files / "run")], context=100)
@@ -552,9 +559,17 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
             report([str(source)])
 
 
-def test_a_run_that_is_not_evaluated_is_refused(tmp_path):
-    (tmp_path / "record.json").write_text('{"label": "mha", "arch": "mha"}')
-    with pytest.raises(InputError, match="not evaluated"):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("record.json", '{"label": "mha", "arch": "mha"}', "not evaluated"),
+        ("record.json", '{"label": "mha", "arch": "mha", "kv": {"stored_bytes": {}}}', "not in the form"),
+        ("results.json", '{"runs": []}', "no finished runs"),
+    ],
+)
+def test_a_run_without_measured_bytes_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
         report([str(tmp_path)])
 
 
