@@ -13,6 +13,7 @@ apertus           32     4096  32    .   .        .      .       65536
 aquila            .      .     .     .   .        .      .       .
 arcee             32     2560  32    .   .        .      .       4096
 arctic            .      .     .     .   .        .      .       .
+aria              32     4096  32    .   .        .      .       2048
 baichuan          .      .     .     .   .        .      .       .
 bailing_moe       .      .     .     .   .        .      .       .
 bailing_moe_v2    .      .     .     .   .        .      .       .
@@ -29,9 +30,11 @@ cwm               64     6144  48    8   128      8192   list    131072
 dbrx              24     2048  16    .   .        .      .       2048
 deepseek          .      .     .     .   .        .      .       .
 deepseek_v4       43     4096  64    1   512      128    .       1048576
+diffllama         16     2048  32    .   .        .      .       2048
 dots1             62     4608  32    32  .        4096   late    2048
 ernie4_5          18     1024  16    2   128      .      .       131072
 ernie4_5_moe      28     2560  20    4   .        .      .       131072
+ernie4_5_vl_moe   28     2560  20    4   .        .      .       131072
 exaone            32     4096  32    8   .        .      .       4096
 exaone4           32     4096  32    32  .        4096   4       2048
 exaone_moe        32     4096  32    32  .        4096   4       2048
@@ -44,11 +47,13 @@ gemma2            26     2304  8     4   256      4096   2       8192
 gemma3            26     2304  8     4   256      4096   6       131072
 gemma3n           35     2048  8     2   256      512    .       32768
 gemma4            30     2304  8     4   256      512    .       131072
+gemma4_unified    30     2304  8     4   256      1024   .       262144
 glm               40     4096  32    2   128      .      .       131072
 glm4              40     4096  32    2   128      .      .       131072
 glm4_moe          46     4096  96    8   .        .      .       131072
 glm4v             40     4096  32    2   .        .      .       32768
 glm4v_moe         46     4096  96    8   .        .      .       65536
+glm_ocr           16     1024  16    8   .        .      .       131072
 gpt2              12     768   12    .   .        .      .       1024
 gpt_bigcode       12     768   12    .   .        .      .       1024
 gpt_neo           24     2048  16    .   .        .      .       2048
@@ -64,12 +69,15 @@ granitemoeshared  32     4096  32    .   .        .      .       2048
 helium            24     2560  20    20  128      .      .       4096
 hunyuan_v1_dense  32     4096  32    .   .        .      .       2048
 hunyuan_v1_moe    32     4096  32    .   .        .      .       2048
+hunyuan_vl        32     4096  32    .   .        .      .       2048
 hy_v3             80     4096  64    8   128      .      .       131072
+hyperclovax       32     4096  32    .   .        .      .       2048
 internlm          .      .     .     .   .        .      .       .
 internlm2         .      .     .     .   .        .      .       .
 internlm3         48     4096  32    2   128      .      .       32768
 iquestcoder       80     5120  40    8   128      .      .       131072
 jais              .      .     .     .   .        .      .       .
+jais2             32     3328  26    .   .        .      .       8192
 jamba             32     4096  32    8   .        .      .       262144
 jetmoe            12     2048  .     16  128      .      .       4096
 laguna            40     2048  48    8   128      512    list    131072
@@ -105,6 +113,7 @@ olmo_hybrid       32     3840  30    .   .        .      .       65536
 olmoe             16     2048  16    .   .        .      .       4096
 opt               12     768   12    .   .        .      .       2048
 orion             .      .     .     .   .        .      .       .
+paddleocr_vl      18     1024  16    2   128      .      .       131072
 persimmon         36     4096  64    .   .        .      .       16384
 phi               24     2048  32    .   .        .      .       2048
 phi-msft          .      .     .     .   .        .      .       .
@@ -129,6 +138,7 @@ qwen3_omni_moe    28     2048  28    4   .        .      all     32768
 qwen3_vl          32     4096  32    32  128      .      .       128000
 qwen3_vl_moe      24     2048  16    16  .        .      .       128000
 recurrent_gemma   26     2560  10    .   .        2048   .       .
+sarvam_moe        19     4096  64    4   64       .      .       131072
 seed_oss          64     4096  80    8   128      .      .       524288
 smollm3           36     2048  16    4   .        .      list    32768
 solar_open        48     4096  64    8   128      .      .       131072
@@ -159,6 +169,8 @@ GROUPED_FIELDS = {
 # A latent of `rank` and a rotary key for each token (MLA); topk, index: an index that selects tokens (DSA).
 LATENT = """
 type           layers rank rope context topk index
+axk1           61     512  64   32768   .    .
+axk2           48     128  32   131072  2048 128
 bailing_hybrid 42     512  64   262144  .    .
 deepseek_v2    32     512  64   2048    .    .
 deepseek_v3    61     512  64   4096    .    .
@@ -171,6 +183,7 @@ kimi_linear    27     512  64   1048576 .    .
 longcat_flash  28     512  64   131072  .    .
 minicpm3       62     256  32   32768   .    .
 mistral4       36     256  64   1048576 .    .
+sarvam_mla     32     512  64   4096    .    .
 youtu          32     512  64   131072  .    .
 """
 LATENT_FIELDS = {

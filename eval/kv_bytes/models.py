@@ -44,8 +44,8 @@ TELLING = (
     "compress_rates compress_ratios cross_attention_layers full_attention_interval full_attn_idxs global_head_dim "
     "hybrid_layer_pattern hybrid_override_pattern index_head_dim index_topk kv_lora_rank layer_types layers_block_type "
     "linear_attn_config multi_query multi_query_group_num num_attention_groups num_global_key_value_heads "
-    "num_key_value_heads_per_layer num_kv_shared_layers sliding_window sliding_window_pattern sparse_attention_config "
-    "swa_head_dim swa_num_key_value_heads use_cla"
+    "num_key_value_heads_per_layer num_kv_shared_layers kv_source_layers per_layer_config sliding_window "
+    "sliding_window_pattern sparse_attention_config swa_head_dim swa_num_key_value_heads use_cla"
 )
 
 # Names under which other model types list the kinds of their layers.

@@ -132,7 +132,7 @@ def gpt_neo(config: Config) -> Layers:
 
 
 @family("gemma3n", num_kv_shared_layers=15)
-@family("gemma4", global_head_dim=512)
+@family("gemma4 gemma4_unified", global_head_dim=512)
 def gemma_shared(config: Config) -> Layers:
     """The last layers read the cache of the last layer before them that is of their kind. In Gemma 4 layers without a
     window have their own head size and number of KV heads, and the last layer has no window. Keys that are also values
@@ -147,11 +147,28 @@ def gemma_shared(config: Config) -> Layers:
     kinds = layer_types(config, count, lambda layer: WINDOW if (layer + 1) % every else FULL)
     if four:
         kinds[-1] = FULL
+        own_sizes = per_layer(
+            config, [n for n, kind in enumerate(kinds) if kind == FULL], "head_dim num_key_value_heads"
+        )
+        if own_sizes:
+            full = 2 * (own_sizes.size("num_key_value_heads") or config.kv_heads) * own_sizes.need("head_dim")
     layers = assemble(config, kinds, attention(full, config.size("sliding_window"), own))
     count_shared = config.size("num_kv_shared_layers") or 0
     if count_shared and not set(kinds[-count_shared:]) <= set(kinds[: max(0, count - count_shared)]):
         raise InputError(f"{config.where}: num_kv_shared_layers={count_shared} leaves a kind of layer without a cache")
     return share(layers, count_shared)
+
+
+def per_layer(config: Config, layers: list[int], understood: str) -> Config | None:
+    """The fields that `per_layer_config` sets for just these layers, alike for all; None if it is not given."""
+    given = config.part("per_layer_config")
+    if not given.fields:
+        return None
+    first = next(iter(given.fields.values()))
+    alike = all(each == first for each in given.fields.values()) and isinstance(first, dict)
+    if not alike or set(map(int, given.fields)) != set(layers) or set(first) - set(understood.split()):
+        raise config.refuse("per_layer_config", dict(given.fields), [f"{understood}, alike in layers {layers}"])
+    return Config(first, given.where, config.model_type)
 
 
 @family("llama4", attention_chunk_size=8192, no_rope_layer_interval=4)
@@ -187,7 +204,9 @@ def step3p5(config: Config) -> Layers:
     heads = other.size("num_attention_groups", "num_key_value_heads") or config.kv_heads
     within = 2 * heads * (other.size("head_dim") or config.head_dim)
     parts = attention(keys_and_values(config), config.size("sliding_window"), within)
-    return assemble(config, layer_types(config, config.layers, lambda layer: FULL), parts)
+    kinds = layer_types(config, config.layers, lambda layer: FULL)
+    per_layer(config, [n for n, kind in enumerate(kinds) if kind == WINDOW], "num_attention_heads")
+    return assemble(config, kinds, parts)
 
 
 @family("deepseek_v4", index_head_dim=128, index_topk=512)

@@ -228,6 +228,11 @@ VARIANTS = {
         10 * 4 * 4 * 512,
         50 * 4 * 16 * 256 * 1024,
     ),
+    "13 sizes by layer": (
+        config("gemma4_text", 6, 8, 4, 2304, per_layer_config={"05": {"head_dim": 128, "num_key_value_heads": 1}}),
+        4 * 128,
+        5 * 4 * 4 * 256 * 512,
+    ),
     "13 MiMo": (config("mimo_v2_flash", 5, 64, 4, 4096, **MIMO), 2 * 4 * 320, 4 * 2 * 8 * 320 * 128),
     "14 Hunyuan-Large": (config("hunyuan", 64, 80, 8, 6400, use_cla=True, cla_share_factor=2), 32 * 4 * 8 * 80, 0),
     "14 use_cla false": (
@@ -469,6 +474,10 @@ REFUSED = {
         "layers count from 1 to 2",
     ),
     "what a model type needs": ({"model_type": "baichuan"}, "needs the field num_hidden_layers"),
+    "sizes of other layers": (
+        config("gemma4_text", 6, 8, 4, 2304, per_layer_config={"2": {"head_dim": 128}}),
+        "per_layer_config=.* in layers \\[5\\]",
+    ),
     "a kind of block": (
         config("nemotron-nas", 1, 4, None, 64, block_configs=[{"attention": {"mamba": {"state": 1}}}]),
         "mamba=",
