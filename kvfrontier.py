@@ -183,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", metavar="SIZE", help="such as 80GiB: the largest batch whose cache fits, weights not counted"
     )
     cache_bytes.add_argument("--json", dest="as_json", action="store_true", help="print a list of objects, plain bytes")
-    cache_bytes.add_argument("--figure", type=Path, metavar="FILE", help="draw bytes over context: .pdf, .png or .svg")
+    cache_bytes.add_argument(
+        "--figure", type=_figure, metavar="FILE", help="draw bytes over context: .pdf, .png or .svg"
+    )
     cache_bytes.set_defaults(command=_bytes)
     status = commands.add_parser("status", help="which runs are done, running, interrupted, failed, stale, missing")
     status.add_argument(
@@ -208,6 +210,12 @@ def _tokens(text: str) -> int:
 def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a directory")
+    return Path(text)
+
+
+def _figure(text: str) -> Path:
+    if Path(text).suffix not in (".pdf", ".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .pdf, .png or .svg")
     return Path(text)
 
 
@@ -352,9 +360,16 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _bytes(args: argparse.Namespace) -> int:
-    from eval.kv_bytes.command import report
+    from eval.kv_bytes.command import curves, report
+    from eval.kv_bytes.models import read_caches
 
-    print(report(args.sources, args.context, args.batch, args.dtype, args.memory, args.as_json, args.figure))
+    caches = [cache for source in args.sources for cache in read_caches(source, args.dtype)]
+    text = report(caches, args.context, args.batch, args.memory, args.as_json)
+    if args.figure:
+        from plots.figures.cache_bytes import render_models
+
+        args.figure.write_bytes(render_models(curves(caches))[args.figure.suffix[1:]])
+    print(text)
     return 0
 
 

@@ -1,11 +1,9 @@
-"""What `kvfrontier bytes` prints: a table, JSON, or the figure of cache bytes by context."""
+"""What `kvfrontier bytes` prints, a table or JSON, and what its figure shows."""
 
 import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
 
-from eval.kv_bytes.models import ModelCache, TrainedCache, read_caches
+from eval.kv_bytes.models import ModelCache, TrainedCache
 from train.errors import InputError
 
 UNSTATED = 8192  # the context for a config that states no longest one
@@ -23,19 +21,14 @@ def parse_memory(text: str) -> int:
 
 
 def report(
-    sources: Sequence[str],
+    caches: list[ModelCache | TrainedCache],
     context: int | None = None,
     batch: int = 1,
-    dtype: str | None = None,
     memory: str | None = None,
     as_json: bool = False,
-    figure: Path | None = None,
 ) -> str:
     room = parse_memory(memory) if memory else None
-    caches = [cache for source in sources for cache in read_caches(source, dtype)]
     rows = [row(cache, context, batch, room) for cache in caches]
-    if figure:
-        draw(caches, figure)
     return json.dumps(rows, indent=1) if as_json else table(rows, caches, batch)
 
 
@@ -83,27 +76,14 @@ def size_text(count: float) -> str:
     return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"
 
 
-def draw(caches: list[ModelCache | TrainedCache], path: Path) -> None:
-    """Writes the figure `cache_bytes` of these models as a PDF, PNG or SVG."""
-    import matplotlib
-
-    from plots import style
-    from plots.figures.cache_bytes import FIGURE
-    from plots.results import Results, VariantResults
-
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in ("pdf", "png", "svg"):
-        raise InputError(f"--figure {path}: must end in .pdf, .png or .svg")
+def curves(caches: list[ModelCache | TrainedCache]) -> list[dict]:
+    """What the figure `cache_bytes` draws of each model: stored bytes at powers of two, each name once."""
     longest = max(2**17, *(min(cache.max_tokens or 0, 2**20) for cache in caches))
     contexts = [2**n for n in range(10, longest.bit_length())]
-    variants = []
+    records = []
     for n, cache in enumerate(caches):
         label = cache.name if all(other.name != cache.name for other in caches[:n]) else f"{cache.name} ({n + 1})"
+        costs = {"bytes_per_token": cache.bytes_per_token, "constant_bytes": cache.constant_bytes}
         stored = {str(tokens): cache.stored_bytes(tokens) for tokens in contexts}
-        runs = [{"label": label, "seed": 0, "kv": {"dtype": cache.dtype, "stored_bytes": stored}}]
-        costs = cache.bytes_per_token, cache.constant_bytes
-        variants.append(VariantResults(label, label, label, "", label, style.Look.of(n, 0), *costs, runs))
-    results = Results({}, variants, [], [], [], [])
-    with matplotlib.rc_context(matplotlib.rcParamsDefault | style.RC):
-        files = style.render(FIGURE.draw(FIGURE.rows(results), results, style.PAGES["_wide"]))
-    path.write_bytes(files[kind])
+        records.append({"label": label, "kv": {"dtype": cache.dtype, **costs, "stored_bytes": stored}})
+    return records

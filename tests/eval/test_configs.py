@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
-from eval.kv_bytes.command import parse_memory, report
-from eval.kv_bytes.models import FAMILIES, model_cache
+import kvfrontier
+from eval.kv_bytes.command import parse_memory
+from eval.kv_bytes.command import report as report_on
+from eval.kv_bytes.models import FAMILIES, model_cache, read_caches
 from train.errors import InputError
 
 
@@ -518,6 +520,10 @@ def files(tmp_path):
     return tmp_path
 
 
+def report(sources, **options):
+    return report_on([cache for source in sources for cache in read_caches(source)], **options)
+
+
 def test_json_lists_models_and_trained_runs_in_order(files):
     sources = [files / "Qwen3-0.6B", files / "gemma.json", files / "run", files / "study"]
     rows = json.loads(report([str(source) for source in sources], context=3000, batch=2, memory="1GiB", as_json=True))
@@ -593,12 +599,14 @@ def test_other_sizes_of_memory_are_refused(text):
         parse_memory(text)
 
 
-def test_the_figure_has_a_line_for_each_model(files):
+def test_the_figure_draws_models_beside_trained_runs(files, capsys):
     path = files / "bytes.svg"
-    report([str(files / "Qwen3-0.6B"), str(files / "gemma.json"), str(files / "run")], figure=path)
+    sources = [str(files / name) for name in ("Qwen3-0.6B", "gemma.json", "run", "study")]
+    assert kvfrontier.main(["bytes", *sources, "--figure", str(path)]) == 0
     assert b"<svg" in path.read_bytes()
-    with pytest.raises(InputError, match="must end in"):
-        report([str(files / "run")], figure=files / "bytes.gif")
+    assert "yoco-2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        kvfrontier.main(["bytes", *sources, "--figure", str(files / "bytes.gif")])
 
 
 def test_the_command_loads_no_torch(files):
