@@ -150,7 +150,7 @@ def parts_of(fields: dict, where: str) -> tuple[list[Part], Config]:
         nested = next((name for name in NESTED if isinstance(fields.get(name), dict)), None)
         if nested is None:
             break
-        where, outer, fields = f"{where}: {nested}", fields, fields[nested]
+        where, outer, fields = f"{where}: {nested}", outer | fields, fields[nested]
     if model_type is None:
         raise InputError(f"{where} has no model_type: what its fields mean is not known")
     plain = model_type.removesuffix("_model").removesuffix("_text")
@@ -168,12 +168,12 @@ def parts_of(fields: dict, where: str) -> tuple[list[Part], Config]:
         if isinstance(e, InputError):
             raise
         raise InputError(f"{where}: not in the form that model_type={plain} has ({e!r})") from None
-    for name in fields:
-        tells = name in TELLING.split() or KINDS.fullmatch(name)
-        if tells and fields[name] and name not in config.asked:
-            if name == "sliding_window" and fields.get("use_sliding_window") is False:
-                continue
-            raise InputError(f"{where}: {name}={str(fields[name])[:60]} is not understood for model_type={model_type}")
+    telling = set(TELLING.split())
+    if fields.get("use_sliding_window") is False:
+        telling -= {"sliding_window"}
+    for name in fields.keys() - config.asked:
+        if fields[name] and (name in telling or KINDS.fullmatch(name)):
+            raise config.refuse(name, fields[name], sorted(telling & config.asked))
     return [part for layer in layers for part in layer], config
 
 

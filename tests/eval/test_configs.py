@@ -456,8 +456,11 @@ REFUSED = {
     "a letter of windows": (config("exaone4", 4, 4, 2, 64, sliding_window_pattern="LLX"), "'LLX'"),
     "a compression": (config("deepseek_v4", 2, 4, 1, 64, compress_ratios=[0, 16]), "compress_ratios=16.*0, 4, 128"),
     "a kind of attention": (config("minimax_m1", 2, 4, 2, 64, attn_type_list=[1, 2]), "attn_type_list=2"),
-    "a field of another model type": (config("llama", 2, 4, 2, 64, kv_lora_rank=512), "kv_lora_rank=512"),
-    "a field that lists kinds of layers": (config("llama", 2, 4, 2, 64, block_pattern="AB"), "block_pattern=AB"),
+    "a field of another model type": (
+        config("llama", 2, 4, 2, 64, kv_lora_rank=512),
+        "kv_lora_rank=512.*understood: layer_types",
+    ),
+    "a field that lists kinds of layers": (config("llama", 2, 4, 2, 64, block_pattern="AB"), "block_pattern='AB'"),
     "windows where none are known": (config("llama", 2, 4, 2, 64, sliding_window=512), "sliding_window=512"),
     "a string for a number": (config("llama", "2", 4, 2, 64), "num_hidden_layers='2' must be a whole number"),
     "a negative number": (config("llama", 2, 4, -2, 64), "num_key_value_heads=-2"),
