@@ -217,6 +217,38 @@ def _parser() -> argparse.ArgumentParser:
         "--no-cache", action="store_true", help="recompute all tokens for each further one, and compare the speeds"
     )
     sample.set_defaults(command=_sample)
+    cache_bytes = commands.add_parser(
+        "bytes",
+        help="the cache of any model from its config.json, without weights: per token, constant, stored, read",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Cache bytes of models from their Hugging Face config.json, without weights. Fields that are not\n"
+        "understood are refused, and never guessed. A trained run or the directory of a study stands beside them.",
+        epilog="for example:\n  kvfrontier bytes Qwen3-0.6B/config.json DeepSeek-V3 runs/quick --context 32768 "
+        "--memory 80GiB",
+    )
+    cache_bytes.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="a config.json, a directory that holds one, a run, or a study"
+    )
+    cache_bytes.add_argument(
+        "--context",
+        type=_tokens,
+        metavar="N",
+        help="tokens in the cache (default: the longest that each config states)",
+    )
+    cache_bytes.add_argument("--batch", type=_tokens, default=1, metavar="N", help="sequences (default: 1)")
+    cache_bytes.add_argument(
+        "--dtype",
+        choices=["fp32", "fp16", "bf16", "fp8", "int8", "nvfp4", "int4", "int2"],
+        help="of keys and values in the cache (default: bf16, or what the config quantises its cache to)",
+    )
+    cache_bytes.add_argument(
+        "--memory", metavar="SIZE", help="such as 80GiB: the largest batch whose cache fits, weights not counted"
+    )
+    cache_bytes.add_argument("--json", dest="as_json", action="store_true", help="print a list of objects, plain bytes")
+    cache_bytes.add_argument(
+        "--figure", type=_figure, metavar="FILE", help="draw bytes over context: .pdf, .png or .svg"
+    )
+    cache_bytes.set_defaults(command=_bytes)
     status = commands.add_parser("status", help="which runs are done, running, interrupted, failed, stale, missing")
     status.add_argument(
         "study", nargs="?", default="quick", help="the directory of a study, its name or its YAML file (default: quick)"
@@ -262,9 +294,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**40:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return int(text)
+
+
 def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a directory")
+    return Path(text)
+
+
+def _figure(text: str) -> Path:
+    if Path(text).suffix not in (".pdf", ".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .pdf, .png or .svg")
     return Path(text)
 
 
@@ -462,6 +506,20 @@ def _sample(args: argparse.Namespace) -> int:
             raise InputError(f"--option {pair}: must be KEY=VALUE")
     how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
     sample(args.run, prompt, args.tokens, args.samples, how, acts, not args.no_cache)
+    return 0
+
+
+def _bytes(args: argparse.Namespace) -> int:
+    from eval.kv_bytes.command import curves, report
+    from eval.kv_bytes.models import read_caches
+
+    caches = [cache for source in args.sources for cache in read_caches(source, args.dtype)]
+    text = report(caches, args.context, args.batch, args.memory, args.as_json)
+    if args.figure:
+        from plots.figures.cache_bytes import render_models
+
+        args.figure.write_bytes(render_models(curves(caches))[args.figure.suffix[1:]])
+    print(text)
     return 0
 
 

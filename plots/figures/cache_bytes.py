@@ -1,10 +1,11 @@
 """The bytes that one sequence holds in the KV cache, by context."""
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from plots import drawing as d
 from plots import style
-from plots.results import Results
+from plots.results import Results, VariantResults
 
 
 def cache_rows(results: Results) -> d.Rows:
@@ -74,6 +75,19 @@ def cache_caption(results: Results, rows: d.Rows) -> str:
         f"KV cache of one sequence{results.cache_text} against context; both axes are logarithmic.{legend} Exact byte "
         "counts: no timing and no seeds involved."
     )
+
+
+def render_models(records: list[dict]) -> dict[str, bytes]:
+    """The figure of models that no study has trained, as a PDF, a PNG and an SVG. Each record has a `label` and the
+    `kv` of a run's record."""
+    variants = []
+    for n, record in enumerate(records):
+        label, kv = record["label"], record["kv"]
+        look, costs = style.Look.of(n, 0), (kv["bytes_per_token"], kv["constant_bytes"])
+        variants.append(VariantResults(label, label, label, "", label, look, *costs, [record | {"seed": 0}]))
+    results = Results({}, variants, [], [], [], [])
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | style.RC):
+        return style.render(draw_cache(cache_rows(results), results, style.PAGES["_wide"]))
 
 
 FIGURE = d.Drawing("cache_bytes", 60, "Cache of one sequence", cache_rows, draw_cache, cache_caption)
