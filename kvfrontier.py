@@ -176,10 +176,13 @@ def _parser() -> argparse.ArgumentParser:
             )
         if stage == "train":
             how.add_argument("--run", dest="one", metavar="NAME", help="this run alone, as kvfrontier status names it")
-    check = commands.add_parser("check", help="whether kernels compute on this machine what their formulas say")
-    check.add_argument(
-        "study", nargs="?", default="quick", help="the study whose variants are checked (default: quick)"
+    check = commands.add_parser(
+        "check",
+        help="whether kernels compute on this machine what their formulas say; or which laws your own attention keeps",
+        epilog="example: kvfrontier check my_file.py:MyAttention",
     )
+    what = "the study whose variants are checked (default: quick), or file.py:Class, the attention whose laws are tried"
+    check.add_argument("study", nargs="?", default="quick", help=what)
     check.set_defaults(command=_check)
     export = commands.add_parser(
         "export", help="write a trained run as a directory that Hugging Face transformers loads, where it can"
@@ -459,6 +462,8 @@ def _check(args: argparse.Namespace) -> int:
     from train.store import find_directory
     from train.study import parse_study, read_yaml
 
+    if ":" in args.study and not Path(args.study).exists():
+        return _check_laws(args.study)
     study_file = find_directory(args.study, None)[1]
     if not study_file:
         raise InputError(f"{args.study} is the directory of results; give the name or the YAML file of a study")
@@ -470,6 +475,18 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{each.label:24} {each.what:8} {dtype:8} {each.error:8.1e}  {each.kernels}{verdict}", flush=True)
         wrong += not each.passed
     return _report([f"{wrong} of the checks failed"] if wrong else [])
+
+
+def _check_laws(arch: str) -> int:
+    from eval.laws import laws
+
+    wrong = 0
+    for law in laws(arch):
+        print(f"{'fails' if law.failure else 'holds'}  {law.name} ({law.cases} cases)")
+        if law.failure:
+            print(f"       {law.failure}")
+        wrong += bool(law.failure)
+    return _report([f"{wrong} of the laws do not hold for {arch}"] if wrong else [])
 
 
 def _export(args: argparse.Namespace) -> int:
