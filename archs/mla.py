@@ -148,8 +148,9 @@ class MLA(Decoder):
             "qk_rope_head_dim": o.rope_dim,
             "qk_nope_head_dim": o.nope_dim,
             "v_head_dim": o.v_dim,
-            "rope_interleave": False,  # pairs are laid out as halves
+            "rope_interleave": True,
             "first_k_dense_replace": o.layers,  # no mixture of experts
+            "num_nextn_predict_layers": 0,
         }
         return "deepseek_v3", "DeepseekV3ForCausalLM", latent
 
@@ -159,4 +160,10 @@ class MLA(Decoder):
         queries["q_b_proj" if self.options.q_rank else "q_proj"] = a.q_up
         modules = queries | {"kv_a_proj_with_mqa": a.kv_down, "kv_a_layernorm": a.kv_norm, "kv_b_proj": a.kv_up}
         weights = {name: module.weight for name, module in modules.items()}
+        o = self.options
+        pairs = torch.arange(o.rope_dim).view(2, -1).T.flatten()  # neighbours, where ours are i and i + rope_dim / 2
+        for name, size in (("q_b_proj", o.nope_dim), ("q_proj", o.nope_dim), ("kv_a_proj_with_mqa", o.kv_rank)):
+            if name in weights:
+                rows = weights[name].unflatten(0, (-1, size + o.rope_dim))
+                weights[name] = torch.cat((rows[:, :size], rows[:, size:][:, pairs]), 1).flatten(0, 1)
         return weights | {name: a.scaled(weights[name]) for name in weights if name.endswith("layernorm")}

@@ -67,14 +67,14 @@ def write_gguf(model: Decoder, path: Path) -> None:
 class LlamaCpp:
     """A context of llama.cpp for some sequences of equal length."""
 
-    def __init__(self, path: Path, sequences: int, max_tokens: int, flash: bool):
+    def __init__(self, path: Path, sequences: int, max_tokens: int, flash: bool, cache=llama_cpp.GGML_TYPE_F16):
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         how = llama_cpp.llama_context_default_params()
         how.n_ctx, how.n_seq_max, how.n_batch = sequences * max_tokens, sequences, sequences * max_tokens
         how.n_threads = how.n_threads_batch = torch.get_num_threads()
-        how.type_k = how.type_v = llama_cpp.GGML_TYPE_F16
+        how.type_k = how.type_v = cache
         how.flash_attn_type, how.kv_unified, how.no_perf = int(flash), False, True
         self.context = llama_cpp.llama_init_from_model(self.model, how)
         if not self.context:

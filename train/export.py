@@ -34,19 +34,22 @@ def export(run: Path, out: Path) -> None:
         can = ", ".join(name for name, variant in VARIANTS.items() if hasattr(variant, "hf_class"))
         raise InputError(f"{config['label']} cannot be exported: {e}; those that can be: {can}") from None
     try:
-        _write(out, trained.model, hf, trained.tokenizer)
+        write(out, trained.model, hf, trained.tokenizer)
     except OSError as e:
         raise InputError(f"cannot write to {out}: {e.strerror or e}; choose another place") from None
 
 
-def _write(out: Path, model: Decoder, hf: dict, encoding: tiktoken.Encoding | None) -> None:
+def write(out: Path, model: Decoder, hf: dict, encoding: tiktoken.Encoding | None) -> None:
+    """The files of an export; `hf` is what `hf_config` gives. OSError if they cannot be written."""
     write_atomic(out / "model.safetensors", save(hf_weights(model), metadata={"format": "pt"}))
     if encoding:
         write_atomic(out / "tokenizer.json", as_hf(encoding).to_str().encode())
         facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
         write_json(out / "tokenizer_config.json", facts | {"model_max_length": model.options.context})
-        hf["eos_token_id"] = encoding.encode_single_token(END_OF_TEXT)
-    write_json(out / "config.json", {"bos_token_id": None, "pad_token_id": None, "eos_token_id": None, **hf})
+    end = encoding.encode_single_token(END_OF_TEXT) if encoding else None
+    ids = {"bos_token_id": None, "pad_token_id": None, "eos_token_id": end}
+    write_json(out / "generation_config.json", ids)
+    write_json(out / "config.json", hf | ids)
 
 
 def hf_config(model: Decoder) -> dict[str, Any]:
@@ -77,8 +80,7 @@ def hf_config(model: Decoder) -> dict[str, Any]:
 def hf_weights(model: Decoder) -> dict[str, Tensor]:
     """The weights of the model under the names that the class of `hf_config` has for them."""
     weights = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
-    if not model.options.tie_embeddings:
-        weights["lm_head.weight"] = model.unembed.weight
+    weights["lm_head.weight"] = model.unembed.weight.clone()  # tied, too: not every engine ties
     for layer, block in enumerate(model.blocks):
         gate, up = block.ffn.gate_up.weight.chunk(2)
         named = {
