@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from pydantic import ConfigDict, Field
@@ -15,8 +15,7 @@ from torch import Tensor
 from archs.cache import Cache
 from archs.settings import Settings, Size
 
-if TYPE_CHECKING:
-    from archs.decoder import Decoder
+Decoder = Any  # of archs.decoder, which imports this file
 
 
 class Sampler(Settings):
@@ -53,7 +52,7 @@ class Sampler(Settings):
 
 
 @torch.inference_mode()
-def stream(model: "Decoder", tokens_BT: Tensor, sampler: Sampler, cache: Cache | None = None) -> Iterator[Tensor]:
+def stream(model: Decoder, tokens_BT: Tensor, sampler: Sampler, cache: Cache | None = None) -> Iterator[Tensor]:
     """Yields the tokens (B,) that follow the prompt, for as long as the cache has room for them; without a cache all
     tokens go through the model for each further one, without an end."""
     generator = torch.Generator(tokens_BT.device).manual_seed(sampler.seed)
@@ -68,11 +67,11 @@ def stream(model: "Decoder", tokens_BT: Tensor, sampler: Sampler, cache: Cache |
             logits_BV = _last_logits(model, tokens_BT)
 
 
-def _last_logits(model: "Decoder", tokens_BT: Tensor) -> Tensor:
+def _last_logits(model: Decoder, tokens_BT: Tensor) -> Tensor:
     return model.unembed(model.last_hidden_state(tokens_BT)[:, -1])
 
 
-def generate(self: "Decoder", tokens_BT: Tensor, max_new_tokens: int, *, cache: Cache | None = None, **how) -> Tensor:
+def generate(self: Decoder, tokens_BT: Tensor, max_new_tokens: int, *, cache: Cache | None = None, **how) -> Tensor:
     """The prompt and `max_new_tokens` further tokens (B, T + N). `cache`: an empty one to use, such as one under a
     technique. `how`: the fields of `Sampler`. ValueError if one of them is wrong."""
     B, T = tokens_BT.shape

@@ -36,12 +36,11 @@ def present(raw: Raw) -> Raw:
         return {entry[key] for key in NAMES[:2] if key in entry} | {*entry.get("labels", [])} <= known
 
     kept = {key: [entry for entry in raw[key] if all_known(entry)] for key in COMPARED if key in raw}
-    matching = {  # each row is against the first of its size
-        rule: [row for row in rows if row["label"] in planned]
-        for rule, rows in raw.get("matching", {}).items()
-        if rows and rows[0]["label"] in planned
-    }
-    return raw | kept | {"matching": matching}
+    if "missing" in raw and "matching" in raw:  # once a variant without results was nowhere named
+        shown = {rule: [row for row in rows if row["label"] in planned] for rule, rows in raw["matching"].items()}
+        same_first = {rule for rule, rows in raw["matching"].items() if rows[:1] == shown[rule][:1]}
+        kept["matching"] = {rule: rows for rule, rows in shown.items() if rule in same_first}  # all are against it
+    return raw | kept
 
 
 def subset(raw: Raw, variants: Sequence[str]) -> Raw:

@@ -338,11 +338,7 @@ def load(
     except choose.ChoiceError as error:
         raise ResultsError(f"{where}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise ResultsError(f"{where}: not in the form that can be drawn ({reason}); {AGAIN}") from error
-
-
-AGAIN = "`kvfrontier eval` on its directory writes it again"
+        raise _not_drawable(where, directories[0], error) from error
 
 
 def _read(directory: Path) -> dict:
@@ -353,15 +349,25 @@ def _read(directory: Path) -> dict:
         raise ResultsError(f"{path}: no such file; `kvfrontier run` or `kvfrontier eval` writes it") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ResultsError(f"{path}: cannot be read as JSON ({reason}); {AGAIN}") from None
+        raise ResultsError(f"{path}: cannot be read as JSON ({reason}); {_again(directory)}") from None
     try:
         if raw.get("format", FORMAT) != FORMAT:
-            raise ResultsError(f"{path}: has format {raw['format']}, and only format {FORMAT} can be drawn; {AGAIN}")
+            known = f"only format {FORMAT} can be drawn; {_again(directory)}"
+            raise ResultsError(f"{path}: has format {raw['format']}, and {known}")
         if not raw["runs"]:
             raise ResultsError(f"{path}: no finished runs; train first with `kvfrontier run` or `kvfrontier train`")
     except (AttributeError, KeyError, TypeError) as error:
-        raise ResultsError(f"{path}: not in the form that can be drawn ({error}); {AGAIN}") from error
+        raise _not_drawable(path, directory, error) from error
     return raw
+
+
+def _again(directory: str | Path) -> str:
+    return f"run `kvfrontier eval {directory}` to write it again"
+
+
+def _not_drawable(where: str | Path, directory: str | Path, error: Exception) -> ResultsError:
+    reason = f"no {error}" if isinstance(error, KeyError) else error
+    return ResultsError(f"{where}: not in the form that can be drawn ({reason}); {_again(directory)}")
 
 
 def _check_is_one_study(raw: dict, where: str) -> None:

@@ -218,7 +218,9 @@ def test_the_generated_recall_task_goes_through_the_same_stages(folder, two_figu
     assert all(run["loss"]["accuracy_at"].keys() == {"1", "2"} for run in results["runs"])
     assert (out / "figures" / "recall.pdf").exists()
     assert kvf("export", next((out / "runs").glob("*/seed-0")), out / "hf") == 0
-    assert {"config.json", "model.safetensors"} == {path.name for path in (out / "hf").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors"} == {
+        path.name for path in (out / "hf").iterdir()
+    }
     (out / "plan.json").write_text("damaged")
     assert kvf("eval", study, "--out", out) == 0  # the file of the study is enough
 

@@ -8,7 +8,7 @@ from texts import write_texts
 
 from archs import VARIANTS
 from archs.decoder import Options
-from kvfrontier import _parser
+from train.options import parser
 from train.store import STUDIES
 from train.study import parse_study, read_yaml
 
@@ -51,7 +51,7 @@ def test_the_commands_of_a_page_are_commands(page):
     """The command line's parser ends the process for any other."""
     lines = re.sub(r"\\\n", "", PAGES[page])
     for command in re.findall(r"^    [^#\n]*\bkvfrontier (.+)$", lines, re.M):
-        _parser().parse_args(shlex.split(command, comments=True))
+        parser().parse_args(shlex.split(command, comments=True))
 
 
 def anchors(text):
