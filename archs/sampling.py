@@ -51,7 +51,7 @@ class Sampler(Settings):
         return torch.full_like(logits_BV, -torch.inf).scatter(-1, tokens_BK, sorted_BK)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def stream(model: Decoder, tokens_BT: Tensor, sampler: Sampler, cache: Cache | None = None) -> Iterator[Tensor]:
     """Yields the tokens (B,) that follow the prompt, for as long as the cache has room for them; without a cache all
     tokens go through the model for each further one, without an end."""

@@ -106,7 +106,7 @@ def make(stream: Iterator[Tensor], tokens: int, write: Callable[[int], object]) 
     """The first `tokens` tokens of the stream; `write` gets those of the first sample."""
     made, started = [], time.perf_counter()
     for _ in range(tokens):
-        made.append(next(stream).tolist())
+        made.append(next(stream).cpu().tolist())
         write(made[-1][0])
         if len(made) == 1:
             first = time.perf_counter()

@@ -126,10 +126,10 @@ class LogSamples(L.Callback):
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.sanity_checking or not boards:
             return
-        begins = torch.tensor([[self.tokenizer.eot_token]], device=module.device)
-        with torch.compiler.set_stance("force_eager"):  # or each length would be compiled
+        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False):  # each length would be compiled
+            begins = torch.tensor([[self.tokenizer.eot_token]], device=module.device)
             made = module.model.generate(begins, min(SAMPLE_TOKENS, module.model.options.context))
-        text = self.tokenizer.decode(made[0, 1:].tolist())
+        text = self.tokenizer.decode(made[0, 1:].cpu().tolist())
         for board in boards:
             board.experiment.add_text(
                 "sample", "".join(f"    {line}\n" for line in text.splitlines()), module.tokens_seen
