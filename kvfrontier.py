@@ -300,18 +300,12 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sample(args: argparse.Namespace) -> int:
+def _technique(args: argparse.Namespace) -> dict:
+    """The technique that acts on a cache, with its options; {} for none."""
     import yaml
 
-    from eval.sample import sample
     from train.errors import InputError
 
-    prompt = args.prompt
-    if args.prompt_file:
-        try:
-            prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as e:
-            raise InputError(f"--prompt-file {args.prompt_file}: is not UTF-8 text: {e.reason}") from None
     pairs = [
         f"{name}={value}" for name in ("technique", "budget", "bits") if (value := getattr(args, name)) is not None
     ]
@@ -324,8 +318,36 @@ def _sample(args: argparse.Namespace) -> int:
             equals = ""
         if not equals:
             raise InputError(f"--option {pair}: must be KEY=VALUE")
+    return acts
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from eval.sample import sample
+    from train.errors import InputError
+
+    prompt = args.prompt
+    if args.prompt_file:
+        try:
+            prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise InputError(f"--prompt-file {args.prompt_file}: is not UTF-8 text: {e.reason}") from None
     how = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    sample(args.run, prompt, args.tokens, args.samples, how, acts, not args.no_cache)
+    sample(args.run, prompt, args.tokens, args.samples, how, _technique(args), not args.no_cache)
+    return 0
+
+
+def _harness(args: argparse.Namespace) -> int:
+    from train.errors import InputError
+
+    try:
+        from eval.harness import evaluate
+    except ModuleNotFoundError as e:
+        raise InputError(f"lm-eval needs its extra: uv run --extra lm-eval kvfrontier lm-eval ... ({e})") from None
+    acts, how = _technique(args), {"limit": args.limit, "num_fewshot": args.few_shot}
+    for run in args.runs:
+        for task, values in evaluate(run, args.tasks, args.include, acts, **how).items():
+            for metric, value in values.items():
+                print(f"{run}  {task}  {metric.removesuffix(',none')}  {value:.6g}", flush=True)
     return 0
 
 
@@ -353,7 +375,14 @@ def _status(args: argparse.Namespace) -> int:
 
 
 STAGES = dict.fromkeys(("run", "train", "eval", "plot"), _run_stages)
-COMMANDS = STAGES | {"check": _check, "export": _export, "sample": _sample, "bytes": _bytes, "status": _status}
+COMMANDS = STAGES | {
+    "check": _check,
+    "export": _export,
+    "sample": _sample,
+    "bytes": _bytes,
+    "lm-eval": _harness,
+    "status": _status,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -84,7 +84,7 @@ def draw(directory: Path) -> list[Path]:
                 | {"wide": svg["_wide"]}
             )
 
-    short = [tables.results_table(results), tables.comparison_table(results)]
+    short = [tables.results_table(results), tables.comparison_table(results), tables.harness_table(results)]
     short += [table(results) for figure in FIGURES.values() for table in figure.tables]
     short = [table for table in short if table]
     text = tables.to_markdown(*short)

@@ -3,7 +3,7 @@ LaTeX, and HTML by the report's template. Every cell is escaped where it is rend
 
 from dataclasses import dataclass
 
-from plots.results import Results, VariantResults, is_in_cache, number
+from plots.results import Results, VariantResults, is_in_cache, mean, number
 from plots.style import bytes_text
 
 MISSING = "–"  # noqa: RUF001  an en dash, what papers print for "not measured"
@@ -127,6 +127,24 @@ def _row(variant: VariantResults, decode: dict) -> list[str]:
         significant(variant.mean("train.tokens_per_s")),
         str(variant.seeds),
     ]
+
+
+def harness_table(results: Results) -> Table | None:
+    """The results of lm-eval's tasks, mean over seeds; None where none was run."""
+    metrics: dict[tuple[str, str], None] = {}
+    for run in (run for variant in results.variants for run in variant.runs):
+        for task, values in run.get("lm_eval", {}).items():
+            names = (name for name in values if not name.startswith(("sample_len", "alias")) and "_stderr" not in name)
+            metrics |= dict.fromkeys((task, name) for name in names)
+    rows = []
+    for variant in results.variants:
+        found = [mean(run.get("lm_eval", {}).get(task, {}).get(name) for run in variant.runs) for task, name in metrics]
+        if any(value is not None for value in found):
+            rows.append([variant.label, *map(significant, found)])
+    if not rows:
+        return None
+    header = ["variant", *(f"{task} {name.partition(',')[0]}" for task, name in metrics)]
+    return Table(header, rows, "l" + "r" * len(metrics), ["Mean over the seeds that were measured."], "lm-eval")
 
 
 def rate_text(variant: VariantResults) -> str:

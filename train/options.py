@@ -98,14 +98,23 @@ def parser() -> argparse.ArgumentParser:
     }
     for name, (kind, default, does) in numbers.items():
         sample.add_argument(name, type=kind, default=default, metavar="N", help=does)
-    sample.add_argument("--technique", metavar="NAME", help="what acts on the cache, such as h2o (docs/techniques.md)")
-    sample.add_argument("--budget", metavar="N", help="of the technique: tokens to keep, or a share such as 0.5")
-    sample.add_argument("--bits", metavar="N", help="quantise the cache to 8, 4 or 2 bits")
-    more = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
-    sample.add_argument("--option", **more, help="a further option of the technique, such as residual=32; repeatable")
+    _add_technique(sample)
     sample.add_argument(
         "--no-cache", action="store_true", help="recompute all tokens for each further one, and compare the speeds"
     )
+    harness = commands.add_parser(
+        "lm-eval",
+        help="tasks of lm-eval on trained runs",
+        description="Runs tasks of lm-eval, an extra (uv run --extra lm-eval), on trained runs. Results go into their "
+        "records, and with the next kvfrontier eval and plot into the tables.",
+        epilog="example: kvfrontier lm-eval runs/quick/runs/*/seed-0 --tasks my_task --include tasks/",
+    )
+    harness.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="such as runs/quick/runs/mha/seed-0")
+    harness.add_argument("--tasks", type=_names, required=True, metavar="NAMES", help="such as lambada_openai,piqa")
+    harness.add_argument("--include", type=Path, metavar="FOLDER", help="with YAML files of your own tasks")
+    harness.add_argument("--limit", type=_count, metavar="N", help="so many examples of each task")
+    harness.add_argument("--few-shot", type=int, metavar="N", help="examples before each question")
+    _add_technique(harness)
     cache_bytes = commands.add_parser(
         "bytes",
         help="the cache of any model from its config.json, without weights: per token, constant, stored, read",
@@ -142,6 +151,14 @@ def parser() -> argparse.ArgumentParser:
         "study", nargs="?", default="quick", help="the directory of a study, its name or its YAML file (default: quick)"
     )
     return parser
+
+
+def _add_technique(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--technique", metavar="NAME", help="what acts on the cache, such as h2o (docs/techniques.md)")
+    command.add_argument("--budget", metavar="N", help="of the technique: tokens to keep, or a share such as 0.5")
+    command.add_argument("--bits", metavar="N", help="quantise the cache to 8, 4 or 2 bits")
+    more = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    command.add_argument("--option", **more, help="a further option of the technique, such as residual=32; repeatable")
 
 
 def _add_paper(plot: argparse.ArgumentParser) -> None:
