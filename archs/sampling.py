@@ -33,13 +33,15 @@ class Sampler(Settings):
         """(B,) tokens."""
         if not self.temperature:
             return logits_BV.argmax(-1)
-        logits_BV = logits_BV.float() / self.temperature
+        logits_BV = logits_BV.float()
+        if self.temperature != 1:
+            logits_BV = logits_BV / self.temperature
         if self.top_k or self.top_p:
             logits_BV = self._likeliest(logits_BV)
-        total_BV = logits_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
+        total_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
         place_B1 = torch.rand(len(logits_BV), 1, dtype=torch.float64, device=logits_BV.device, generator=generator)
-        chosen_B1 = torch.searchsorted(total_BV, place_B1 * total_BV[:, -1:], right=True)
-        return chosen_B1[:, 0].clamp(max=logits_BV.shape[1] - 1)
+        chosen_B1 = torch.searchsorted(total_BV, place_B1.mul_(total_BV[:, -1:]), right=True)
+        return chosen_B1.view(-1).clamp_(max=logits_BV.shape[1] - 1)
 
     def _likeliest(self, logits_BV: Tensor) -> Tensor:
         """The logits, -inf for tokens that are left out."""

@@ -21,16 +21,17 @@ from train.trained import TrainedRun, load
 
 
 class Made(NamedTuple):
-    """The tokens (N, B) of B samples, and the seconds until the first of them and after it."""
+    """The tokens (N, B) of B samples, the seconds until the first of them, and those of `timed` tokens at the end: the
+    second one's decode step, which is recorded, is left out, as warm-up is where `eval` measures."""
 
     tokens_NB: list[list[int]]
     first_s: float
     rest_s: float
+    timed: int
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all samples, after the first token of each."""
-        return (len(self.tokens_NB) - 1) * len(self.tokens_NB[0]) / max(self.rest_s, 1e-9)
+        return self.timed * len(self.tokens_NB[0]) / max(self.rest_s, 1e-9)
 
     def __str__(self) -> str:
         return f"{self.tokens_per_s:,.0f} tokens/s, the first after {1e3 * self.first_s:,.1f} ms"
@@ -109,8 +110,10 @@ def make(stream: Iterator[Tensor], tokens: int, write: Callable[[int], object]) 
         made.append(next(stream).cpu().tolist())
         write(made[-1][0])
         if len(made) == 1:
-            first = time.perf_counter()
-    return Made(made, first - started, time.perf_counter() - first)
+            first = warm = time.perf_counter()
+        if len(made) == 2:
+            warm = time.perf_counter()
+    return Made(made, first - started, time.perf_counter() - warm, max(0, tokens - 2))
 
 
 class Text:

@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt", default="", metavar="TEXT", help="what it goes on from (default: a new document)")
     text.add_argument("--prompt-file", metavar="FILE", help="the same from a file; - is the standard input")
     numbers = {
-        "--tokens": (_count, 128, "how many to make (default: 128)"),
+        "--tokens": (_tokens, 128, "how many to make (default: 128)"),
         "--samples": (_count, 1, "how many texts to make together (default: 1)"),
         "--temperature": (float, 1.0, "0: always the likeliest token (default: 1)"),
         "--top-k": (int, None, "choose from this many of the likeliest tokens"),
