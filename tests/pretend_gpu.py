@@ -361,7 +361,8 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[GPUPretence]
         patch.setattr(torch, "Generator", lambda device=None, make=torch.Generator: make())
         patch.setattr("train.module.matmul_flops_per_s", lambda *a: 1e12)  # these take a GPU's time and memory
         patch.setattr("eval.evaluate.measure_roof", lambda device: 100.0)
-        patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+        patch.setattr("archs.kernels.fused.varlen", types.SimpleNamespace(varlen_attn=varlen_attn))
+        patch.setattr("archs.kernels.fused.HAS_WINDOWS", True)
         patch.setattr("archs.kernels.triton_attention.split_kv_attention", attend)
         patch.setattr("archs.kernels.triton_retention.retain", lambda *a: kernel(ops.retention_step.formula, *a))
         patch.setattr(checked, "_seen", set())

@@ -15,3 +15,10 @@ def kernel(supports: Callable[..., bool], *, checked: bool = False) -> Callable[
         return function
 
     return mark
+
+
+def constant(function: Callable) -> Callable:
+    """Marks a function whose result the compiler may take for constant, as `torch.compiler.assume_constant_result` does;
+    that imports the compiler, which would take a second of the start of each command."""
+    function._dynamo_marked_constant = True
+    return function

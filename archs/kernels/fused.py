@@ -5,15 +5,16 @@ Shapes as in `archs/ops.py`.
 
 import contextlib
 import functools
+import importlib
 import inspect
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from archs.kernels import kernel
+from archs.kernels import constant, kernel
 from archs.kernels.cpu.build import compiler, is_transformed
 
 # cuDNN is PyTorch's first choice on Hopper and large Blackwell. For one query it makes a plan for each length, it fails
@@ -62,7 +63,7 @@ def has_sequences(q: Tensor, *others: object) -> bool:
     return len(q) > 0
 
 
-@torch.compiler.assume_constant_result
+@constant
 def capability(device: torch.device) -> tuple[int, int]:
     """Of an NVIDIA GPU; (0, 0) of another's."""
     return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
@@ -76,8 +77,10 @@ def can_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, p
     return fits and HAS_WINDOWS and capability(q.device) >= (8, 0)
 
 
-# From torch 2.12 on. scaled_dot_product_attention takes a window as a mask, and computes much of what it hides.
-HAS_WINDOWS = {"window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
+# With windows from torch 2.12 on. scaled_dot_product_attention takes a window as a mask, and computes much of what it
+# hides. Only a GPU has it, and it imports torch's compiler, which takes a second.
+varlen = importlib.import_module("torch.nn.attention.varlen") if torch.cuda.is_available() else None
+HAS_WINDOWS = bool(varlen) and {"window_size", "enable_gqa"} <= inspect.signature(varlen.varlen_attn).parameters.keys()
 
 
 @kernel(can_window, checked=True)

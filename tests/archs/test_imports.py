@@ -4,12 +4,15 @@ import ast
 import functools
 import graphlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from archs import VARIANTS
+from archs.kernels import constant
 
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {"archs": set(), "train": {"archs"}, "eval": {"archs", "train"}, "plots": set()}
@@ -92,3 +95,12 @@ def test_models_ask_for_no_device_and_no_compiler():
 def test_no_file_is_longer_than_400_lines():
     lengths = {module: len(file.read_text().splitlines()) for module, file in MODULES.items()}
     assert {module: length for module, length in lengths.items() if length > 400} == {}
+
+
+def test_models_do_without_torchs_compiler_and_mark_constants_as_it_does():
+    """It takes a second to import."""
+    code = "import sys, archs, archs.techniques; assert 'torch._dynamo' not in sys.modules, 'torch._dynamo is imported'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = torch.compiler.assume_constant_result(lambda: 1), constant(lambda: 1)
+    assert vars(theirs) == vars(ours)

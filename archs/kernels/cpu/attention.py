@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from archs.kernels import kernel
+from archs.kernels import constant, kernel
 from archs.kernels.cpu.build import STORED, Prepared, build, is_transformed, library, operator, threads, usable
 from archs.kernels.fused import are_columns
 
@@ -80,7 +80,7 @@ def can_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, p
     return fits and position is None and not is_transformed() and T >= 8 and q.stride(3) == 1 and _builds(D, E)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _builds(D: int, E: int) -> bool:
     return build(D, E) is not None
 
