@@ -18,7 +18,7 @@ def kernel(supports: Callable[..., bool], *, checked: bool = False) -> Callable[
 
 
 def constant(function: Callable) -> Callable:
-    """Marks a function whose result the compiler may take for constant, as `torch.compiler.assume_constant_result` does;
-    that imports the compiler, which would take a second of the start of each command."""
+    """Marks a function whose result the compiler may take for constant. `torch.compiler.assume_constant_result` does
+    so, too, but imports the compiler, which takes a second of the start of each command."""
     function._dynamo_marked_constant = True
     return function
