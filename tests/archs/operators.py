@@ -46,6 +46,7 @@ class Case(NamedTuple):
     runs_in: str = ""
     gradients: bool = False
     exact: torch.dtype = torch.float64
+    within: float = 2e-5  # of the largest number
 
 
 def heads_of_projection(r, B, H, T, D):
@@ -230,7 +231,7 @@ CASES = {
         SITUATIONS.replace(" meta", ""),
     ),
     cpu.read_all: Case(lambda r: (torch.randint(-3, 4, (r.randint(1, 3), 2**17)).float(),)),
-    replay.decode_step: Case(step_inputs),
+    replay.decode_step: Case(step_inputs, within=1e-4),  # a whole model, whose retention is hardly normed
 }
 R = random.Random(0)
 COS, SIN = randn(2, 9, 4).unbind()
@@ -349,7 +350,7 @@ def assert_equals_formula(kernel, arguments):
         x.requires_grad_(case.gradients and apart)
     with torch.set_grad_enabled(case.gradients):
         result, expected = kernel(*arguments), formula(*exact)
-    assert_close((result, arguments), (expected, exact))  # also what is changed in place
+    assert_close((result, arguments), (expected, exact), case.within)  # also what is changed in place
     if case.gradients and apart:
         grad = random.choice((randn(expected.shape), torch.ones(()).expand(expected.shape)))
         results = torch.autograd.grad(result, of, grad), torch.autograd.grad(expected, of_exact, grad.double())
