@@ -34,7 +34,7 @@ def write_board(directory: Path, runs: Sequence[tuple[Run, dict]]) -> None:
         start = SessionStartInfo(group_name=record["label"])
         for name, value in row.items():
             field = _DATA[_kind(value)][1]
-            setattr(start.hparams[name], field, value)
+            setattr(start.hparams[name], field, str(value) if field == "string_value" else value)
         end = SessionEndInfo(status=api_pb2.Status.Value("STATUS_SUCCESS"))
         tags = {metadata.SESSION_START_INFO_TAG: {"session_start_info": start}}
         tags |= {metadata.SESSION_END_INFO_TAG: {"session_end_info": end}}

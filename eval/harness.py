@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from archs.sampling import Sampler, stream
+from archs.techniques.quantised import is_packed, nothing_packed
 from eval.sample import new_cache
 from train.errors import InputError
 from train.files import read_json, write_json
@@ -41,6 +42,7 @@ class TrainedLM(TemplateLM):
             raise InputError(f"{run}: its tokens stand for no text, which lm-eval's tasks are made of")
         self.model = self.run.model.to(find_device())
         self.max_length = self.model.options.context
+        self.quantisation, self.packed = None, False  # whether any slot was
 
     @property
     def eot_token_id(self) -> int:
@@ -74,9 +76,10 @@ class TrainedLM(TemplateLM):
         tokens_BT = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in whole], device=device)
         if self.acts or self.run.technique:
             prompt = longest - counts[0]
-            cache, _ = new_cache(self.run, self.acts, 1, prompt, longest)
+            cache, self.quantisation = new_cache(self.run, self.acts, 1, prompt, longest)
             steps = [self.model.prefill(tokens_BT[:, :prompt], cache)]
             steps += [self.model.decode(token_B, cache) for token_B in tokens_BT[:, prompt:-1].T]
+            self.packed |= bool(self.quantisation) and is_packed(cache)
             return [torch.cat(steps)]
         logits_BTV = self.model(tokens_BT[:, :-1])
         ends = [len(tokens) - 1 for tokens in whole]
@@ -101,7 +104,7 @@ class TrainedLM(TemplateLM):
         most = min(how.get("max_gen_toks", MADE), self.max_length - 1)
         sampler = Sampler(temperature=how.get("temperature", 0.0) if how.get("do_sample") else 0.0)
         ids = (self.tok_encode(context) or [self.prefix_token_id])[most - self.max_length :]
-        cache, _ = new_cache(self.run, self.acts, 1, len(ids), len(ids) + most)
+        cache, self.quantisation = new_cache(self.run, self.acts, 1, len(ids), len(ids) + most)
         made: list[int] = []
         prompt_1T = torch.tensor([ids], device=self.model.embed.weight.device)
         for token_B in islice(stream(self.model, prompt_1T, sampler, cache), most):
@@ -109,6 +112,7 @@ class TrainedLM(TemplateLM):
             if token == self.eot_token_id:
                 break
             made.append(token)
+            self.packed |= bool(self.quantisation) and is_packed(cache)
             text = self.run.tokenizer.decode(made)
             if places := [place for stop in stops if stop and (place := text.find(stop)) >= 0]:
                 return text[: min(places)]
@@ -123,7 +127,10 @@ def evaluate(run: Path, tasks: list[str], folder: Path | None, acts: dict[str, A
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if unknown:
             raise InputError(f"--tasks {unknown[0]}: lm-eval knows no such task; --include names a folder of your own")
-        found = simple_evaluate(TrainedLM(run, acts), tasks=tasks, task_manager=manager, **how)["results"]
+        model = TrainedLM(run, acts)
+        found = simple_evaluate(model, tasks=tasks, task_manager=manager, **how)["results"]
+        if model.quantisation and not model.packed:
+            raise InputError(nothing_packed(model.quantisation, model.max_length))
     except (OSError, ValueError, KeyError) as e:
         if isinstance(e, InputError):
             raise

@@ -23,13 +23,7 @@ from filelock import Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from train.callbacks import (
-    CheckpointAndStop,
-    DurableCheckpoints,
-    LogSamples,
-    ShowProgress,
-    save_checkpoint,
-)
+from train.callbacks import CheckpointAndStop, DurableCheckpoints, LogSamples, ShowProgress, save_checkpoint
 from train.checkpoints import checkpoints, keep_weights, newest_whole
 from train.data import DataModule
 from train.errors import InputError, Interrupted, out_of_memory

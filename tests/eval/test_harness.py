@@ -78,7 +78,7 @@ def flat(values):
 def test_under_a_technique_that_keeps_all_it_answers_the_same_and_writes_it_down(study, tasks, capsys):
     run = study / "runs" / "yoco" / "seed-0"
     printed = []
-    for how in ((), ("--bits", "8", "--option", "residual=64")):
+    for how in ((), ("--technique", "streaming-llm", "--budget", "1.0")):
         assert kvf("lm-eval", run, "--tasks", "our_choice,our_text", "--include", tasks, *how) == 0
         printed.append([line.split()[1:] for line in capsys.readouterr().out.splitlines()])
     for (*names, plain), (*same, under) in zip(*printed, strict=True):
@@ -94,6 +94,13 @@ def test_under_a_technique_that_keeps_all_it_answers_the_same_and_writes_it_down
     table = tables.harness_table(load(study))
     assert table.header == ["variant", "our_choice acc", "our_text bits_per_byte"]
     assert [row[0] for row in table.rows] == ["yoco"]
+
+
+def test_quantisation_of_nothing_is_one_line(study, tasks, capsys):
+    run = study / "runs" / "mla" / "seed-0"
+    assert kvf("lm-eval", run, "--tasks", "our_choice", "--include", tasks, "--bits", "8") == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # lm-eval's progress is before it
+    assert line.startswith("kvfrontier: bits=8 quantised nothing of 64 tokens")
 
 
 def test_a_task_that_is_not_there_is_one_line(study, tasks, capsys):
