@@ -300,6 +300,25 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _import(args: argparse.Namespace) -> int:
+    from eval import measure_names
+    from train.imported import import_model
+    from train.plan import Plan
+    from train.study import load_data, parse_study, read_yaml
+
+    file = import_model(args.folder, args.out)
+    study = parse_study(read_yaml(file), args.overrides)
+    plan = Plan(study, load_data(study, file, args.out), args.out, file, measure_names())
+    plan.save()
+    if failures := _train(args, plan):
+        return _report(failures)
+    plan.save()
+    print(
+        f"{plan.look().runs[0].directory}: kvfrontier sample takes this run, and kvfrontier eval the study {args.out}"
+    )
+    return 0
+
+
 def _technique(args: argparse.Namespace) -> dict:
     """The technique that acts on a cache, with its options; {} for none."""
     import yaml
@@ -378,6 +397,7 @@ STAGES = dict.fromkeys(("run", "train", "eval", "plot"), _run_stages)
 COMMANDS = STAGES | {
     "check": _check,
     "export": _export,
+    "import": _import,
     "sample": _sample,
     "bytes": _bytes,
     "lm-eval": _harness,

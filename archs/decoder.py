@@ -31,6 +31,7 @@ class Options(Settings):
     head_dim: Size | None = None  # width / heads
     ffn_width: Size | None = None  # 8/3 width, rounded up to 64 (SwiGLU, arXiv 2002.05202)
     rope_base: float = Field(10_000.0, ge=1, lt=2**31)
+    norm_eps: float = Field(ops.NORM_EPS, gt=0, lt=1)  # of RMSNorms but those of a latent
     tie_embeddings: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)
     qk_norm: bool = False  # RMSNorm of each head's query and key (Qwen3, arXiv 2505.09388, section 2)
@@ -75,19 +76,19 @@ class Chunk(NamedTuple):
 class RMSNorm(nn.RMSNorm):
     """Computed in the dtype of its weight: autocast would make it bf16, which PyTorch norms slowly."""
 
-    def __init__(self, size: int):
-        super().__init__(size, eps=ops.NORM_EPS)
+    def __init__(self, size: int, eps: float = ops.NORM_EPS):
+        super().__init__(size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x.to(self.weight.dtype), self.weight)
+        return ops.rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
 
 
 class HeadNorm(nn.Module):
     """RMSNorm of queries and keys (B, H, T, D) before their rotation; one weight for each number in `heads`."""
 
-    def __init__(self, size: int, *heads: int):
+    def __init__(self, size: int, *heads: int, eps: float = ops.NORM_EPS):
         super().__init__()
-        self.heads, self.parts = heads, nn.ModuleList(RMSNorm(size) for _ in heads)
+        self.heads, self.parts = heads, nn.ModuleList(RMSNorm(size, eps) for _ in heads)
 
     def forward(self, x_BHTD: Tensor) -> Tensor:
         split = zip(self.parts, x_BHTD.split(self.heads, dim=1), strict=True)
@@ -95,7 +96,7 @@ class HeadNorm(nn.Module):
 
 
 def head_norm(o: Options, size: int, *heads: int) -> nn.Module:
-    return HeadNorm(size, *heads) if o.qk_norm else nn.Identity()
+    return HeadNorm(size, *heads, eps=o.norm_eps) if o.qk_norm else nn.Identity()
 
 
 class Output(nn.Linear):
@@ -129,8 +130,8 @@ class Block(nn.Module):
 
     def __init__(self, o: Options, attention: nn.Module):
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(o.width), attention
-        self.ffn_norm, self.ffn = RMSNorm(o.width), FFN(o.width, o.ffn_width)
+        self.attention_norm, self.attention = RMSNorm(o.width, o.norm_eps), attention
+        self.ffn_norm, self.ffn = RMSNorm(o.width, o.norm_eps), FFN(o.width, o.ffn_width)
         self.dropout = nn.Dropout(o.dropout) if o.dropout else nn.Identity()
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
@@ -159,7 +160,7 @@ class Decoder(Costs, nn.Module):
         self.embed = nn.Embedding(o.vocab_size, o.width)
         self.dropout = nn.Dropout(o.dropout) if o.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(o, self.layer_attention(layer)) for layer in range(o.layers))
-        self.norm = RMSNorm(o.width)
+        self.norm = RMSNorm(o.width, o.norm_eps)
         self.unembed = nn.Linear(o.width, o.vocab_size, bias=False)
         if o.tie_embeddings:
             tie(self)

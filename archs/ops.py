@@ -70,9 +70,9 @@ def formulas() -> Iterator[None]:
 
 
 @accelerated(cpu.rms_norm)
-def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + NORM_EPS), times the weight (W); the mean is over the last dimension (arXiv 1910.07467)."""
-    return F.rms_norm(x, x.shape[-1:], weight, NORM_EPS)
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = NORM_EPS) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), times the weight (W); the mean is over the last dimension (arXiv 1910.07467)."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 @accelerated(cpu.swiglu)

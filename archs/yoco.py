@@ -126,7 +126,7 @@ class SharedKV(nn.Module):
     def __init__(self, o: YOCOOptions):
         super().__init__()
         self.kv_heads = o.kv_heads
-        self.norm = RMSNorm(o.width)
+        self.norm = RMSNorm(o.width, o.norm_eps)
         self.kv = nn.Linear(o.width, 2 * o.kv_heads * o.head_dim, bias=False)
         self.k_norm = head_norm(o, o.head_dim, o.kv_heads)
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from filelock import Timeout
 
-from archs import Decoder, build
+from archs import Decoder
 from archs.techniques import Technique
 from eval import measure_names
 from eval.speed import measure_roof
@@ -21,6 +21,7 @@ from train.machine import describe_machine, find_device, resolve_dtype
 from train.plan import Plan, Run, Snapshot
 from train.progress import StudyProgress, console
 from train.runner import trained_weights
+from train.trained import restore, untrained
 
 FIRST_ROUND = "evaluation.json"  # in a run's directory between the rounds
 ROUNDS = 2  # each times all runs: a machine that is slow for a minute then does not decide between variants
@@ -118,12 +119,7 @@ def merge(record: dict, measured: dict) -> None:
 
 def load_model(run: Run) -> Decoder:
     """The run's trained model on the CPU, in evaluation mode."""
-    model = build(run.variant.arch, **run.variant.options)
-    if run.technique:
-        model = run.technique.retrofit(model)
-    weights = trained_weights(run)
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()})
-    return model.eval()
+    return restore(untrained(run.variant.arch, run.variant.options, run.technique), trained_weights(run))
 
 
 def load_retrofit(look: Snapshot, run: Run, technique: Technique) -> Decoder:

@@ -80,7 +80,7 @@ def sample(
 def encode(run: TrainedRun, prompt: str) -> list[int]:
     """The prompt's tokens: of text; or ids, where these stand for no text. Without a prompt a new document begins."""
     if run.tokenizer:
-        return run.tokenizer.encode_ordinary(prompt) or [run.tokenizer.eot_token]
+        return [*run.prefix, *run.tokenizer.encode_ordinary(prompt)] or [run.tokenizer.eot_token]
     n_vocab = run.model.options.vocab_size
     ids = [int(word) if word.isdecimal() else n_vocab for word in prompt.split()]
     if not ids or max(ids) >= n_vocab:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import tiktoken
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from train.tokenizer import Encoding
 
 IGNORED = -100  # a target where nothing is to be predicted
 
@@ -21,7 +22,7 @@ IGNORED = -100  # a target where nothing is to be predicted
 class TrainingData(Protocol):
     """A corpus in tokens (train/tokens.py) or a task that generates its sequences (train/sources/mqar.py)."""
 
-    tokenizer: tiktoken.Encoding | None  # None: the ids stand for no text
+    tokenizer: Encoding | None  # None: the ids stand for no text
     end_of_text: int | None  # the token that ends a document
     folder: Path | None  # from which the data can be opened again without its source
     n_vocab: int

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import tiktoken
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -16,6 +15,7 @@ from train.checkpoints import checkpoint_path, write_checkpoint
 from train.errors import Interrupted
 from train.module import LanguageModel
 from train.progress import StudyProgress
+from train.tokenizer import Encoding
 
 SECONDS_OF_ONE_SIGNAL = 2  # `timeout` and others signal a process and its group: the same signal comes twice
 SAMPLE_TOKENS = 64
@@ -119,7 +119,7 @@ class LogSamples(L.Callback):
     """Writes text that the model makes at each validation to TensorBoard, always from the same random numbers. Its time
     counts as validation's."""
 
-    def __init__(self, tokenizer: tiktoken.Encoding):
+    def __init__(self, tokenizer: Encoding):
         self.tokenizer = tokenizer
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: LanguageModel) -> None:

@@ -7,14 +7,14 @@ A variant that has such a class defines `hf_class()`: (model type, class, config
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 from safetensors.torch import save
 from torch import Tensor
 
 from archs import VARIANTS, Decoder
 from train.errors import InputError
 from train.files import write_atomic, write_json
-from train.tokenizer import END_OF_TEXT, as_hf
+from train.hf_tokenizer import HFTokenizer, as_hf
+from train.tokenizer import Encoding
 from train.trained import load, read_config
 
 COMPUTES = "layer_attention", "new_layers", "hidden", "chunk", "append"  # a subclass changes none of these
@@ -39,14 +39,15 @@ def export(run: Path, out: Path) -> None:
         raise InputError(f"cannot write to {out}: {e.strerror or e}; choose another place") from None
 
 
-def write(out: Path, model: Decoder, hf: dict, encoding: tiktoken.Encoding | None) -> None:
+def write(out: Path, model: Decoder, hf: dict, encoding: Encoding | None) -> None:
     """The files of an export; `hf` is what `hf_config` gives. OSError if they cannot be written."""
     write_atomic(out / "model.safetensors", save(hf_weights(model), metadata={"format": "pt"}))
     if encoding:
-        write_atomic(out / "tokenizer.json", as_hf(encoding).to_str().encode())
-        facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+        content = encoding.content if isinstance(encoding, HFTokenizer) else as_hf(encoding).to_str().encode()
+        write_atomic(out / "tokenizer.json", content)
+        facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": encoding.decode([encoding.eot_token])}
         write_json(out / "tokenizer_config.json", facts | {"model_max_length": model.options.context})
-    end = encoding.encode_single_token(END_OF_TEXT) if encoding else None
+    end = encoding.eot_token if encoding else None
     ids = {"bos_token_id": None, "pad_token_id": None, "eos_token_id": end}
     write_json(out / "generation_config.json", ids)
     write_json(out / "config.json", hf | ids)

@@ -38,15 +38,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("study", nargs="?", default="quick", help=what)
         command.add_argument("--out", type=_folder, metavar="DIR", help="where to write (default: runs/<study>)")
         if stage != "plot":
-            command.add_argument(
-                "--set",
-                dest="overrides",
-                action="append",
-                default=[],
-                metavar="KEY=VALUE",
-                help="override a value of the study, such as train.tokens=2_000_000 or variants.gqa.kv_heads=1; "
-                "repeatable",
-            )
+            _add_set(command)
         command.set_defaults(one=None, workers=None, ray=None)
         if stage in ("run", "train"):
             how = command.add_mutually_exclusive_group()
@@ -77,6 +69,18 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run", type=Path, metavar="RUN_DIR", help="such as runs/quick/runs/mha/seed-0")
     export.add_argument("out", type=Path, metavar="OUT")
+    imports = commands.add_parser(
+        "import",
+        help="make a run of a Llama, Mistral, Qwen3 or DeepSeek-V3 directory, which sample, eval and techniques take",
+        description="Makes a study of one run, which is not trained: its weights are those of a model as transformers "
+        "writes it (config.json, *.safetensors, tokenizer.json).",
+        epilog="example: kvfrontier import SmolLM-135M runs/smollm --set 'corpus={files: [texts/*.txt]}'; "
+        "kvfrontier eval runs/smollm",
+    )
+    imports.add_argument("folder", type=Path, metavar="DIR", help="with the model's files")
+    imports.add_argument("out", type=_folder, metavar="OUT", help="a new directory, the study's")
+    _add_set(imports)
+    imports.set_defaults(workers=None, ray=None)
     sample = commands.add_parser(
         "sample",
         help="text from a trained run, through its cache",
@@ -151,6 +155,12 @@ def parser() -> argparse.ArgumentParser:
         "study", nargs="?", default="quick", help="the directory of a study, its name or its YAML file (default: quick)"
     )
     return parser
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    does = "override a value of the study, such as train.tokens=2_000_000 or variants.gqa.kv_heads=1; repeatable"
+    more = {"dest": "overrides", "action": "append", "default": [], "metavar": "KEY=VALUE"}
+    command.add_argument("--set", **more, help=does)
 
 
 def _add_technique(command: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from train.files import content_key, read_json, write_json
 from train.machine import find_device, resolve_dtype, resolve_precision
 from train.store import PLAN
 from train.study import RECIPE, Study, TrainConfig
-from train.tokenizer import save_vocabulary, vocabulary
+from train.tokenizer import file_of, save_vocabulary, vocabulary
 from train.tuning import Tuned, choose, facts, next_rate, tried, tuning_seeds
 from train.variants import Variant, on_meta, resolve_variants
 
@@ -29,7 +29,13 @@ NOT_IN_KEY = {"tuning_seeds", "tuning_share", "devices", "num_nodes", "strategy"
 NOT_IN_KEY |= {"checkpoint_seconds", "checkpoint_steps", "loggers"}
 # Settings that came later: at their default they are left out, so that the keys of earlier runs stay as they were.
 ADDED = {"document_mask": False, "optimizer": "adamw", "schedule": "cosine"}
-ADDED |= {"qk_norm": False, "gate": False, "latent_scale": False, "latent_std": 0.02}  # of the options
+ADDED |= {
+    "qk_norm": False,
+    "gate": False,
+    "norm_eps": 1e-6,
+    "latent_scale": False,
+    "latent_std": 0.02,
+}  # of the options
 # Keys of config.json that follow from others or only name the run.
 DERIVED = {"key", "tuning", "baseline", "family", "size", "params", "match", "corpus"}
 
@@ -48,6 +54,11 @@ class Run:
     name: str  # as `kvfrontier status` shows it
     parent: "Run | None" = None
     technique: Technique | None = None
+
+    @property
+    def is_imported(self) -> bool:
+        """True if its weights are those of a model of others, which is not trained."""
+        return bool(self.variant.weights) and not self.technique
 
     @property
     def key(self) -> str:
@@ -122,7 +133,7 @@ class Plan:
             "runs": runs + waiting,
         }
         try:
-            if self.study.tokenizer.name == "bpe":  # for commands that have a run's directory alone
+            if file_of(self.study.tokenizer):  # for commands that have a run's directory alone
                 save_vocabulary(self.data.tokenizer, self.directory)
             write_json(self.directory / PLAN, content)
         except OSError as e:
@@ -153,7 +164,7 @@ class Plan:
 
     def _run(self, kind, variant: Variant, seed: int, lr: float, place: Path, name: str, tuning=None) -> Run:
         fingerprint, tokenizer = self.data.facts["fingerprint"], self.study.tokenizer.model_dump()
-        if tokenizer["name"] == "bpe":  # trained on text beyond a limit, too, which the fingerprint does not know
+        if file_of(self.study.tokenizer):  # trained on text beyond a limit, too, which the fingerprint does not know
             tokenizer["vocabulary"] = vocabulary(self.data.tokenizer)
         hashed = {
             "arch": variant.arch,
@@ -165,6 +176,8 @@ class Plan:
         }
         if variant.source:  # the place of its file does not determine the weights
             hashed |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
+        if variant.weights:
+            hashed |= {"weights": variant.weights["hash"], "seed": 0, "train": None}
         settings = variant.facts() | {
             "seed": seed,
             "match": self.study.match,
@@ -230,7 +243,9 @@ class Snapshot:
         self._without_rate: list[Variant] = []  # those of `untuned` for which no rate is left to try
         self._found: dict[tuple[str, int], tuple[Tuned, dict] | None] = {}  # by label and tokens
         for variant in plan.variants:
-            lr, tuning = (plan.study.train.lr, None) if plan.rates is None else self._tune(variant)
+            given = plan.study.train.lr if plan.rates is None else plan.rates[0]
+            fixed = plan.rates is None or variant.weights
+            lr, tuning = (given, None) if fixed else self._tune(variant)
             if lr is None:
                 self.untuned.append(variant)
             else:

@@ -28,6 +28,7 @@ from train.checkpoints import checkpoints, keep_weights, newest_whole
 from train.data import DataModule
 from train.errors import InputError, Interrupted, out_of_memory
 from train.files import lock, read_json, write_json
+from train.imported import read_weights
 from train.loggers import finish, make_loggers
 from train.machine import device_name, find_device
 from train.module import LanguageModel, Retrofit
@@ -184,7 +185,11 @@ def train_run(plan: Plan, run: Run, progress: StudyProgress, pieces: int = 1) ->
     sequences = config.batch_tokens // context // (config.devices * config.num_nodes)
     batches = DataModule(plan.data, context, sequences, run.seed, config.val_tokens)
     try:
-        trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+        if run.is_imported:
+            trainer.validate(module, batches, verbose=False)
+            progress.skip(run.variant.work)
+        else:
+            trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
     finally:
         finish(loggers)
     save_checkpoint(trainer, run.directory)
@@ -233,7 +238,10 @@ def make_module(plan: Plan, run: Run, tokens: int, pieces: int) -> LanguageModel
     recipe |= run.variant.recipe
     arch, options, technique = run.variant.arch, run.variant.options, run.technique
     if not technique:
-        return LanguageModel(arch, options, **recipe)
+        module = LanguageModel(arch, options, **recipe)
+        if run.is_imported:
+            read_weights(module.model, arch, Path(run.variant.weights["folder"]))
+        return module
     recipe["warmup_tokens"] = tokens // 20
     plain = technique.is_full  # it is only trained further, to be compared with the others
     module = LanguageModel(arch, options, **recipe) if plain else Retrofit(technique, arch, options, **recipe)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from archs.settings import Settings
 
@@ -43,5 +43,11 @@ class Section(Settings):
 
 
 class TokenizerConfig(Section):
-    name: str
+    name: str  # or the path of a tokenizer.json, relative to the study's file or to the current folder
     vocab_size: VocabSize | None = None
+    end_of_text: str | None = None  # of a tokenizer.json: the special token between documents
+
+    @model_serializer(mode="wrap")
+    def _without_end_of_text(self, dump: Any) -> dict[str, Any]:
+        """A key that came later: left out where it is not given, so that hashes of earlier settings stay."""
+        return {key: value for key, value in dump(self).items() if key != "end_of_text" or value is not None}

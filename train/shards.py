@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
 
 from train.corpus import SPLITS, Item, Part, Splitter
 from train.errors import InputError
@@ -25,7 +24,7 @@ from train.files import content_key, read_json, write_atomic, write_json
 from train.machine import cores
 from train.progress import StudyProgress
 from train.sections import TokenizerConfig
-from train.tokenizer import RANKS, load_tokenizer
+from train.tokenizer import RANKS, Encoding, load_tokenizer
 
 SHARD_BYTES = 2**27  # of text; fingerprints of files that are in two shards depend on it
 GROUP_CHARS, GROUP_ITEMS = 2**18, 1024  # encoded together, at most
@@ -73,7 +72,7 @@ def sample(parts: Sequence[Part], splitter: Splitter) -> list[str]:
     return texts[:: max(1, math.ceil(sum(map(len, texts)) / SAMPLE_CHARS))]
 
 
-def token_type(encoding: tiktoken.Encoding) -> np.dtype:
+def token_type(encoding: Encoding) -> np.dtype:
     return np.dtype(np.uint16 if encoding.n_vocab <= 1 << 16 else np.uint32)
 
 
@@ -148,7 +147,7 @@ def reuse_shards(last: Path, folder: Path, unchanged: int, splitter: Splitter) -
 def write_shards(
     parts: Sequence[Part],
     splitter: Splitter,
-    encoding: tiktoken.Encoding,
+    encoding: Encoding,
     folder: Path,
     progress: StudyProgress,
     most_text: float,
@@ -184,7 +183,7 @@ def items(parts: Sequence[Part], splitter: Splitter, part: int, item: int) -> It
 
 
 def encoded(
-    numbered: Iterable[tuple[int, int, Item]], encoding: tiktoken.Encoding
+    numbered: Iterable[tuple[int, int, Item]], encoding: Encoding
 ) -> Iterator[tuple[int, int, Item, np.ndarray]]:
     """Adds to each item its token ids, with the end of text where it ends. Keeps the order."""
     dtype, end = token_type(encoding), np.array([encoding.eot_token], np.uint32)

@@ -11,6 +11,7 @@ and a changed corpus is another folder. With the folder nothing else is needed: 
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
 import torch
 from filelock import Timeout
 
@@ -29,7 +29,7 @@ from train.files import content_key, lock, read_json, write_json
 from train.progress import console
 from train.sections import TokenizerConfig
 from train.sources import Place, Source
-from train.tokenizer import RANKS, load_tokenizer, token_bytes
+from train.tokenizer import JSON, Encoding, file_of, load_tokenizer, token_bytes
 
 FORMAT = 3  # to be raised when the same text gives other tokens
 MANIFEST = "manifest.json"
@@ -63,7 +63,7 @@ class TokenSet:
     train: Tokens
     tune: Tokens
     test: Tokens
-    tokenizer: tiktoken.Encoding
+    tokenizer: Encoding
     facts: dict[str, Any]  # each end of text counts as a token without bytes
     folder: Path
 
@@ -118,8 +118,11 @@ def open_or_build(
     returns the rest of their manifest: dtype, paths, segments and facts. It gets the folder to write to and, of the
     last pass with these settings, the folder and the files as they were. Several processes may call this at once: one
     builds, the others wait for it."""
-    cache = default_cache_dir()
+    cache, of_others = default_cache_dir(), file_of(tokenizer) == JSON
     asked = {"format": FORMAT, "corpus": source.model_dump(), "tokenizer": tokenizer.model_dump()}
+    if of_others:
+        path = place.find(tokenizer.name, "tokenizer")
+        asked["tokenizer_file"] = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
     manifest = asked | {"files": files}
     folder = cache / f"tokens-{content_key(manifest)}"
     if tokens := open_tokens(folder):
@@ -143,6 +146,8 @@ def open_or_build(
         for path in folder.glob("*.tmp"):  # of a process that was killed
             path.unlink()
         try:
+            if of_others:
+                shutil.copyfile(path, folder / JSON)
             about = build(folder, cache / last["folder"], last["files"])
             write_json(folder / MANIFEST, manifest | about)
         except OSError as e:
@@ -177,7 +182,7 @@ def open_tokens(folder: Path) -> TokenSet | None:
         facts, settings = manifest["facts"], TokenizerConfig(**manifest["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    if settings.name == "bpe" and not (folder / RANKS).is_file():
+    if (file := file_of(settings)) and not (folder / file).is_file():
         return None
     return TokenSet(*splits, load_tokenizer(settings, folder), facts, folder)
 

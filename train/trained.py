@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiktoken
+from torch import Tensor
 
 from archs import Decoder, build
 from archs.techniques import Technique, technique
@@ -19,7 +19,7 @@ from train.files import read_json
 from train.progress import console
 from train.sections import TokenizerConfig
 from train.store import read_plan
-from train.tokenizer import RANKS, load_tokenizer, vocabulary
+from train.tokenizer import Encoding, file_of, load_tokenizer, vocabulary
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,13 @@ class TrainedRun:
 
     config: dict[str, Any]
     model: Decoder
-    tokenizer: tiktoken.Encoding | None
+    tokenizer: Encoding | None
     technique: Technique | None
+
+    @property
+    def prefix(self) -> list[int]:
+        """The tokens that a text begins with, such as <s>: those of a tokenizer.json."""
+        return getattr(self.tokenizer, "prefix", [])
 
 
 def load(directory: str | Path) -> TrainedRun:
@@ -38,24 +43,35 @@ def load(directory: str | Path) -> TrainedRun:
     of its last checkpoint. InputError says what is missing."""
     run = Path(directory)
     config = read_config(run)
+    trained_for = None
     try:
-        model, trained_for = build(config["arch"], **config["options"]), None
         if settings := config.get("retrofit"):
             ours = {name: value for name, value in settings.items() if name not in ("technique", "of", "is_full")}
             trained_for = technique(settings.get("technique", "dmc"), **ours)  # once the only one that trains
-            model = trained_for.retrofit(model)
+        model = untrained(config["arch"], config["options"], trained_for)
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{run / 'config.json'} is not as a run writes it: {e!r}") from None
     if not (checkpoint := newest_whole(run, console.print)):
         raise InputError(f"{run} has no whole checkpoint: train it first")
     if not read_json(run / "record.json").get("train"):
         console.print(f"{run} is not trained to its end: these are its last checkpoint's weights", soft_wrap=True)
-    weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint[1]["state_dict"].items()}
     try:
-        model.load_state_dict(weights)
+        restore(model, checkpoint[1]["state_dict"])
     except RuntimeError:
         raise InputError(f"{checkpoint[0]} is not of the model in {run}/config.json: train the run again") from None
-    return TrainedRun(config, model.eval(), tokenizer_of(run, config), trained_for)
+    return TrainedRun(config, model, tokenizer_of(run, config), trained_for)
+
+
+def untrained(arch: str, options: dict[str, Any], trained_for: Technique | None) -> Decoder:
+    """The model whose weights a run has, with others. ValueError if it cannot have these options."""
+    model = build(arch, **options)
+    return trained_for.retrofit(model) if trained_for else model
+
+
+def restore(model: Decoder, state_dict: dict[str, Tensor]) -> Decoder:
+    """The model with the weights of a LanguageModel, in evaluation mode. RuntimeError if they are another's."""
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state_dict.items()})
+    return model.eval()
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -66,19 +82,20 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def tokenizer_of(run: Path, config: dict[str, Any]) -> tiktoken.Encoding | None:
+def tokenizer_of(run: Path, config: dict[str, Any]) -> Encoding | None:
     """The tokenizer that a run was trained with; a vocabulary that was trained, too, lies in the study's directory."""
     about = config["tokenizer"]
     if about["name"] == "ids":
         return None
-    settings = TokenizerConfig(name=about["name"], vocab_size=about.get("vocab_size"))
-    if settings.name != "bpe":
+    settings = TokenizerConfig(**{key: value for key, value in about.items() if key in TokenizerConfig.model_fields})
+    file = file_of(settings)
+    if not file:
         return load_tokenizer(settings, run)
     studies = [*run.resolve().parents[2:4]]  # above runs/ and above retrofits/
     tokens = (read_plan(study).get("tokens") for study in studies)  # where earlier versions have it alone
     for folder in (*studies, *(Path(folder) for folder in tokens if folder)):
-        if (folder / RANKS).is_file():
+        if (folder / file).is_file():
             encoding = load_tokenizer(settings, folder)
             if vocabulary(encoding) == about.get("vocabulary", vocabulary(encoding)):
                 return encoding
-    raise InputError(f"{run} does not lie in a study's directory with the {RANKS} that it was trained with")
+    raise InputError(f"{run} does not lie in a study's directory with the {file} that it was trained with")

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from archs import VARIANTS, Decoder, build
 from archs.decoder import Options
 from train.errors import InputError
+from train.imported import weights_hash
 from train.study import MODEL_KEYS, RECIPE, SIZE_KEYS, Study, check_label, combinations, variant_label
 
 FREE = {"ffn": "ffn_width", "heads": "heads", "none": None}  # the option that each matching rule sets
@@ -37,6 +38,7 @@ class Variant:
     tokens: int  # training budget
     recipe: dict[str, str]  # optimizer and schedule
     source: str = ""  # hash of the file that defines it; empty for the architectures of archs/
+    weights: dict[str, str] | None = None  # of a model of others, which is not trained: its folder and their hash
 
     @property
     def short(self) -> str:
@@ -50,7 +52,7 @@ class Variant:
 
     def facts(self) -> dict:
         """The fields that a run's record has."""
-        left_out = {"tokens", "recipe", *([] if self.source else ["source"])}
+        left_out = {"tokens", "recipe", *(name for name in ("source", "weights") if not getattr(self, name))}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
@@ -66,6 +68,7 @@ class Draft:
     options: dict[str, Any]  # its own options
     tokens: int
     recipe: dict[str, str]
+    weights: Path | None
 
     def resolve(self, rule: str, baseline: Variant | None) -> Variant:
         """The variant, matched by `rule` to the `baseline` of its size; None: it is that itself. ValueError if a model
@@ -80,7 +83,8 @@ class Draft:
         model = on_meta(self.arch, options)
         first = baseline.label if baseline else self.label
         facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, source_hash(self.arch)
-        return Variant(self.label, self.family, self.size, first, self.arch, *facts)
+        weights = self.weights and {"folder": str(self.weights), "hash": weights_hash(self.weights)}
+        return Variant(self.label, self.family, self.size, first, self.arch, *facts, weights)
 
 
 def resolve_variants(study: Study, vocab_size: int, folder: Path = Path()) -> list[Variant]:
@@ -110,14 +114,13 @@ def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
         recipe = {key: size.get(key, getattr(study.train, key)) for key in RECIPE}
         for variant in study.variants:
             name, arch = variant_label(variant), find_arch(variant["arch"], folder)
-            options = {key: value for key, value in variant.items() if key not in ("label", "arch")} | size.get(
-                name, {}
-            )
+            named = {key: value for key, value in variant.items() if key not in ("label", "arch", "weights")}
+            weights, options = find_weights(variant.get("weights"), folder), named | size.get(name, {})
             for chosen in combinations(options, f"variants: {name}"):
                 words = [(str(value).lower(), type(value) in (int, float)) for value in chosen.values()]
                 label = "-".join([name, *(word for word, _ in words), *([size_name] if size_name else [])])
                 family = "-".join([name, *(word for word, is_number in words if not is_number)])
-                yield Draft(label, family, size_name, arch, model, options | chosen, tokens, recipe)
+                yield Draft(label, family, size_name, arch, model, options | chosen, tokens, recipe, weights)
 
 
 def size_names(study: Study) -> list[str]:
@@ -146,6 +149,16 @@ def find_arch(arch: str, folder: Path) -> str:
     file, _, name = arch.rpartition(":")
     places = [path for path in (folder / file, Path(file)) if file.endswith(".py") and path.is_file()]
     return f"{places[0].resolve()}:{name}" if places else arch
+
+
+def find_weights(name: Any, folder: Path) -> Path | None:
+    """The directory of a model of others, in `folder` or in the current one; None without a name."""
+    if name is None:
+        return None
+    places = [path for path in (folder / str(name), Path(str(name))) if path.is_dir()]
+    if not places:
+        raise InputError(f"variants: weights: there is no directory {name}")
+    return places[0].resolve()
 
 
 def source_hash(arch: str) -> str:

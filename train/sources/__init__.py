@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from archs.settings import Settings, SettingsError, did_you_mean
 from train.batches import TrainingData
+from train.errors import InputError
 from train.sections import Section, TokenizerConfig
 
 
@@ -23,6 +24,13 @@ class Place:
 
     folders: Sequence[Path]
     output: Path | None = None
+
+    def find(self, name: str, key: str) -> Path:
+        """The file that a study's `key` names. InputError if there is none."""
+        paths = [folder / Path(name).expanduser() for folder in self.folders]
+        if not (found := [path for path in paths if path.is_file()]):
+            raise InputError(f"{key}: there is no file {name} in {' or '.join(map(str, dict.fromkeys(self.folders)))}")
+        return found[0]
 
 
 class Source(Section):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import tiktoken
 
 from train.batches import TrainingData
 from train.corpus import SPLITS
@@ -22,7 +21,7 @@ from train.progress import StudyProgress
 from train.sections import Count, TokenizerConfig
 from train.sources import Place, Source
 from train.sources.files import Patterns, matches
-from train.tokenizer import load_tokenizer, token_bytes
+from train.tokenizer import Encoding, load_tokenizer, token_bytes
 from train.tokens import open_or_build
 
 HEADER = 256  # int32
@@ -75,7 +74,7 @@ class Corpus(Source):
         return open_or_build(self, tokenizer, identity, place, build)
 
     def manifest(
-        self, splits: dict[Path, str], files: dict[Path, Ids], encoding: tiktoken.Encoding, progress: StudyProgress
+        self, splits: dict[Path, str], files: dict[Path, Ids], encoding: Encoding, progress: StudyProgress
     ) -> dict[str, Any]:
         segments: dict[str, list] = {split: [] for split in SPLITS}
         left, sizes, digests, text = self.limit_tokens, token_bytes(encoding), [], 0
@@ -150,7 +149,7 @@ def open_ids(path: Path, n_vocab: int) -> Ids:
     return Ids(path, needed, 0, size // needed.itemsize, size)
 
 
-def checked(file: Ids, encoding: tiktoken.Encoding, progress: StudyProgress) -> tuple[np.ndarray, str]:
+def checked(file: Ids, encoding: Encoding, progress: StudyProgress) -> tuple[np.ndarray, str]:
     """(how often each id is in the file, digest). InputError with the byte of the first id beyond the vocabulary."""
     counts, digest = np.zeros(encoding.n_vocab, np.int64), hashlib.sha256()
     ids = np.memmap(file.path, file.dtype, "r", file.start, (file.count,)) if file.count else np.zeros(0, file.dtype)

@@ -45,13 +45,15 @@ def steps_of_rows(x: Tensor) -> tuple[int, int, int] | None:
 
 
 @operator(
-    "rms_norm(Tensor x, Tensor? weight=None) -> Tensor",
-    lambda x, weight=None: steps_of_rows(x) is not None and usable(x) and (weight is None or usable(weight)),
+    f"rms_norm(Tensor x, Tensor? weight=None, float eps={NORM_EPS}) -> Tensor",
+    lambda x, weight=None, eps=NORM_EPS: (
+        steps_of_rows(x) is not None and usable(x) and (weight is None or usable(weight))
+    ),
 )
-def rms_norm(x: Tensor, weight: Tensor | None = None) -> Prepared:
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = NORM_EPS) -> Prepared:
     out = x.new_empty(x.shape)
     sizes = x.numel() // x.shape[-1], x.shape[-1], *steps_of_rows(x)
-    return out, build().rms_norm, x, weight, out, *sizes, NORM_EPS, threads(x.numel())
+    return out, build().rms_norm, x, weight, out, *sizes, eps, threads(x.numel())
 
 
 @operator("swiglu(Tensor gate_up) -> Tensor", lambda gate_up: gate_up.is_contiguous() and usable(gate_up))
