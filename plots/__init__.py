@@ -159,7 +159,7 @@ def draw_for_paper(
             if names:
                 raise ResultsError(f"{name}: {why}") from None
             continue
-        except (OSError, RuntimeError) as why:  # an unknown style, or no TeX for pgf
+        except (OSError, RuntimeError) as why:  # an unknown style; of pgf, no TeX or a label that it cannot read
             raise ResultsError(f"{name}: {str(why).splitlines()[0]}") from None
         folder.mkdir(parents=True, exist_ok=True)
         for kind, content in files.items():

@@ -7,6 +7,7 @@ import importlib
 import io
 import math
 import re
+import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,7 +192,8 @@ def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
 
 def render(fig: Figure, kinds: Sequence[str] = ("svg", "pdf", "png")) -> dict[str, bytes]:
     """The figure as the bytes of files of these kinds. It is laid out once, so that all agree, and contains no dates or
-    versions, so that the same figure gives the same bytes. RuntimeError for pgf where no TeX is installed."""
+    versions, so that the same figure gives the same bytes. A pgf has the fonts of the document that takes it.
+    RuntimeError for pgf where no TeX is installed, or where it cannot read a label."""
     if layout := fig.get_layout_engine():
         layout.execute(fig)
         fig.set_layout_engine("none")
@@ -201,7 +203,15 @@ def render(fig: Figure, kinds: Sequence[str] = ("svg", "pdf", "png")) -> dict[st
         fig.dpi = PNG_DPI if kind == "png" else 72
         canvas = importlib.import_module(f"matplotlib.backends.backend_{BACKENDS[kind]}").FigureCanvas(fig)
         how = {"metadata": UNDATED[kind]} if kind in UNDATED else {}
-        getattr(canvas, f"print_{kind}")(buffer, **how)  # savefig would draw everything twice
+        tex = next(filter(shutil.which, ("xelatex", "lualatex", "pdflatex")), "xelatex")
+        with matplotlib.rc_context({"pgf.rcfonts": False, "pgf.texsystem": tex}):
+            try:
+                getattr(canvas, f"print_{kind}")(buffer, **how)  # savefig would draw everything twice
+            except ValueError as e:
+                if kind != "pgf":
+                    raise
+                use = "a label has one of TeX's own characters, such as _ & # or $: give another name with --labels"
+                raise RuntimeError(f"{use} ({str(e).splitlines()[0].rpartition('}')[0].rpartition('}')[2]})") from None
         fig.dpi, files[kind] = dpi, buffer.getvalue()
     if "svg" in files:  # a hundredth of a point is enough for places; scales are below 1 and stay as they are
         files["svg"] = re.sub(rb"\b([1-9]\d*\.\d\d)\d+", rb"\1", files["svg"])

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+import subprocess
 
 import matplotlib
 import pytest
@@ -125,6 +127,20 @@ def test_plot_writes_single_figures_and_leaves_the_rest_alone(study, tmp_path, c
     assert "ours" in (study / "paper" / "frontier.csv").read_text()
     assert not (study / "report.html").exists()
     assert b"/MediaBox [ 0 0 237.6 158.4 ]" in (study / "paper" / "frontier.pdf").read_bytes()
+
+
+@pytest.mark.skipif(not shutil.which("xelatex"), reason="no TeX is installed")
+def test_a_pgf_has_the_fonts_of_the_document_that_takes_it(study, tmp_path, capsys):
+    how = "--only", "frontier", "--format", "pgf", "--to", tmp_path
+    assert kvf("plot", study, *how) == 0
+    text = "\\documentclass{article}\\usepackage{pgf}\\begin{document}\\input{frontier.pgf}\\end{document}"
+    (tmp_path / "paper.tex").write_text(text)
+    subprocess.run(["xelatex", "-interaction=batchmode", "paper.tex"], cwd=tmp_path, check=True, capture_output=True)
+    assert b"STIX" not in (tmp_path / "paper.pdf").read_bytes() + (tmp_path / "frontier.pgf").read_bytes()
+    (tmp_path / "names.yaml").write_text("mqa: a & b\n")
+    line = refused(capsys, "plot", study, *how, "--labels", tmp_path / "names.yaml")
+    assert "frontier: a label has one of TeX's own characters, such as _ & # or $" in line
+    assert "(a & b)" in line
 
 
 @pytest.mark.parametrize(
