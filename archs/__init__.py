@@ -18,10 +18,12 @@ from pathlib import Path
 from types import ModuleType
 
 from archs.cache import Cache
+from archs.cross_layer import CrossLayer
 from archs.decoder import Decoder
 from archs.grouped import GQA, MHA, MQA
 from archs.mla import MLA
 from archs.settings import SettingsError
+from archs.windowed import Windowed
 from archs.yoco import YOCO
 
 __all__ = ["VARIANTS", "Cache", "Decoder", "build", "find_variant"]
@@ -32,6 +34,8 @@ VARIANTS: dict[str, type[Decoder]] = {
     "gqa": GQA,
     "mla": MLA,
     "yoco": YOCO,
+    "windowed": Windowed,
+    "cla": CrossLayer,
 }
 
 

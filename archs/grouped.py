@@ -26,9 +26,46 @@ class GroupedAttention(nn.Module):
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
         qk_BXTD, v_BGTD = split_heads(self.qkv(x_BTW), self.heads + self.kv_heads, self.kv_heads)
-        q_BHTD, k_BGTD = chunk.rotate(self.qk_norm(qk_BXTD)).split((self.heads, self.kv_heads), dim=1)
+        q_BHTD, k_BGTD = self.rotate(self.qk_norm(qk_BXTD), chunk).split((self.heads, self.kv_heads), dim=1)
         kv.append(chunk.start, k_BGTD, v_BGTD)
         return self.out(kv.attend(q_BHTD[:, :, -chunk.queries :], self.head_dim**-0.5), x_BTW)
+
+    def rotate(self, x_BHTD: Tensor, chunk: Chunk) -> Tensor:
+        return chunk.rotate(x_BHTD)
+
+
+class TiedAttention(nn.Module):
+    """Keys that are the values too, so that one vector is cached for both. It is rotated by its position; what a head
+    makes of such vectors is rotated back by the query's, which leaves distances, as in DeepSeek-V4's layers."""
+
+    def __init__(self, o: Options):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = o.heads, o.kv_heads, o.head_dim
+        self.qk = nn.Linear(o.width, (o.heads + o.kv_heads) * o.head_dim, bias=False)
+        self.qk_norm = head_norm(o, o.head_dim, o.heads, o.kv_heads)
+        self.out = Output(o, o.head_dim)
+
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
+        (qk_BXTD,) = split_heads(self.qk(x_BTW), self.heads + self.kv_heads)
+        q_BHTD, k_BGTD = chunk.rotate(self.qk_norm(qk_BXTD)).split((self.heads, self.kv_heads), dim=1)
+        kv.append(chunk.start, k_BGTD)
+        out_BHTD = kv.attend(q_BHTD[:, :, -chunk.queries :], self.head_dim**-0.5)
+        return self.out(chunk._replace(sin=-chunk.sin).rotate(out_BHTD), x_BTW)
+
+
+class CrossAttention(nn.Module):
+    """Queries against the keys and values that another layer has appended."""
+
+    def __init__(self, o: Options):
+        super().__init__()
+        self.heads, self.head_dim = o.heads, o.head_dim
+        self.q = nn.Linear(o.width, o.heads * o.head_dim, bias=False)
+        self.q_norm = head_norm(o, o.head_dim, o.heads)
+        self.out = Output(o, o.head_dim)
+
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
+        (q_BHTD,) = split_heads(self.q(x_BTW[:, -chunk.queries :]), self.heads)
+        return self.out(kv.attend(chunk.rotate(self.q_norm(q_BHTD)), self.head_dim**-0.5), x_BTW)
 
 
 class Grouped(Decoder):
@@ -80,8 +117,30 @@ class GQA(Grouped):
 
     class Options(Options):
         kv_heads: Size
+        tied_kv: bool = False  # a head's keys are its values
 
         def complete(self) -> None:
             self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
 
-    examples = ({"kv_heads": 2}, {"kv_heads": 4, "qk_norm": True, "gate": True})
+    examples = (
+        {"kv_heads": 2},
+        {"kv_heads": 4, "qk_norm": True, "gate": True},
+        {"kv_heads": 2, "tied_kv": True, "qk_norm": True},
+    )
+
+    def layer_attention(self, layer: int) -> nn.Module:
+        return TiedAttention(self.options) if self.options.tied_kv else super().layer_attention(layer)
+
+    def new_layers(self, make: Any) -> list:
+        o = self.options
+        sizes = o.kv_heads, o.head_dim, o.head_dim
+        return [make.full(*sizes, shared=True) for _ in range(o.layers)] if o.tied_kv else super().new_layers(make)
+
+    def kv_stored_elements(self, context: int) -> int:
+        """Half of that where keys are values."""
+        return super().kv_stored_elements(context) // (1 + self.options.tied_kv)
+
+    def hf_class(self) -> tuple[str, str, dict]:
+        if self.options.tied_kv:
+            raise ValueError("transformers has no class with keys that are the values and no window")
+        return super().hf_class()

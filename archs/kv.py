@@ -60,10 +60,11 @@ class KV:
 class Uncached(KV):
     """The keys and values of one forward pass."""
 
-    def __init__(self, window: int = 0, mask: Tensor | None = None):
-        self.window, self.mask = window, mask
+    def __init__(self, window: int = 0, mask: Tensor | None = None, value_size: int | None = None):
+        self.window, self.mask, self.value_size = window, mask, value_size
 
     def write(self, start: int | Tensor, k_BGTD: Tensor, v_BGTE: Tensor | None) -> View:
+        v_BGTE = k_BGTD[..., : self.value_size] if v_BGTE is None else v_BGTE
         return View(k_BGTD, v_BGTE, self.window, mask=self.mask)
 
 
@@ -80,7 +81,7 @@ class Training:
             self.mask = (document_BT[:, None, :, None] == document_BT[:, None, None]).tril()
 
     def full(self, heads: int, key_size: int, value_size: int | None = None, *, shared: bool = False) -> Uncached:
-        return Uncached(mask=self.mask)
+        return Uncached(mask=self.mask, value_size=value_size)
 
     def ring(self, window: int, heads: int, head_dim: int) -> Uncached:
         return Uncached(window, None if self.mask is None else self.mask.triu(1 - window))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from archs.cache import Cache, State
 from archs.costs import mean_seen
-from archs.decoder import Chunk, Decoder, Options, Output, RMSNorm, head_norm
-from archs.grouped import GroupedAttention
+from archs.decoder import Chunk, Decoder, Options, RMSNorm, head_norm
+from archs.grouped import CrossAttention, GroupedAttention
 from archs.kv import KV, Training
 from archs.ops import at_least_fp32, merge_heads, retention_step, rms_norm, self_score, split_heads
 from archs.settings import Size
@@ -133,21 +133,6 @@ class SharedKV(nn.Module):
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> None:
         k_BGTD, v_BGTD = split_heads(self.kv(self.norm(x_BTW)), self.kv_heads, self.kv_heads)
         kv.append(chunk.start, chunk.rotate(self.k_norm(k_BGTD)), v_BGTD)
-
-
-class CrossAttention(nn.Module):
-    """Queries against the keys and values that another layer has appended."""
-
-    def __init__(self, o: YOCOOptions):
-        super().__init__()
-        self.heads, self.head_dim = o.heads, o.head_dim
-        self.q = nn.Linear(o.width, o.heads * o.head_dim, bias=False)
-        self.q_norm = head_norm(o, o.head_dim, o.heads)
-        self.out = Output(o, o.head_dim)
-
-    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
-        (q_BHTD,) = split_heads(self.q(x_BTW[:, -chunk.queries :]), self.heads)
-        return self.out(kv.attend(chunk.rotate(self.q_norm(q_BHTD)), self.head_dim**-0.5), x_BTW)
 
 
 class YOCO(Decoder):

@@ -33,6 +33,7 @@ ADDED |= {
     "qk_norm": False,
     "gate": False,
     "norm_eps": 1e-6,
+    "tied_kv": False,
     "latent_scale": False,
     "latent_std": 0.02,
 }  # of the options

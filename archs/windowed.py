@@ -1,0 +1,89 @@
+"""Sliding windows alternating with global attention: the cache of most layers stops growing.
+
+Every `global_every`-th layer attends to all tokens, the others to a window of the last ones: 5 windows to 1 global
+layer in Gemma 3 (arXiv 2503.19786, section 2), 1 to 1 in gpt-oss (arXiv 2508.10925, section 2.2). With `nope` global
+layers have no positions, as in Cohere's Command A (arXiv 2504.00698, section 2.1) and SmolLM3.
+
+Shapes: B batch, T tokens, H heads, D head size.
+"""
+
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from archs.costs import mean_seen
+from archs.decoder import Chunk, Options
+from archs.grouped import Grouped, GroupedAttention
+from archs.settings import Size
+
+
+class WindowedOptions(Options):
+    kv_heads: Size
+    window: Size = 1024  # how many tokens a token sees, itself included
+    global_every: int = Field(6, ge=1, lt=2**31)
+    nope: bool = False  # no rotary positions in global layers
+
+    def complete(self) -> None:
+        self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        fits = self.global_every <= self.layers
+        self.check(fits, f"global_every={self.global_every}: must be at most layers={self.layers}")
+
+    def is_global(self, layer: int) -> bool:
+        return (layer + 1) % self.global_every == 0
+
+
+class WithoutPositions(GroupedAttention):
+    def rotate(self, x_BHTD: Tensor, chunk: Chunk) -> Tensor:
+        return x_BHTD
+
+
+class Windowed(Grouped):
+    """Windows, and a layer that sees everything after every few of them."""
+
+    Options = WindowedOptions
+    examples = (
+        {"kv_heads": 2, "window": 7, "global_every": 2},
+        {"kv_heads": 1, "window": 5, "global_every": 2, "nope": True},
+        {"kv_heads": 4, "window": 9, "global_every": 1, "qk_norm": True, "gate": True},
+    )
+
+    def layer_attention(self, layer: int) -> nn.Module:
+        o = self.options
+        return WithoutPositions(o) if o.nope and o.is_global(layer) else GroupedAttention(o)
+
+    def new_layers(self, make: Any) -> list:
+        o = self.options
+        full, ring = (o.kv_heads, o.head_dim), (o.window, o.kv_heads, o.head_dim)
+        return [make.full(*full) if o.is_global(layer) else make.ring(*ring) for layer in range(o.layers)]
+
+    def seen(self, everything: float, in_window: float) -> float:
+        """The sum over layers of the tokens that a token sees in them."""
+        of_all = self.options.layers // self.options.global_every
+        return of_all * everything + (self.options.layers - of_all) * in_window
+
+    def kv_stored_elements(self, context: int) -> int:
+        """2 g d a token in global layers, 2 g d min(context, window) in each other one."""
+        o = self.options
+        return 2 * o.kv_heads * o.head_dim * self.seen(context, min(context, o.window))
+
+    def score_flops(self, context: int) -> float:
+        return self.flops(mean_seen(context), mean_seen(context, self.options.window))
+
+    def decode_score_flops(self, context: float) -> float:
+        return self.flops(context, min(context, self.options.window))
+
+    def flops(self, everything: float, in_window: float) -> float:
+        return 4 * self.options.heads * self.options.head_dim * self.seen(everything, in_window)
+
+    def hf_class(self) -> tuple[str, str, dict]:
+        o = self.options
+        if o.nope and o.qk_norm:
+            raise ValueError("transformers has no class with qk_norm and layers without positions")
+        kinds = ["full_attention" if o.is_global(layer) else "sliding_attention" for layer in range(o.layers)]
+        special = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": o.window, "max_window_layers": 0}
+        special |= {"num_key_value_heads": o.kv_heads, "head_dim": o.head_dim}
+        if o.qk_norm:
+            return "qwen3", "Qwen3ForCausalLM", special
+        rotated = [int(not (o.nope and o.is_global(layer))) for layer in range(o.layers)]
+        return "smollm3", "SmolLM3ForCausalLM", special | {"no_rope_layers": rotated}
