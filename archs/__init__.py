@@ -21,6 +21,7 @@ from archs.cache import Cache
 from archs.cross_layer import CrossLayer
 from archs.decoder import Decoder
 from archs.grouped import GQA, MHA, MQA
+from archs.grouped_latent import GLA, GTA
 from archs.mla import MLA
 from archs.settings import SettingsError
 from archs.windowed import Windowed
@@ -36,6 +37,8 @@ VARIANTS: dict[str, type[Decoder]] = {
     "yoco": YOCO,
     "windowed": Windowed,
     "cla": CrossLayer,
+    "gta": GTA,
+    "gla": GLA,
 }
 
 

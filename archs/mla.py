@@ -33,6 +33,11 @@ class MLAOptions(Options):
     latent_scale: bool = False  # normed latents times sqrt(width / rank) (LongCat-Flash, arXiv 2509.01322, section 2.2)
     rotary: ClassVar[str] = "rope_dim"
 
+    @property
+    def latent_size(self) -> int:
+        """Of what a token keeps besides the rotary key."""
+        return self.kv_rank
+
     def complete(self) -> None:
         self.nope_dim = self.nope_dim or self.head_dim
         self.v_dim = self.v_dim or self.head_dim
@@ -55,9 +60,9 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
         o, x_q_BTW = self.o, x_BTW[:, -chunk.queries :]
-        latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.kv_rank, o.rope_dim), dim=-1)
+        latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.latent_size, o.rope_dim), dim=-1)
         k_rope_B1TP = chunk.rotate(self.rope_norm(k_rope_BTP[:, None])).to(latent_BTR.dtype)
-        kv.append(chunk.start, torch.cat((self.scaled(self.kv_norm(latent_BTR))[:, None], k_rope_B1TP), dim=-1))
+        kv.append(chunk.start, torch.cat((self.normed(latent_BTR)[:, None], k_rope_B1TP), dim=-1))
 
         q_input = self.scaled(self.q_norm(self.q_down(x_q_BTW))) if o.q_rank else x_q_BTW
         (q_BHTX,) = split_heads(self.q_up(q_input), o.heads)
@@ -70,19 +75,33 @@ class LatentAttention(nn.Module):
     def scaled(self, latent_BTR: Tensor) -> Tensor:
         return latent_BTR * (self.o.width / latent_BTR.shape[-1]) ** 0.5 if self.o.latent_scale else latent_BTR
 
+    def normed(self, latent_BTR: Tensor) -> Tensor:
+        return self.scaled(self.kv_norm(latent_BTR))
+
+    def made(self, latent_BSR: Tensor) -> Tensor:
+        """Keys without positions and values of every head, (B, H, S, N + E)."""
+        return split_heads(self.kv_up(latent_BSR), self.o.heads)[0]
+
+    def placed(self, q_latent_BHTR: Tensor) -> Tensor:
+        """Absorbed queries as those of the latent that is cached."""
+        return q_latent_BHTR
+
+    def own(self, latent_BHTR: Tensor) -> Tensor:
+        """What a head reads of it."""
+        return latent_BHTR
+
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """Compares the FLOPs of both forms for T queries after a longer prefix; never where all S tokens have one."""
         o = self.o
         up = o.kv_rank * (o.nope_dim + o.v_dim)
-        absorbed, materialised = 2 * o.kv_rank + o.rope_dim, o.nope_dim + o.rope_dim + o.v_dim
+        absorbed, materialised = 2 * o.latent_size + o.rope_dim, o.nope_dim + o.rope_dim + o.v_dim
         return T < S and T * up + T * S * absorbed < S * up + T * S * materialised
 
     def materialised(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, view: View) -> Tensor:
         """Attention on keys and values made from the latent for every head; (B, H, T, E)."""
         o = self.o
-        latent_BSR, k_rope_BSP = view.k[:, 0].to(q_nope_BHTN.dtype).split((o.kv_rank, o.rope_dim), dim=-1)
-        (kv_BHSX,) = split_heads(self.kv_up(latent_BSR), o.heads)
-        k_nope_BHSN, v_BHSE = kv_BHSX.split((o.nope_dim, o.v_dim), dim=-1)
+        latent_BSR, k_rope_BSP = view.k[:, 0].to(q_nope_BHTN.dtype).split((o.latent_size, o.rope_dim), dim=-1)
+        k_nope_BHSN, v_BHSE = self.made(latent_BSR).split((o.nope_dim, o.v_dim), dim=-1)
         k_BHSD = torch.cat((k_nope_BHSN, k_rope_BSP[:, None].expand(-1, o.heads, -1, -1)), dim=-1)
         made = view._replace(k=k_BHSD, v=v_BHSE)
         return made.attend(torch.cat((q_nope_BHTN, q_rope_BHTP), dim=-1), self.scale)
@@ -92,9 +111,9 @@ class LatentAttention(nn.Module):
         o = self.o
         up_HXR = self.kv_up.weight.view(o.heads, o.nope_dim + o.v_dim, o.kv_rank)
         k_up_HNR, v_up_HER = up_HXR.split((o.nope_dim, o.v_dim), dim=1)
-        q_latent_BHTR = head_linear(q_nope_BHTN, k_up_HNR)
+        q_latent_BHTR = self.placed(head_linear(q_nope_BHTN, k_up_HNR))
         latent_BHTR = kv.attend(torch.cat((q_latent_BHTR, q_rope_BHTP), dim=-1), self.scale)
-        return head_linear(latent_BHTR, v_up_HER.mT)
+        return head_linear(self.own(latent_BHTR), v_up_HER.mT)
 
 
 class MLA(Decoder):
@@ -111,7 +130,7 @@ class MLA(Decoder):
         super().__init__(options)
         with torch.no_grad():
             for block in self.blocks:
-                downs = [block.attention.kv_down.weight[: options.kv_rank]]
+                downs = [block.attention.kv_down.weight[: options.latent_size]]
                 downs += [block.attention.q_down.weight] if options.q_rank else []
                 for weight in downs:
                     weight.mul_(options.latent_std / 0.02)
@@ -121,11 +140,11 @@ class MLA(Decoder):
 
     def new_layers(self, make: Any) -> list:
         o = self.options
-        return [make.full(1, o.kv_rank + o.rope_dim, o.kv_rank, shared=True) for _ in range(o.layers)]
+        return [make.full(1, o.latent_size + o.rope_dim, o.latent_size, shared=True) for _ in range(o.layers)]
 
     def kv_stored_elements(self, context: int) -> int:
         """(kv_rank + rope_dim) L a token, DeepSeek-V2 Table 1."""
-        return (self.options.kv_rank + self.options.rope_dim) * self.options.layers * context
+        return (self.options.latent_size + self.options.rope_dim) * self.options.layers * context
 
     def score_flops(self, context: int) -> float:
         """In the materialised form."""
@@ -135,7 +154,7 @@ class MLA(Decoder):
     def decode_score_flops(self, context: float) -> float:
         """In the absorbed form."""
         o = self.options
-        return 2 * o.heads * (2 * o.kv_rank + o.rope_dim) * o.layers * context
+        return 2 * o.heads * (2 * o.latent_size + o.rope_dim) * o.layers * context
 
     def hf_class(self) -> tuple[str, str, dict]:
         o = self.options

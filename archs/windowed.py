@@ -43,9 +43,8 @@ class Windowed(Grouped):
 
     Options = WindowedOptions
     examples = (
-        {"kv_heads": 2, "window": 7, "global_every": 2},
-        {"kv_heads": 1, "window": 5, "global_every": 2, "nope": True},
-        {"kv_heads": 4, "window": 9, "global_every": 1, "qk_norm": True, "gate": True},
+        {"kv_heads": 2, "window": 7, "global_every": 2, "nope": True},
+        {"kv_heads": 4, "window": 9, "global_every": 2, "qk_norm": True, "gate": True},
     )
 
     def layer_attention(self, layer: int) -> nn.Module:
@@ -82,6 +81,7 @@ class Windowed(Grouped):
             raise ValueError("transformers has no class with qk_norm and layers without positions")
         kinds = ["full_attention" if o.is_global(layer) else "sliding_attention" for layer in range(o.layers)]
         special = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": o.window, "max_window_layers": 0}
+        special |= {"no_rope_layer_interval": 1}
         special |= {"num_key_value_heads": o.kv_heads, "head_dim": o.head_dim}
         if o.qk_norm:
             return "qwen3", "Qwen3ForCausalLM", special

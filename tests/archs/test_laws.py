@@ -368,12 +368,18 @@ def test_transforms_of_functions_are_those_of_what_torch_computes(arch, options)
     torch.testing.assert_close((along, same), (change, change), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("arch", "options"), [*CASES, ("gqa", {"kv_heads": 2, "qk_norm": True})])
+WITH_CLASSES = [("gqa", {"kv_heads": 2, "qk_norm": True})]
+WITH_CLASSES += [("windowed", {"kv_heads": 2, "window": 6, "global_every": 2, "qk_norm": True})]
+
+
+@pytest.mark.parametrize(("arch", "options"), [*CASES, *WITH_CLASSES])
 def test_transformers_computes_the_same_from_exported_weights(arch, options):
-    """Number by number, where the variant names a class of transformers: Llama, Qwen3, DeepSeek-V3. Trained from there
-    on, both have the same losses."""
+    """Number by number, where the variant names a class of transformers: Llama, Qwen3, SmolLM3, DeepSeek-V3. Trained
+    from there on, both have the same losses."""
     model = make(arch, options, tie_embeddings=False)
-    has_class = arch in ("mha", "mqa", "gqa") or (arch == "mla" and not options.get("qk_norm"))
+    normed = options.get("qk_norm")
+    has_class = arch in ("mha", "mqa", "gqa") and not options.get("tied_kv")
+    has_class |= (arch == "mla" and not normed) or (arch == "windowed" and not (normed and options.get("nope")))
     if options.get("gate") or not has_class:
         with pytest.raises(ValueError, match="transformers has no class "):
             hf_config(model)

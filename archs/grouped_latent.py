@@ -1,0 +1,152 @@
+"""GTA and GLA (Zadouri, Strauss and Dao 2025, arXiv 2505.21487): more FLOPs of decode for each byte that is read.
+
+GTA, grouped-tied attention: each KV head keeps one vector. It is the head's value, and its first half is the first half
+of the key; the other half is one rotary key for all heads. GLA, grouped latent attention: MLA with several latents,
+each for the heads of its group, and one rotary key.
+
+A token's vectors lie in one row, [vector of group 1 | of group 2 | .. | rotary key], which decode reads once, as the
+only KV head. There a query has zeros in the places of other groups.
+
+Shapes: B batch, T tokens, S cached tokens, H query heads, G groups, D size of a vector, P rotary size, W width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archs.costs import mean_seen
+from archs.decoder import Chunk, Options, Output, head_norm
+from archs.grouped import Grouped
+from archs.kv import KV, View
+from archs.mla import MLA, LatentAttention, MLAOptions
+from archs.ops import head_linear, split_heads
+from archs.settings import Size
+
+
+def to_places(q_BHTD: Tensor, groups: int) -> Tensor:
+    """(B, H, T, G D): each head's vector in the place of its group, zeros in the others."""
+    own_GG = torch.eye(groups, dtype=q_BHTD.dtype, device=q_BHTD.device)
+    q_BGXTGD = q_BHTD.unflatten(1, (groups, -1))[..., None, :] * own_GG[:, None, None, :, None]
+    return q_BGXTGD.flatten(-2).flatten(1, 2)
+
+
+def from_places(out_BHTX: Tensor, groups: int) -> Tensor:
+    """(B, H, T, D): what lies in the place of each head's group."""
+    out_BGXTGD = out_BHTX.unflatten(-1, (groups, -1)).unflatten(1, (groups, -1))
+    return out_BGXTGD.diagonal(dim1=1, dim2=4).permute(0, 4, 1, 2, 3).flatten(1, 2)
+
+
+class TiedHeads(nn.Module):
+    def __init__(self, o: Options):
+        super().__init__()
+        self.heads, self.groups, self.size, self.rope = o.heads, o.kv_heads, o.head_dim, o.head_dim // 2
+        self.q = nn.Linear(o.width, o.heads * o.head_dim, bias=False)
+        self.kv = nn.Linear(o.width, o.kv_heads * o.head_dim + self.rope, bias=False)
+        self.q_norm = head_norm(o, o.head_dim, o.heads)
+        self.rope_norm = head_norm(o, self.rope, 1)
+        self.out = Output(o, o.head_dim)
+
+    def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
+        tied_BTX, k_rope_BTP = self.kv(x_BTW).split((self.groups * self.size, self.rope), dim=-1)
+        k_rope_B1TP = chunk.rotate(self.rope_norm(k_rope_BTP[:, None])).to(tied_BTX.dtype)
+        kv.append(chunk.start, torch.cat((tied_BTX[:, None], k_rope_B1TP), dim=-1))
+        (q_BHTD,) = split_heads(self.q(x_BTW[:, -chunk.queries :]), self.heads)
+        q_BHTN, q_BHTP = self.q_norm(q_BHTD).split((self.size - self.rope, self.rope), dim=-1)
+        q_BHTP, scale = chunk.rotate(q_BHTP), self.size**-0.5
+        if kv.dense is not None and chunk.queries > 1:
+            return self.out(self.by_head(kv.dense).attend(torch.cat((q_BHTN, q_BHTP), dim=-1), scale), x_BTW)
+        q_BHTD = torch.cat((q_BHTN, torch.zeros_like(q_BHTP)), dim=-1)  # the rotary half is no part of its own vector
+        row_BHTX = kv.attend(torch.cat((to_places(q_BHTD, self.groups), q_BHTP), dim=-1), scale)
+        return self.out(from_places(row_BHTX, self.groups), x_BTW)
+
+    def by_head(self, view: View) -> View:
+        """Keys and values of each KV head."""
+        row_BSX, k_rope_BSP = view.k[:, 0].split((self.groups * self.size, self.rope), dim=-1)
+        (v_BGSD,) = split_heads(row_BSX, self.groups)
+        k_rope_BGSP = k_rope_BSP[:, None].expand(-1, self.groups, -1, -1)
+        return view._replace(k=torch.cat((v_BGSD[..., : self.size - self.rope], k_rope_BGSP), dim=-1), v=v_BGSD)
+
+
+class GTA(Grouped):
+    """Grouped-tied attention: a vector for each KV head, and half of one for all."""
+
+    class Options(Options):
+        kv_heads: Size
+
+        def complete(self) -> None:
+            self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+            self.check(self.head_dim % 4 == 0, f"head_dim={self.head_dim}: must be a multiple of 4, half is rotated")
+
+        @property
+        def rotary_dim(self) -> int:
+            return self.head_dim // 2
+
+    examples = ({"kv_heads": 2}, {"kv_heads": 4, "qk_norm": True, "gate": True})
+
+    def layer_attention(self, layer: int) -> nn.Module:
+        return TiedHeads(self.options)
+
+    def new_layers(self, make: Any) -> list:
+        o, size = self.options, self.options.kv_heads * self.options.head_dim
+        return [make.full(1, size + o.head_dim // 2, size, shared=True) for _ in range(o.layers)]
+
+    def kv_stored_elements(self, context: int) -> int:
+        """(g d + d / 2) L a token."""
+        o = self.options
+        return (o.kv_heads * o.head_dim + o.head_dim // 2) * o.layers * context
+
+    def score_flops(self, context: int) -> float:
+        """With keys and values of each head."""
+        return super().decode_score_flops(mean_seen(context))
+
+    def decode_score_flops(self, context: float) -> float:
+        """On rows, with the zeros."""
+        o = self.options
+        return 2 * o.heads * (2 * o.kv_heads * o.head_dim + o.head_dim // 2) * o.layers * context
+
+
+class GLAOptions(MLAOptions):
+    latent_heads: Size = 2  # each of kv_rank
+
+    @property
+    def latent_size(self) -> int:
+        return self.latent_heads * self.kv_rank
+
+    def complete(self) -> None:
+        super().complete()
+        divides = self.heads % self.latent_heads == 0
+        self.check(divides, f"latent_heads={self.latent_heads} must divide heads={self.heads}")
+
+
+class GroupedLatents(LatentAttention):
+    def __init__(self, o: GLAOptions):
+        super().__init__(o)
+        self.kv_down = nn.Linear(o.width, o.latent_size + o.rope_dim, bias=False)
+
+    def normed(self, latent_BTX: Tensor) -> Tensor:
+        return super().normed(latent_BTX.unflatten(-1, (self.o.latent_heads, -1))).flatten(-2)
+
+    def made(self, latent_BSX: Tensor) -> Tensor:
+        (latent_BGSR,) = split_heads(latent_BSX, self.o.latent_heads)
+        latent_BHSR = latent_BGSR.repeat_interleave(self.o.heads // self.o.latent_heads, dim=1)
+        return head_linear(latent_BHSR, self.kv_up.weight.view(self.o.heads, -1, self.o.kv_rank).mT)
+
+    def placed(self, q_latent_BHTR: Tensor) -> Tensor:
+        return to_places(q_latent_BHTR, self.o.latent_heads)
+
+    def own(self, latent_BHTX: Tensor) -> Tensor:
+        return from_places(latent_BHTX, self.o.latent_heads)
+
+
+class GLA(MLA):
+    """Grouped latent attention: (latent_heads kv_rank + rope_dim) L a token."""
+
+    Options = GLAOptions
+    examples = (
+        {"kv_rank": 16, "rope_dim": 8},
+        {"kv_rank": 12, "rope_dim": 6, "latent_heads": 4, "q_rank": 20, "qk_norm": True, "latent_scale": True},
+    )
+
+    def layer_attention(self, layer: int) -> nn.Module:
+        return GroupedLatents(self.options)
