@@ -301,22 +301,13 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from eval import measure_names
     from train.imported import import_model
-    from train.plan import Plan
-    from train.study import load_data, parse_study, read_yaml
 
-    file = import_model(args.folder, args.out)
-    study = parse_study(read_yaml(file), args.overrides)
-    plan = Plan(study, load_data(study, file, args.out), args.out, file, measure_names())
-    plan.save()
-    if failures := _train(args, plan):
-        return _report(failures)
-    plan.save()
-    print(
-        f"{plan.look().runs[0].directory}: kvfrontier sample takes this run, and kvfrontier eval the study {args.out}"
-    )
-    return 0
+    args.command, args.study = "train", str(import_model(args.folder, args.out))
+    if not (status := _run_stages(args)):
+        (run,) = args.out.glob("runs/*/seed-0")
+        print(f"kvfrontier sample takes {run}, and kvfrontier eval takes {args.out}")
+    return status
 
 
 def _technique(args: argparse.Namespace) -> dict:

@@ -20,8 +20,9 @@ from types import ModuleType
 from archs.cache import Cache
 from archs.cross_layer import CrossLayer
 from archs.decoder import Decoder
+from archs.gla import GLA
 from archs.grouped import GQA, MHA, MQA
-from archs.grouped_latent import GLA, GTA
+from archs.gta import GTA
 from archs.mla import MLA
 from archs.settings import SettingsError
 from archs.windowed import Windowed

@@ -84,6 +84,20 @@ class Grouped(Decoder):
     def decode_score_flops(self, context: float) -> float:
         return 4 * self.options.heads * self.options.head_dim * self.options.layers * context
 
+    @classmethod
+    def own_options(cls, heads: int, kv_heads: int) -> dict | None:
+        """The options with so many KV heads; None if the variant cannot have them, or a plainer one has."""
+        return None
+
+    @classmethod
+    def hf_options(cls, config: dict) -> dict | None:
+        heads = config["num_attention_heads"]
+        own = cls.own_options(heads, config.get("num_key_value_heads") or heads)
+        if own is None or config["model_type"] not in ("llama", "mistral", "qwen3"):
+            return None
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        return own | {"head_dim": head_dim, "qk_norm": config["model_type"] == "qwen3"}
+
     def hf_class(self) -> tuple[str, str, dict]:
         o = self.options
         names = ("qwen3", "Qwen3ForCausalLM") if o.qk_norm else ("llama", "LlamaForCausalLM")
@@ -104,12 +118,20 @@ class MHA(Grouped):
         def kv_heads(self) -> int:
             return self.heads
 
+    @classmethod
+    def own_options(cls, heads: int, kv_heads: int) -> dict | None:
+        return {} if kv_heads == heads else None
+
 
 class MQA(Grouped):
     """Multi-query attention: one key and value head for all query heads."""
 
     class Options(Options):
         kv_heads: ClassVar[int] = 1
+
+    @classmethod
+    def own_options(cls, heads: int, kv_heads: int) -> dict | None:
+        return {} if kv_heads == 1 else None
 
 
 class GQA(Grouped):
@@ -127,6 +149,10 @@ class GQA(Grouped):
         {"kv_heads": 4, "qk_norm": True, "gate": True},
         {"kv_heads": 2, "tied_kv": True, "qk_norm": True},
     )
+
+    @classmethod
+    def own_options(cls, heads: int, kv_heads: int) -> dict | None:
+        return {"kv_heads": kv_heads}
 
     def layer_attention(self, layer: int) -> nn.Module:
         return TiedAttention(self.options) if self.options.tied_kv else super().layer_attention(layer)

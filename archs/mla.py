@@ -116,15 +116,8 @@ class LatentAttention(nn.Module):
         return head_linear(self.own(latent_BHTR), v_up_HER.mT)
 
 
-class MLA(Decoder):
-    """Multi-head latent attention."""
-
-    Options = MLAOptions
-    examples = (
-        {"kv_rank": 32, "rope_dim": 8},
-        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20, "latent_scale": True},
-        {"kv_rank": 16, "rope_dim": 8, "latent_std": 0.1, "qk_norm": True, "gate": True},
-    )
+class Latent(Decoder):
+    """`options.latent_size` and a rotary key in every layer."""
 
     def __init__(self, options: MLAOptions):
         super().__init__(options)
@@ -143,7 +136,7 @@ class MLA(Decoder):
         return [make.full(1, o.latent_size + o.rope_dim, o.latent_size, shared=True) for _ in range(o.layers)]
 
     def kv_stored_elements(self, context: int) -> int:
-        """(kv_rank + rope_dim) L a token, DeepSeek-V2 Table 1."""
+        """(latent_size + rope_dim) L a token, DeepSeek-V2 Table 1."""
         return (self.options.latent_size + self.options.rope_dim) * self.options.layers * context
 
     def score_flops(self, context: int) -> float:
@@ -155,6 +148,28 @@ class MLA(Decoder):
         """In the absorbed form."""
         o = self.options
         return 2 * o.heads * (2 * o.latent_size + o.rope_dim) * o.layers * context
+
+
+class MLA(Latent):
+    """Multi-head latent attention."""
+
+    Options = MLAOptions
+    examples = (
+        {"kv_rank": 32, "rope_dim": 8},
+        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20, "latent_scale": True},
+        {"kv_rank": 16, "rope_dim": 8, "latent_std": 0.1, "qk_norm": True, "gate": True},
+    )
+
+    @classmethod
+    def hf_options(cls, config: dict) -> dict | None:
+        if config["model_type"] != "deepseek_v3":
+            return None
+        layers = config["num_hidden_layers"]
+        if (dense := config.get("first_k_dense_replace", 3)) < layers:
+            raise ValueError(f"{layers - dense} of {layers} layers are mixtures of experts")
+        sizes = {"rope_dim": "qk_rope_head_dim", "nope_dim": "qk_nope_head_dim", "head_dim": "qk_nope_head_dim"}
+        sizes |= {"kv_rank": "kv_lora_rank", "v_dim": "v_head_dim"}
+        return {ours: config[theirs] for ours, theirs in sizes.items()} | {"q_rank": config["q_lora_rank"] or 0}
 
     def hf_class(self) -> tuple[str, str, dict]:
         o = self.options

@@ -81,7 +81,7 @@ class Windowed(Grouped):
             raise ValueError("transformers has no class with qk_norm and layers without positions")
         kinds = ["full_attention" if o.is_global(layer) else "sliding_attention" for layer in range(o.layers)]
         special = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": o.window, "max_window_layers": 0}
-        special |= {"no_rope_layer_interval": 1}
+        special |= {"no_rope_layer_interval": 1, "pad_token_id": None}
         special |= {"num_key_value_heads": o.kv_heads, "head_dim": o.head_dim}
         if o.qk_norm:
             return "qwen3", "Qwen3ForCausalLM", special

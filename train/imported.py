@@ -1,7 +1,8 @@
 """A model of others, a directory as transformers writes it, as the weights of a run (`kvfrontier import`).
 
-Its config.json says the architecture and its options; what our models do not compute is refused. Its weights are found
-by what export would do: `hf_weights` of a model whose parameters are numbered says where each of ours lies in theirs.
+A variant that can be one defines `hf_options(config)`: its own options for such a config.json, None if it is another's.
+What our models do not compute is refused. Weights are found by what export would do: `hf_weights` of a model whose
+parameters are numbered says where each of ours lies in theirs.
 """
 
 import functools
@@ -15,7 +16,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from archs import Decoder, build
+from archs import VARIANTS, Decoder, build
 from train.errors import InputError
 from train.export import hf_weights
 from train.files import read_json, write_atomic
@@ -52,38 +53,29 @@ def read_options(folder: Path) -> tuple[str, dict[str, Any]]:
         key, value = next(iter(wrong.items()))
         raise InputError(f"{file}: {key}={value!r}: no architecture here computes that; leave this model out")
     try:
-        return _options(config, rope)
+        for arch, variant in VARIANTS.items():
+            if hasattr(variant, "hf_options") and (own := variant.hf_options(config)) is not None:
+                return arch, _shared_options(config, rope) | own
     except KeyError as e:
         raise InputError(f"{file} has no {e.args[0]!r}") from None
+    except ValueError as e:
+        raise InputError(f"{file}: {e}: no architecture here computes that; leave this model out") from None
+    raise InputError(f"{file}: no architecture here is like this {config['model_type']}; leave this model out")
 
 
-def _options(config: dict, rope: dict) -> tuple[str, dict[str, Any]]:
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    options = {
+def _shared_options(config: dict, rope: dict) -> dict[str, Any]:
+    """The options that every variant has."""
+    return {
         "vocab_size": config["vocab_size"],
         "context": min(config["max_position_embeddings"], MOST_CONTEXT),
         "width": config["hidden_size"],
-        "layers": layers,
-        "heads": heads,
+        "layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
         "ffn_width": config["intermediate_size"],
         "rope_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }
-    if config["model_type"] == "deepseek_v3":
-        if (dense := config.get("first_k_dense_replace", 3)) < layers:
-            raise InputError(f"{layers - dense} of the {layers} layers are mixtures of experts: leave this model out")
-        ranks = {"kv_rank": config["kv_lora_rank"], "q_rank": config["q_lora_rank"] or 0}
-        sizes = {"rope_dim": "qk_rope_head_dim", "nope_dim": "qk_nope_head_dim", "v_dim": "v_head_dim"}
-        sizes = {ours: config[theirs] for ours, theirs in sizes.items()}
-        return "mla", options | ranks | sizes | {"head_dim": sizes["nope_dim"]}
-    options["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-    if config["model_type"] == "qwen3":
-        options["qk_norm"] = True
-    kv_heads = config.get("num_key_value_heads") or heads
-    if kv_heads in (1, heads):
-        return "mqa" if kv_heads == 1 else "mha", options
-    return "gqa", options | {"kv_heads": kv_heads}
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     imports.add_argument("folder", type=Path, metavar="DIR", help="with the model's files")
     imports.add_argument("out", type=_folder, metavar="OUT", help="a new directory, the study's")
     _add_set(imports)
-    imports.set_defaults(workers=None, ray=None)
+    imports.set_defaults(one=None, workers=None, ray=None)
     sample = commands.add_parser(
         "sample",
         help="text from a trained run, through its cache",

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from archs import build
+from archs import VARIANTS, build
 from archs.cache import with_tensors
 from train.export import hf_config, hf_weights
 
@@ -303,7 +303,7 @@ WRONG = [
     ("mla", {"kv_rank": 24, "rope_dim": 7}, "rope_dim=7: must be even"),
     ("yoco", {"kv_heads": 2, "layers": 5}, "layers=5: must be even"),
     ("yoco", {"kv_heads": 2, "self_decoder": "full"}, "self_decoder='full': must be one of swa, gret"),
-    ("mla2", {}, "'mla2'; there are mha, mqa, gqa, mla, yoco, or give file.py:Class"),
+    ("mla2", {}, f"'mla2'; there are {', '.join(VARIANTS)}, or give file.py:Class"),
     ("nowhere.py:Mine", {}, "'nowhere.py:Mine': cannot load nowhere.py: .*No such file"),
     ("archs.nothing:Mine", {}, "cannot load archs.nothing: ModuleNotFoundError: No module named"),
     ("archs.grouped:Chunk", {}, "archs.grouped has no subclass of archs.Decoder named 'Chunk'"),

@@ -138,7 +138,7 @@ def test_bytes_are_those_of_the_papers(arch, options, layers, stored, read):
         ("windowed", {"kv_heads": 3}, "windowed: kv_heads=3 must divide heads=4"),
         ("cla", {"kv_heads": 2, "share": 3}, "cla: share=3: must be at most layers=2"),
         ("cla", {"kv_heads": 2, "own_layers": 3}, "cla: own_layers=3: must be at most layers=2"),
-        ("gta", {"kv_heads": 2, "head_dim": 6}, "gta: head_dim=6: must be a multiple of 4, half is rotated"),
+        ("gta", {"kv_heads": 2, "head_dim": 2}, "gta: head_dim=2: must be at least 4, half of it is rotated"),
         ("gla", {"kv_rank": 8, "rope_dim": 4, "latent_heads": 3}, "gla: latent_heads=3 must divide heads=4"),
     ],
 )

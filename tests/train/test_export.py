@@ -7,11 +7,12 @@ from texts import MINIATURE, kvf, refused, user_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.evaluate import load_model
+from train.hf_tokenizer import as_hf
 from train.plan import Plan
 from train.sections import TokenizerConfig
 from train.store import read_plan
 from train.study import load_data, parse_study
-from train.tokenizer import as_hf, load_tokenizer
+from train.tokenizer import load_tokenizer
 
 VARIANTS = [
     {"arch": "mha"},

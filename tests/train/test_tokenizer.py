@@ -14,9 +14,10 @@ from texts import refusal
 from train import shards
 from train import tokenizer as module
 from train.corpus import Document, Part, Splitter
+from train.hf_tokenizer import byte_characters, train_hf
 from train.sections import TokenizerConfig
 from train.sources.installed import stdlib
-from train.tokenizer import load_tokenizer, token_bytes, train_hf
+from train.tokenizer import PATTERN, load_tokenizer, token_bytes
 
 
 def load(name, vocab_size, sample, folder):
@@ -61,10 +62,10 @@ def test_vocabulary_has_the_size_asked_for_and_the_end_of_text_last(encodings):
 
 def test_tiktoken_splits_and_merges_as_the_library_that_trained(texts):
     """Held-out text, so that merges meet contexts they were not counted in."""
-    trained = train_hf(texts[0], 512)
+    trained = train_hf(texts[0], 512, PATTERN)
     encoding = module._encoding("bpe", module.PATTERN, module._train(texts[0], 512))
     # The library numbers the byte values in another order: compare what the tokens spell.
-    character = dict(zip(module._byte_characters(), (bytes([value]) for value in range(256)), strict=True))
+    character = dict(zip(byte_characters(), (bytes([value]) for value in range(256)), strict=True))
     for text in [*texts[1], "aaaaaaa " * 9, "don't  stop\n\n\n   'LL 12345", "x" * 300, " " * 300 + "x"]:
         theirs = [b"".join(character[c] for c in token) for token in trained.encode(text).tokens]
         assert encoding.decode_tokens_bytes(encoding.encode_ordinary(text)) == theirs
@@ -134,7 +135,7 @@ def test_the_sample_is_bounded_spread_over_all_of_the_text_and_of_training_text_
 @pytest.mark.parametrize("run", " a\n-é1")
 def test_no_run_is_split_off_whole_however_long_it_is(run):
     """The library's training takes the square of a piece's length: minutes for a rule of 65,536 dashes."""
-    split = train_hf(["text"], 258).pre_tokenizer.pre_tokenize_str(run * 10_000 + "x")
+    split = train_hf(["text"], 258, PATTERN).pre_tokenizer.pre_tokenize_str(run * 10_000 + "x")
     assert max(end - start for _, (start, end) in split) <= 65
 
 
