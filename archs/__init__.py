@@ -20,6 +20,7 @@ from types import ModuleType
 from archs.cache import Cache
 from archs.cross_layer import CrossLayer
 from archs.decoder import Decoder
+from archs.delta import GatedDeltaNet
 from archs.gla import GLA
 from archs.grouped import GQA, MHA, MQA
 from archs.gta import GTA
@@ -40,6 +41,7 @@ VARIANTS: dict[str, type[Decoder]] = {
     "cla": CrossLayer,
     "gta": GTA,
     "gla": GLA,
+    "delta": GatedDeltaNet,
 }
 
 

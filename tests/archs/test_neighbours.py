@@ -4,8 +4,10 @@ test_laws.py compares windows with transformers' SmolLM3 and Qwen3, and runs eve
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import make
 
+from archs.delta_rule import delta_chunkwise, delta_step
 from archs.kv import Training
 from archs.ops import frequencies, rope_table, rotate
 
@@ -92,6 +94,27 @@ def test_gla_is_its_equations_and_mla_with_one_latent(groups):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
+def test_chunks_of_the_delta_rule_are_its_steps_and_those_of_qwen3_next(length):
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
+
+    q, k = (F.normalize(torch.randn(2, H, length, 8, dtype=torch.float64), dim=-1) for _ in range(2))
+    v, state = torch.randn(2, H, length, 12, dtype=torch.float64), torch.randn(2, H, 8, 12, dtype=torch.float64)
+    log_a, b = -torch.rand(2, H, length, dtype=torch.float64), torch.rand(2, H, length, dtype=torch.float64)
+    out, last = delta_chunkwise(q, k, v, log_a, b, state)
+    steps, stepped = [], state.clone()
+    for t in range(length):
+        one = (x[:, :, t : t + 1] for x in (q, k, v, log_a.exp(), b))
+        steps.append(delta_step(*one, stepped))
+    torch.testing.assert_close(out, torch.cat(steps, 2), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(last, stepped, rtol=1e-9, atol=1e-9)
+    theirs = [x.transpose(1, 2).float() for x in (q * 8**0.5, k, v, log_a, b)]  # it scales queries
+    expected, theirs_last = torch_recurrent_gated_delta_rule(*theirs, state.float(), output_final_state=True)
+    torch.testing.assert_close(out.float(), expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last.float(), theirs_last, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_layer_above_asks_for_the_keys_of_the_layer_below():
     model, tokens = make("cla", {"kv_heads": 2, "share": 3}, layers=3), torch.randint(97, (2, TOKENS))
     gqa = make("gqa", {"kv_heads": 2}, layers=3)
@@ -104,8 +127,8 @@ def test_a_layer_above_asks_for_the_keys_of_the_layer_below():
 
         def both(x_BTW, chunk, cache, attention=attention):
             """Queries from this layer's input, keys and values from the first one's."""
-            first = torch.nn.functional.linear(seen["input"], attention.qkv.weight)
-            own = torch.nn.functional.linear(x_BTW, attention.qkv.weight)
+            first = F.linear(seen["input"], attention.qkv.weight)
+            own = F.linear(x_BTW, attention.qkv.weight)
             mixed = torch.cat((own[..., : H * D], first[..., H * D :]), -1)
             attention.qkv.forward = lambda _: mixed
             return type(attention).forward(attention, x_BTW, chunk, cache)
@@ -121,6 +144,7 @@ def test_a_layer_above_asks_for_the_keys_of_the_layer_below():
         ("cla", {"kv_heads": 1}, 6, 3 * 2 * 16, 6 * 2 * 16),
         ("cla", {"kv_heads": 1, "share": 1, "own_layers": 2}, 6, 2 * 2 * 16, 6 * 2 * 16),
         ("gqa", {"kv_heads": 2, "tied_kv": True}, 2, 2 * 2 * 16, 2 * 2 * 16),
+        ("delta", {"kv_heads": 2, "global_every": 3}, 6, 2 * 2 * 2 * 16, 2 * 2 * 2 * 16),
         ("gta", {"kv_heads": 2}, 2, 2 * (2 * 16 + 8), 2 * (2 * 16 + 8)),
         ("gla", {"kv_rank": 24, "rope_dim": 8}, 2, 2 * (2 * 24 + 8), 2 * (2 * 24 + 8)),
     ],
