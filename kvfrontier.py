@@ -305,8 +305,8 @@ def _import(args: argparse.Namespace) -> int:
 
     args.command, args.study = "train", str(import_model(args.folder, args.out))
     if not (status := _run_stages(args)):
-        (run,) = args.out.glob("runs/*/seed-0")
-        print(f"kvfrontier sample takes {run}, and kvfrontier eval takes {args.out}")
+        for record in sorted(args.out.glob("runs/*/*/record.json")):
+            print(f"kvfrontier sample takes {record.parent}, and kvfrontier eval takes {args.out}")
     return status
 
 

@@ -31,7 +31,7 @@ class Options(Settings):
     head_dim: Size | None = None  # width / heads
     ffn_width: Size | None = None  # 8/3 width, rounded up to 64 (SwiGLU, arXiv 2002.05202)
     rope_base: float = Field(10_000.0, ge=1, lt=2**31)
-    norm_eps: float = Field(ops.NORM_EPS, gt=0, lt=1)  # of RMSNorms but those of a latent
+    norm_eps: float = Field(ops.NORM_EPS, gt=0, lt=1)  # of RMSNorms but those of a latent or a state
     tie_embeddings: bool = True
     dropout: float = Field(0.0, ge=0, lt=1)
     qk_norm: bool = False  # RMSNorm of each head's query and key (Qwen3, arXiv 2505.09388, section 2)
@@ -152,6 +152,7 @@ class Decoder(Costs, nn.Module):
     Options: ClassVar[type[Options]] = Options
     # Option sets for 4 heads that together reach every path of the variant: tests run their laws over them.
     examples: ClassVar[Sequence[dict]] = ({},)
+    keys_turn: bool = True  # a cached key can be rotated on to another position
     early_exit: ClassVar[bool] = False  # only a prompt's last token goes through the layers that attend to all tokens
 
     def __init__(self, options: Options):

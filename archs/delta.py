@@ -40,7 +40,8 @@ class DeltaOptions(Options):
 
 
 class GatedDelta(nn.Module):
-    """Computed in fp32 at least. The option `gate` adds nothing to its own gate, nor `qk_norm` to unit vectors."""
+    """Computed in fp32 at least; the state that is kept has the cache's dtype. The option `gate` adds nothing to its
+    own gate, nor `qk_norm` to unit vectors."""
 
     def __init__(self, o: DeltaOptions):
         super().__init__()

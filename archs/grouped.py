@@ -154,6 +154,10 @@ class GQA(Grouped):
     def own_options(cls, heads: int, kv_heads: int) -> dict | None:
         return {"kv_heads": kv_heads}
 
+    @property
+    def keys_turn(self) -> bool:
+        return not self.options.tied_kv
+
     def layer_attention(self, layer: int) -> nn.Module:
         return TiedAttention(self.options) if self.options.tied_kv else super().layer_attention(layer)
 

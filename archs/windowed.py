@@ -47,6 +47,10 @@ class Windowed(Grouped):
         {"kv_heads": 4, "window": 9, "global_every": 2, "qk_norm": True, "gate": True},
     )
 
+    @property
+    def keys_turn(self) -> bool:
+        return not self.options.nope
+
     def layer_attention(self, layer: int) -> nn.Module:
         o = self.options
         return WithoutPositions(o) if o.nope and o.is_global(layer) else GroupedAttention(o)

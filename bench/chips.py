@@ -32,8 +32,9 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from archs.kernels import triton, triton_attention, triton_retention
 from archs.kernels.triton_attention import Chip, Tiling
+from train.meta import on_meta
 from train.study import parse_study, read_yaml
-from train.variants import Variant, on_meta, resolve_variants
+from train.variants import Variant, resolve_variants
 
 CHIPS = {  # by compute capability
     80: Chip(108, 166_912),  # A100

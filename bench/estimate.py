@@ -15,10 +15,11 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from train.meta import on_meta
 from train.store import find_directory
 from train.study import Study, parse_study, read_yaml
 from train.tuning import LEAST_RATES
-from train.variants import Variant, on_meta, resolve_variants
+from train.variants import Variant, resolve_variants
 
 
 class Chip(NamedTuple):

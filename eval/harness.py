@@ -48,6 +48,11 @@ class TrainedLM(TemplateLM):
     def eot_token_id(self) -> int:
         return self.run.tokenizer.eot_token
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that is predicted from its first token on."""
+        return self.run.prefix[0] if self.run.prefix else self.eot_token_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self.run.tokenizer.encode(string, allowed_special="all")
 

@@ -15,10 +15,11 @@ from eval.equal_bytes import bytes_for_accuracy, equal_bytes, technique_differen
 from eval.frontier import bytes_for_baseline
 from eval.scaling import scaling
 from train.files import read_json, write_atomic, write_json
+from train.meta import on_meta
 from train.plan import Plan, Snapshot
 from train.store import RESULTS
 from train.study import Study
-from train.variants import FREE, drafts, on_meta
+from train.variants import FREE, drafts
 
 
 def write_results(plan: Plan) -> int:

@@ -207,11 +207,12 @@ def render(fig: Figure, kinds: Sequence[str] = ("svg", "pdf", "png")) -> dict[st
         with matplotlib.rc_context({"pgf.rcfonts": False, "pgf.texsystem": tex}):
             try:
                 getattr(canvas, f"print_{kind}")(buffer, **how)  # savefig would draw everything twice
-            except ValueError as e:
-                if kind != "pgf":
+            except Exception as e:
+                if kind != "pgf" or isinstance(e, OSError | RuntimeError):
                     raise
-                use = "a label has one of TeX's own characters, such as _ & # or $: give another name with --labels"
-                raise RuntimeError(f"{use} ({str(e).splitlines()[0].rpartition('}')[0].rpartition('}')[2]})") from None
+                text = str(e).splitlines()[0].rpartition("}")[0].rpartition("}")[2] or str(e).splitlines()[0]
+                why = "has it the package pgf, and the label none of _ & # $? Others can be given with --labels"
+                raise RuntimeError(f"TeX cannot set {text!r}: {why}") from None
         fig.dpi, files[kind] = dpi, buffer.getvalue()
     if "svg" in files:  # a hundredth of a point is enough for places; scales are below 1 and stay as they are
         files["svg"] = re.sub(rb"\b([1-9]\d*\.\d\d)\d+", rb"\1", files["svg"])

@@ -31,7 +31,7 @@ def export(run: Path, out: Path) -> None:
     try:
         hf = hf_config(trained.model)
     except ValueError as e:
-        can = ", ".join(name for name, variant in VARIANTS.items() if hasattr(variant, "hf_class"))
+        can = ", ".join(name for name, variant in VARIANTS.items() if has_class(variant))
         raise InputError(f"{config['label']} cannot be exported: {e}; those that can be: {can}") from None
     try:
         write(out, trained.model, hf, trained.tokenizer)
@@ -42,22 +42,29 @@ def export(run: Path, out: Path) -> None:
 def write(out: Path, model: Decoder, hf: dict, encoding: Encoding | None) -> None:
     """The files of an export; `hf` is what `hf_config` gives. OSError if they cannot be written."""
     write_atomic(out / "model.safetensors", save(hf_weights(model), metadata={"format": "pt"}))
+    begin = next(iter(getattr(encoding, "prefix", [])), None)
     if encoding:
         content = encoding.content if isinstance(encoding, HFTokenizer) else as_hf(encoding).to_str().encode()
         write_atomic(out / "tokenizer.json", content)
         facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": encoding.decode([encoding.eot_token])}
+        facts |= {"bos_token": encoding.decode([begin])} if begin is not None else {}
         write_json(out / "tokenizer_config.json", facts | {"model_max_length": model.options.context})
     end = encoding.eot_token if encoding else None
-    ids = {"bos_token_id": None, "pad_token_id": None, "eos_token_id": end}
+    ids = {"bos_token_id": begin, "pad_token_id": None, "eos_token_id": end}
     write_json(out / "generation_config.json", ids)
     write_json(out / "config.json", hf | ids)
+
+
+def has_class(variant: type[Decoder]) -> bool:
+    """True if a class of transformers computes what the variant does, with some of its options at least."""
+    parent = next((cls for cls in variant.__mro__ if "hf_class" in vars(cls)), None)
+    return parent is not None and all(getattr(variant, name) is getattr(parent, name) for name in COMPUTES)
 
 
 def hf_config(model: Decoder) -> dict[str, Any]:
     """config.json of the class in transformers that computes the same as the model; ValueError without one."""
     o, variant = model.options, type(model)
-    parent = next((cls for cls in variant.__mro__ if "hf_class" in vars(cls)), None)
-    if parent is None or any(getattr(variant, name) is not getattr(parent, name) for name in COMPUTES):
+    if not has_class(variant):
         raise ValueError(f"transformers has no class that computes {variant.__name__}")
     if o.gate:
         raise ValueError("transformers has no class with a gate for each head")

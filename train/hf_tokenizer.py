@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -21,30 +22,28 @@ class HFTokenizer:
     def __init__(self, content: bytes, vocab_size: int | None, end_of_text: str):
         from tokenizers import Tokenizer
 
-        try:
-            self._tokenizer = Tokenizer.from_buffer(content)
-            about = json.loads(content)
-        except Exception as e:  # the library raises nothing more special
-            raise InputError(f"tokenizer: not a tokenizer.json that the tokenizers library reads: {e}") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        added = {entry["content"]: entry["id"] for entry in about["added_tokens"]}
-        self.special_tokens_set = {entry["content"] for entry in about["added_tokens"] if entry["special"]}
-        if end_of_text not in added:
-            known = ", ".join(added) or "none"
+        special = special_tokens(content)
+        self._tokenizer, about = Tokenizer.from_buffer(content), json.loads(content)
+        self._piece_tokenizer = Tokenizer.from_str(json.dumps(_without_first_blank(about)))
+        for tokenizer in (self._tokenizer, self._piece_tokenizer):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.encode_special_tokens = True  # as the characters that they are
+        if end_of_text not in special:
+            known = ", ".join(special) or "none"
             raise InputError(f"tokenizer: end_of_text: {end_of_text!r} is no special token; there are {known}")
-        spell = _spelling(about)
+        spell, added = _spelling(about), {entry["content"]: entry["id"] for entry in about.get("added_tokens") or []}
         #: id -> bytes, of all tokens but the special ones
         self.tokens = {id_: spell(token) for token, id_ in self._tokenizer.get_vocab(False).items()}
-        self.tokens |= {id_: token.encode() for token, id_ in added.items() if token not in self.special_tokens_set}
-        self._special = {added[token]: token.encode() for token in self.special_tokens_set}
+        self.tokens |= {id_: token.encode() for token, id_ in added.items()}
+        self._special = {id_: token.encode() for token, id_ in special.items()}
         self.tokens = {id_: token for id_, token in self.tokens.items() if id_ not in self._special}
-        least = max(*self.tokens, *self._special) + 1
+        least = max(*self.tokens, special[end_of_text]) + 1  # other special tokens may lie beyond a model's vocabulary
         if vocab_size is not None and vocab_size < least:
-            raise InputError(
-                f"tokenizer: vocab_size={vocab_size} is less than the {least} ids of its file; leave it out"
-            )
-        self.content, self.n_vocab, self.eot_token = content, vocab_size or least, added[end_of_text]
+            raise InputError(f"tokenizer: vocab_size={vocab_size} is less than the {least} ids of its file")
+        self.content, self.eot_token = content, special[end_of_text]
+        self.n_vocab = vocab_size or max(*self.tokens, *self._special) + 1
+        self.special_tokens_set = {token for token, id_ in special.items() if id_ < self.n_vocab}
         self.name = f"json-{hashlib.sha256(content).hexdigest()[:16]}"
         with_text, text = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
         at = next(n for n in range(len(with_text)) if with_text[n:][: len(text)] == text)
@@ -53,13 +52,16 @@ class HFTokenizer:
 
     def encode(self, text: str, allowed_special: str | Iterable[str] = ()) -> list[int]:
         self._tokenizer.encode_special_tokens = not allowed_special
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        self._tokenizer.encode_special_tokens = True
+        return ids
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self.encode(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_to_numpy(self, text: str, disallowed_special: Sequence[str] = ()) -> np.ndarray:
-        return np.array(self.encode(text), np.uint32)
+        """Of a piece of a document, without the blank that some tokenizers put before a text."""
+        return np.array(self._piece_tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def encode_single_token(self, token: str) -> int:
         return self._tokenizer.token_to_id(token)
@@ -71,9 +73,35 @@ class HFTokenizer:
         return b"".join(map(self.decode_single_token_bytes, tokens)).decode("utf-8", "replace")
 
 
+def special_tokens(content: bytes) -> dict[str, int]:
+    """The special tokens of a tokenizer.json and their ids. InputError if it is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_buffer(content)
+    except Exception as e:  # the library raises nothing more special
+        raise InputError(f"tokenizer: not a tokenizer.json that the tokenizers library reads: {e}") from None
+    added = json.loads(content).get("added_tokens") or []
+    return {entry["content"]: entry["id"] for entry in added if entry["special"]}
+
+
+def _without_first_blank(about: Any) -> Any:
+    """A tokenizer that puts no blank before a text (SentencePiece's dummy prefix)."""
+    if isinstance(about, list):
+        return [_without_first_blank(each) for each in about if not _is_prepend(each)]
+    if not isinstance(about, dict):
+        return about
+    scheme = {"prepend_scheme": "never"} if about.get("type") == "Metaspace" else {}
+    return {key: None if _is_prepend(value) else _without_first_blank(value) for key, value in about.items()} | scheme
+
+
+def _is_prepend(about: Any) -> bool:
+    return isinstance(about, dict) and about.get("type") == "Prepend"
+
+
 def _spelling(about: dict) -> Callable[[str], bytes]:
     """The function from a vocabulary's word to the bytes that it stands for. InputError for an unknown spelling."""
-    decoder = json.dumps(about["decoder"])
+    decoder = json.dumps(about.get("decoder"))
     if '"ByteLevel"' in decoder:
         value = {character: byte for byte, character in enumerate(byte_characters())}
         return lambda word: bytes(value[c] for c in word) if all(c in value for c in word) else word.encode()

@@ -20,8 +20,10 @@ from archs import VARIANTS, Decoder, build
 from train.errors import InputError
 from train.export import hf_weights
 from train.files import read_json, write_atomic
+from train.hf_tokenizer import special_tokens
+from train.meta import on_meta
 from train.study import check_label
-from train.tokenizer import END_OF_TEXT, JSON, HFTokenizer
+from train.tokenizer import END_OF_TEXT, JSON
 
 MODEL_TYPES = "llama", "mistral", "qwen3", "deepseek_v3"
 MOST_CONTEXT = 4096  # of what a model was made for; a study's context is also the length of a sequence of its loss
@@ -41,6 +43,8 @@ def read_options(folder: Path) -> tuple[str, dict[str, Any]]:
     if not config:
         raise InputError(f"{folder} has no config.json of a model: give a directory as transformers writes it")
     kind, rope = config.get("model_type"), config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{file}: rope_scaling={rope!r}: must be a mapping")
     if kind not in MODEL_TYPES:
         raise InputError(f"{file}: model_type={kind!r} cannot be imported; those that can be: {', '.join(MODEL_TYPES)}")
     facts = {key: config.get(key, values[-1]) for key, values in REQUIRED.items()}
@@ -55,9 +59,13 @@ def read_options(folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         for arch, variant in VARIANTS.items():
             if hasattr(variant, "hf_options") and (own := variant.hf_options(config)) is not None:
-                return arch, _shared_options(config, rope) | own
+                options = _shared_options(config, rope) | own
+                on_meta(arch, options)
+                return arch, options
     except KeyError as e:
         raise InputError(f"{file} has no {e.args[0]!r}") from None
+    except (TypeError, ZeroDivisionError) as e:
+        raise InputError(f"{file} has a number that is none: {e}") from None
     except ValueError as e:
         raise InputError(f"{file}: {e}: no architecture here computes that; leave this model out") from None
     raise InputError(f"{file}: no architecture here is like this {config['model_type']}; leave this model out")
@@ -73,14 +81,18 @@ def _shared_options(config: dict, rope: dict) -> dict[str, Any]:
         "heads": config["num_attention_heads"],
         "ffn_width": config["intermediate_size"],
         "rope_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000),
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "norm_eps": config.get("rms_norm_eps") or 1e-6,
+        "tie_embeddings": bool(config.get("tie_word_embeddings")),
     }
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files with a model's weights. InputError if there are none."""
-    if not (files := sorted(folder.glob("*.safetensors"))):
+    """The files with a model's weights: those of its index, or model.safetensors, or any. InputError if there are
+    none."""
+    index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    named = sorted({*index.values()}) if isinstance(index, dict) else ["model.safetensors"]
+    files = [folder / name for name in named if (folder / str(name)).is_file()]
+    if not (files := files or sorted(folder.glob("*.safetensors"))):
         raise InputError(f"{folder} has no weights as .safetensors: save them with save_pretrained of transformers")
     return files
 
@@ -146,7 +158,7 @@ def import_model(folder: Path, out: Path) -> Path:
     except OSError:
         how = "AutoTokenizer's save_pretrained writes one where it can"
         raise InputError(f"{folder} has no {JSON}, which says what its ids stand for: {how}") from None
-    end = end_of_text(folder, content, vocab_size)
+    end = end_of_text(folder, content)
     files_of(folder)
     label = re.sub("[^A-Za-z0-9._+=-]", "-", folder.resolve().name).lstrip("._+=-")[:64] or arch
     check_label(label)
@@ -164,13 +176,23 @@ def import_model(folder: Path, out: Path) -> Path:
     again = file.is_file() and file.read_bytes() == text  # the command was stopped, or failed
     if out.exists() and not again and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already: give an empty or a new directory")
-    write_atomic(out / JSON, content)
-    write_atomic(file, text)
+    if not again:
+        write_atomic(out / JSON, content)
+        write_atomic(file, text)
     return file
 
 
-def end_of_text(folder: Path, content: bytes, vocab_size: int) -> str:
-    """The special token between documents: the one that texts begin with, or else the one that ends them."""
-    named = read_json(folder / "tokenizer_config.json").get("eos_token") or END_OF_TEXT
-    tokenizer = HFTokenizer(content, vocab_size, named["content"] if isinstance(named, dict) else named)
-    return tokenizer.decode(tokenizer.prefix[:1]) or tokenizer.decode([tokenizer.eot_token])
+def end_of_text(folder: Path, content: bytes) -> str:
+    """The special token that ends a text, as the files beside the tokenizer name it."""
+    files = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    named = [file.get("eos_token") for file in files]
+    named = [entry.get("content") if isinstance(entry, dict) else entry for entry in named]
+    ids = [read_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    ids = [each[0] if isinstance(each, list) and each else each for each in ids]
+    special = special_tokens(content)
+    known = [*named, *({number: token for token, number in special.items()}.get(each) for each in ids), END_OF_TEXT]
+    if not (found := [token for token in known if token in special]):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'} names no eos_token; its special tokens: {', '.join(special)}"
+        )
+    return found[0]

@@ -18,11 +18,12 @@ from train.batches import TrainingData
 from train.errors import InputError
 from train.files import content_key, read_json, write_json
 from train.machine import find_device, resolve_dtype, resolve_precision
+from train.meta import on_meta
 from train.store import PLAN
 from train.study import RECIPE, Study, TrainConfig
-from train.tokenizer import file_of, save_vocabulary, vocabulary
+from train.tokenizer import JSON, file_of, save_vocabulary, vocabulary
 from train.tuning import Tuned, choose, facts, next_rate, tried, tuning_seeds
-from train.variants import Variant, on_meta, resolve_variants
+from train.variants import Variant, resolve_variants
 
 # Settings that do not determine a run's result. Devices share one batch.
 NOT_IN_KEY = {"tuning_seeds", "tuning_share", "devices", "num_nodes", "strategy"}
@@ -175,10 +176,13 @@ class Plan:
             "tokenizer": tokenizer,
             "train": self._run_settings(variant, lr),
         }
+        if file_of(self.study.tokenizer) == JSON:
+            hashed["tokenizer"] = tokenizer | {"name": JSON}
         if variant.source:  # the place of its file does not determine the weights
             hashed |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
         if variant.weights:
-            hashed |= {"weights": variant.weights["hash"], "seed": 0, "train": None}
+            validates = {key: hashed["train"][key] for key in ("val_tokens", "precision")}
+            hashed |= {"weights": variant.weights["hash"], "seed": 0, "train": validates}
         settings = variant.facts() | {
             "seed": seed,
             "match": self.study.match,
@@ -226,7 +230,7 @@ class Plan:
         if old.get("key", run.key) == run.key:
             return ""
         before, after = (_flat({k: v for k, v in config.items() if k not in DERIVED}) for config in (old, new))
-        changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        changed = [name for name in {**before, **after} if before.get(name, _added(name)) != after.get(name)]
         lines = (f"{name} was {before.get(name)}, is {after.get(name)}" for name in changed)
         return "; ".join(lines) or "the format changed"
 
@@ -362,6 +366,11 @@ def step_counts(tokens: int, config: TrainConfig) -> tuple[int, int]:
     steps = tokens // config.batch_tokens
     val_every = max(min(2, steps), steps // config.val_points)  # 2: leaves a step for a checkpoint between validations
     return steps // val_every * val_every, val_every
+
+
+def _added(path: str) -> Any:
+    """The value that a setting of ADDED had before there was one."""
+    return ADDED.get(path.rpartition(".")[2])
 
 
 def _without_added(settings: dict) -> dict:

@@ -10,6 +10,7 @@ and a changed corpus is another folder. With the folder nothing else is needed: 
 """
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -122,7 +123,7 @@ def open_or_build(
     asked = {"format": FORMAT, "corpus": source.model_dump(), "tokenizer": tokenizer.model_dump()}
     if of_others:
         path = place.find(tokenizer.name, "tokenizer")
-        asked["tokenizer_file"] = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+        asked["tokenizer_file"] = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest = asked | {"files": files}
     folder = cache / f"tokens-{content_key(manifest)}"
     if tokens := open_tokens(folder):
@@ -154,7 +155,7 @@ def open_or_build(
             advice = "make room there or set KVFRONTIER_CACHE; what was written is kept"
             raise InputError(f"cannot write tokens to {folder}: {e.strerror or e}; {advice}") from None
         finally:
-            if any(folder.glob("*.json")):  # shards or a manifest
+            if any(folder.glob("[0-9]*.json")) or (folder / MANIFEST).exists():
                 with contextlib.suppress(OSError):
                     write_json(latest, {"files": files, "folder": folder.name})
     if not (tokens := open_tokens(folder)):

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
-
-from archs import VARIANTS, Decoder, build
+from archs import VARIANTS
 from archs.decoder import Options
 from train.errors import InputError
-from train.imported import weights_hash
+from train.imported import read_options, weights_hash
+from train.meta import on_meta
 from train.study import MODEL_KEYS, RECIPE, SIZE_KEYS, Study, check_label, combinations, variant_label
 
 FREE = {"ffn": "ffn_width", "heads": "heads", "none": None}  # the option that each matching rule sets
@@ -80,6 +78,8 @@ class Draft:
             options["ffn_width"] = matching_ffn_width(self.arch, options, baseline.params)
         elif baseline and rule == "heads":
             options |= matching_heads(self.arch, options, baseline.params)
+        if self.weights:
+            agree(self.arch, options, *read_options(self.weights))
         model = on_meta(self.arch, options)
         first = baseline.label if baseline else self.label
         facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, source_hash(self.arch)
@@ -151,6 +151,16 @@ def find_arch(arch: str, folder: Path) -> str:
     return f"{places[0].resolve()}:{name}" if places else arch
 
 
+def agree(arch: str, options: dict, their_arch: str, theirs: dict) -> None:
+    """ValueError unless a variant computes what the model does whose weights it gets."""
+    if arch != their_arch:
+        raise ValueError(f"its weights are those of arch: {their_arch}, not {arch}")
+    ours, theirs = (on_meta(arch, each).options.model_dump() for each in (options, theirs))
+    for name, value in theirs.items():
+        if name not in ("context", "dropout") and ours[name] != value:
+            raise ValueError(f"{name}={ours[name]!r}: its weights are those of a model with {name}: {value!r}")
+
+
 def find_weights(name: Any, folder: Path) -> Path | None:
     """The directory of a model of others, in `folder` or in the current one; None without a name."""
     if name is None:
@@ -168,21 +178,6 @@ def source_hash(arch: str) -> str:
     where = arch.rpartition(":")[0]
     file = where if where.endswith(".py") else importlib.util.find_spec(where).origin
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Skips random initialisation: torch's random numbers for meta tensors take 4 seconds to import."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def on_meta(arch: str, options: dict) -> Decoder:
-    """The model with shapes and no memory. ValueError names a wrong option."""
-    with torch.device("meta"), _Uninitialised():
-        return build(arch, **options)
 
 
 def matching_ffn_width(arch: str, options: dict, params: int) -> int:

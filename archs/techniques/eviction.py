@@ -30,6 +30,12 @@ class StreamingLLM(Technique):
         fits = self.sinks < capacity
         self.check(fits, f"sinks={self.sinks} leave no window in the budget of {capacity} slots: give fewer")
 
+    def validate_model(self, model: Decoder) -> None:
+        super().validate_model(model)
+        if not model.keys_turn:
+            why = "whose keys have no positions in some layers, or are values too"
+            raise ValueError(f"StreamingLLM moves keys to other positions, not in a {type(model).__name__} {why}")
+
     def priority(self, slots: Slots) -> Tensor:
         return torch.where(slots.position_N < self.sinks, slots.length, slots.position_N)
 

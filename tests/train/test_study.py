@@ -11,11 +11,12 @@ from texts import refusal
 from archs import VARIANTS
 from eval.results import matching_tables
 from train.files import write_json
+from train.meta import on_meta
 from train.plan import Plan
 from train.store import STUDIES, find_study
 from train.study import load_data, parse_study, read_yaml
 from train.tuning import WIDENED_AT_MOST, Tuned, choose
-from train.variants import matching_heads, on_meta, resolve_variants
+from train.variants import matching_heads, resolve_variants
 
 THREE = "[{arch: mha}, {arch: mqa}, {arch: gqa, kv_heads: 2}]"
 
