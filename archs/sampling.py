@@ -5,7 +5,6 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,17 +15,15 @@ from torch import Tensor
 from archs.cache import Cache
 from archs.settings import Settings, Size
 
-NOISE = 2**16  # numbers drawn at once
+DRAWN = 256  # steps whose random numbers are drawn at once
+BELOW_ONE = 1 - 2**-18  # the sum of all probabilities may be rounded down, and no place may be beyond it
 Decoder = Any  # of archs.decoder, which imports this file
 
 
 class Sampler(Settings):
     """How a token is chosen from logits: at `temperature` 0 the likeliest; else at random by softmax(logits /
     temperature), from the `top_k` likeliest tokens, and of these from the smallest set whose probabilities add up to
-    `top_p` (nucleus sampling, arXiv 1904.09751, section 3.1). The same `seed` gives the same tokens.
-
-    The largest of logits plus Gumbel noise falls on each token with its probability (arXiv 1411.0030, section 2), so
-    that a step adds and compares; the noise is drawn for many steps at once."""
+    `top_p` (nucleus sampling, arXiv 1904.09751, section 3.1). The same `seed` gives the same tokens."""
 
     model_config = ConfigDict(frozen=True)
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False)
@@ -34,29 +31,29 @@ class Sampler(Settings):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int = Field(0, ge=0, lt=2**63)
 
-    def noise(self, like_BV: Tensor) -> Iterator[Tensor | None]:
-        """The noise (B, V) of one step after the other; None where none is needed."""
-        if not self.temperature:
-            yield from itertools.repeat(None)
-        generator = torch.Generator(like_BV.device).manual_seed(self.seed)
-        steps = max(1, NOISE // like_BV.numel())
+    def places(self, logits_BV: Tensor) -> Iterator[Tensor]:
+        """Random numbers (B, 1) from 0 to 1 of one step after the other, drawn for many steps at once."""
+        generator = torch.Generator(logits_BV.device).manual_seed(self.seed)
         while True:
-            noise_SBV = like_BV.new_empty(steps, *like_BV.shape, dtype=torch.float32)
-            yield from noise_SBV.exponential_(generator=generator).log_().mul_(-self.temperature)
+            places_SB1 = torch.rand(DRAWN, len(logits_BV), 1, device=logits_BV.device, generator=generator)
+            yield from places_SB1.mul_(BELOW_ONE)
 
-    def choose(self, logits_BV: Tensor, noise_BV: Tensor | None) -> Tensor:
-        """(B,) tokens."""
+    def choose(self, logits_BV: Tensor, place_B1: Tensor) -> Tensor:
+        """(B,) tokens: those in whose part of all probability the places are."""
         if not self.temperature:
             return logits_BV.argmax(-1)
+        logits_BV = logits_BV.float()
+        if self.temperature != 1:
+            logits_BV = logits_BV / self.temperature
         if self.top_k or self.top_p:
-            logits_BV = self._likeliest(logits_BV.float())
-        return (logits_BV + noise_BV).argmax(-1)
+            logits_BV = self._likeliest(logits_BV)
+        return torch.searchsorted(logits_BV.softmax(-1).cumsum(-1), place_B1, right=True)[:, 0]
 
     def _likeliest(self, logits_BV: Tensor) -> Tensor:
         """The logits, -inf for tokens that are left out."""
         sorted_BK, tokens_BK = logits_BV.topk(min(self.top_k or logits_BV.shape[1], logits_BV.shape[1]))
         if self.top_p:
-            p_BK = (sorted_BK / self.temperature).softmax(-1)
+            p_BK = sorted_BK.softmax(-1)
             before_BK = p_BK.cumsum(-1) - p_BK  # of likelier tokens; the likeliest always stays
             sorted_BK = sorted_BK.masked_fill(before_BK >= self.top_p, -torch.inf)
         return torch.full_like(logits_BV, -torch.inf).scatter(-1, tokens_BK, sorted_BK)
@@ -67,8 +64,8 @@ def stream(model: Decoder, tokens_BT: Tensor, sampler: Sampler, cache: Cache | N
     """Yields the tokens (B,) that follow the prompt, for as long as the cache has room for them; without a cache all
     tokens go through the model for each further one, without an end."""
     logits_BV = model.prefill(tokens_BT, cache) if cache else _last_logits(model, tokens_BT)
-    for noise_BV in sampler.noise(logits_BV):
-        token_B = sampler.choose(logits_BV, noise_BV)
+    for place_B1 in sampler.places(logits_BV):
+        token_B = sampler.choose(logits_BV, place_B1)
         yield token_B
         if cache:
             logits_BV = model.decode(token_B, cache)

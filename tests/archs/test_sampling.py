@@ -33,9 +33,9 @@ def test_text_is_the_same_with_a_cache_without_one_and_under_a_technique_that_ke
 def drawn_from(logits, draws, **how):
     """Half of the tokens as one batch, half one after the other."""
     sampler, half = Sampler(**how), logits.expand(-(-draws // 2), -1)
-    noise, one = sampler.noise(half), Sampler(**how | {"seed": 1}).noise(logits)
+    places, one = sampler.places(half), Sampler(**how | {"seed": 1}).places(logits)
     return torch.cat(
-        [sampler.choose(half, next(noise)), *(sampler.choose(logits, next(one)) for _ in range(draws // 2))]
+        [sampler.choose(half, next(places)), *(sampler.choose(logits, next(one)) for _ in range(draws // 2))]
     )
 
 

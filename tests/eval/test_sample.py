@@ -73,7 +73,7 @@ def test_a_character_is_written_once_all_its_bytes_are_there(study, capsys):
     run = load(study / "runs" / "mha" / "seed-0")
     text, written = Text(run, ""), []
     for token in run.tokenizer.encode_ordinary("\u4e2d!"):
-        text.write(token)
+        text.write([token])
         written.append(capsys.readouterr().out)
     assert "".join(written) == "\u4e2d!"
     assert written[0] == ""
