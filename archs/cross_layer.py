@@ -37,10 +37,7 @@ class CrossLayer(Decoder):
     """Cross-layer attention: several layers on one K/V."""
 
     Options = CrossLayerOptions
-    examples = (
-        {"kv_heads": 2},
-        {"kv_heads": 1, "share": 1, "own_layers": 1, "qk_norm": True, "gate": True},
-    )
+    examples = ({"kv_heads": 2, "qk_norm": True},)
 
     def layer_attention(self, layer: int) -> nn.Module:
         return (GroupedAttention if self.options.makes(layer) else CrossAttention)(self.options)

@@ -101,10 +101,7 @@ class GatedDeltaNet(Decoder):
     """Layers that keep a state, and global layers among them."""
 
     Options = DeltaOptions
-    examples = (
-        {"kv_heads": 2, "global_every": 2},
-        {"kv_heads": 1, "global_every": 2, "conv": 2, "qk_norm": True, "gate": True},
-    )
+    examples = ({"kv_heads": 2, "global_every": 2, "conv": 3},)
 
     def layer_attention(self, layer: int) -> nn.Module:
         return GroupedAttention(self.options) if self.options.is_global(layer) else GatedDelta(self.options)

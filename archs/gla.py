@@ -73,10 +73,7 @@ class GLA(Latent):
     """Grouped latent attention: (latent_heads kv_rank + rope_dim) L a token."""
 
     Options = GLAOptions
-    examples = (
-        {"kv_rank": 16, "rope_dim": 8},
-        {"kv_rank": 12, "rope_dim": 8, "latent_heads": 4, "q_rank": 20, "qk_norm": True, "latent_scale": True},
-    )
+    examples = ({"kv_rank": 12, "rope_dim": 8, "latent_heads": 4, "q_rank": 20, "qk_norm": True, "latent_scale": True},)
 
     def layer_attention(self, layer: int) -> nn.Module:
         return GroupedLatents(self.options)

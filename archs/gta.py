@@ -67,7 +67,7 @@ class GTA(Grouped):
             """Half of a head, and even."""
             return self.head_dim // 4 * 2
 
-    examples = ({"kv_heads": 2}, {"kv_heads": 4, "qk_norm": True, "gate": True})
+    examples = ({"kv_heads": 2, "qk_norm": True},)
 
     def layer_attention(self, layer: int) -> nn.Module:
         return TiedHeads(self.options)

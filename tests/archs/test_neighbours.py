@@ -5,7 +5,7 @@ test_laws.py compares windows with transformers' SmolLM3 and Qwen3, and runs eve
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make
+from helpers import cached_logits, make
 
 from archs.delta_rule import delta_chunkwise, delta_step
 from archs.kv import Training
@@ -135,6 +135,26 @@ def test_a_layer_above_asks_for_the_keys_of_the_layer_below():
 
         attention.forward = both
     torch.testing.assert_close(model(tokens), gqa(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "layers"),
+    [
+        ("gta", {"kv_heads": 4, "gate": True}, 2),
+        ("gla", {"kv_rank": 16, "rope_dim": 6, "nope_dim": 10, "v_dim": 14}, 2),
+        ("delta", {"kv_heads": 1, "global_every": 3, "conv": 1, "qk_norm": True, "gate": True}, 4),
+        ("cla", {"kv_heads": 1, "share": 2, "own_layers": 3, "gate": True}, 6),
+        ("windowed", {"kv_heads": 1, "window": 5, "global_every": 3}, 6),
+    ],
+)
+def test_cached_logits_are_those_of_the_full_forward_with_other_options(arch, options, layers):
+    """test_laws.py has the variants' examples."""
+    model, tokens = make(arch, options, layers=layers), torch.randint(97, (2, 41))
+    got = cached_logits(model, tokens, [9, 1, 4], model.new_cache(2, 41))
+    with torch.no_grad():
+        expected = model(tokens)
+    for t, logits in got.items():
+        torch.testing.assert_close(logits, expected[:, t], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
