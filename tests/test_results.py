@@ -19,7 +19,7 @@ from plots.results import load
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted(path.parent for path in ROOT.glob("results/**/results.json"))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("results/**/README.md"))]
-MARKED = re.compile(r"<!-- (results/\S+) (.+) -->\n(.*?)<!-- end -->", re.S)
+MARKED = re.compile(r"<!-- (results/\S+) ([^\n]+) -->\n(.*?)<!-- end -->", re.S)
 NUMBER = re.compile(r"(?<![\w.#-])(?>([-+]?\d[\d,]*+(?:\.\d++)?+))(?:\s?(%|B|KiB|MiB|M|k)(?!\w))?(?!\w)")
 NOT_STATED = r"^    [^\n]*$", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"<[^>]*>", r"arXiv [\d.]+"
 SCALES = {"%": 100.0, "KiB": 2**-10, "MiB": 2**-20, "M": 1e-6, "k": 1e-3, "": 100.0}
