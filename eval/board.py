@@ -59,12 +59,14 @@ def run_settings(record: dict) -> dict[str, Any]:
 
 
 def final_metrics(record: dict) -> dict[str, float]:
-    """All that was measured of a run as one number, decode at the largest point of its grid."""
+    """All that was measured of a run as one number, decode at the largest point of its grid. HParams shows the first of
+    them, which is to be the one that runs are compared by."""
     train = {key: record["train"].get(key) for key in ("tokens_per_s", "seconds", "mfu")}
     kv = {f"kv_{key}": record["kv"].get(key) for key in ("bytes_per_token", "constant_bytes")}
     point = record["decode"][-1] if record.get("decode") else {}
     decode = {key: point.get(key) for key in ("tokens_per_s", "token_ms", "prefill_ms", "roof_fraction")}
-    parts = {"": record["loss"] | kv, "train_": train, "decode_": decode}
+    loss = {key: record["loss"].get(key) for key in ("accuracy", "val_bpb")} | record["loss"]
+    parts = {"": loss | kv, "train_": train, "decode_": decode}
     found = {f"final/{prefix}{key}": value for prefix, part in parts.items() for key, value in part.items()}
     return {key: float(value) for key, value in found.items() if _kind(value) == "number" and math.isfinite(value)}
 

@@ -50,6 +50,7 @@ def test_the_hparams_table_has_each_option_as_a_column_and_each_variant_as_a_gro
     assert {"kv_rank", "rope_dim", "window", "self_decoder", "kv_heads", "arch", "lr", "width"} <= columns.keys()
     assert (columns["arch"], columns["kv_rank"], columns["width"]) == (True, True, False)
     metrics = [info["name"]["tag"] for info in experiment["metricInfos"]]
+    assert metrics[0] == "final/val_bpb"
     runs = json.loads((study / "results.json").read_text())["runs"]
     assert {"final/val_bpb", "final/kv_bytes_per_token", "final/decode_tokens_per_s", "final/train_mfu"} <= {*metrics}
     body = {
