@@ -59,7 +59,6 @@ class Sampler(Settings):
         return torch.full_like(logits_BV, -torch.inf).scatter(-1, tokens_BK, sorted_BK)
 
 
-@torch.no_grad()
 def stream(model: Decoder, tokens_BT: Tensor, sampler: Sampler, cache: Cache | None = None) -> Iterator[Tensor]:
     """Yields the tokens (B,) that follow the prompt, for as long as the cache has room for them; without a cache all
     tokens go through the model for each further one, without an end."""
@@ -74,6 +73,7 @@ def stream(model: Decoder, tokens_BT: Tensor, sampler: Sampler, cache: Cache | N
             logits_BV = _last_logits(model, tokens_BT)
 
 
+@torch.no_grad()
 def _last_logits(model: Decoder, tokens_BT: Tensor) -> Tensor:
     return model.unembed(model.last_hidden_state(tokens_BT)[:, -1])
 
