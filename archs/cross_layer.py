@@ -11,18 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from archs.decoder import Decoder, Options
-from archs.grouped import CrossAttention, GroupedAttention
+from archs.decoder import Decoder
+from archs.grouped import CrossAttention, GroupedAttention, GroupedOptions
 from archs.settings import Size
 
 
-class CrossLayerOptions(Options):
-    kv_heads: Size
+class CrossLayerOptions(GroupedOptions):
     share: Size = 2
     own_layers: Size | None = None  # all
 
     def complete(self) -> None:
-        self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        super().complete()
         self.own_layers = self.own_layers or self.layers
         most = f"must be at most layers={self.layers}"
         self.check(self.own_layers <= self.layers, f"own_layers={self.own_layers}: {most}")

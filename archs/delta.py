@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
+from archs.alternating import AlternatingOptions
 from archs.cache import State
-from archs.decoder import Chunk, Decoder, Options
+from archs.decoder import Chunk, Decoder
 from archs.delta_rule import delta_chunkwise, delta_step
 from archs.grouped import GroupedAttention
 from archs.kv import Training
@@ -25,18 +25,8 @@ from archs.ops import at_least_fp32, merge_heads, rms_norm, split_heads
 from archs.settings import Size
 
 
-class DeltaOptions(Options):
-    kv_heads: Size
-    global_every: int = Field(4, ge=1, lt=2**31)
+class DeltaOptions(AlternatingOptions):
     conv: Size = 4
-
-    def complete(self) -> None:
-        self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
-        fits = self.global_every <= self.layers
-        self.check(fits, f"global_every={self.global_every}: must be at most layers={self.layers}")
-
-    def is_global(self, layer: int) -> bool:
-        return (layer + 1) % self.global_every == 0
 
 
 class GatedDelta(nn.Module):
@@ -111,17 +101,13 @@ class GatedDeltaNet(Decoder):
         state, full = (o.heads, o.head_dim + 3 * (o.conv - 1), o.head_dim), (o.kv_heads, o.head_dim)
         return [make.full(*full) if o.is_global(layer) else make.state(*state) for layer in range(o.layers)]
 
-    def of_layers(self, of_global: float, of_others: float) -> float:
-        count = self.options.layers // self.options.global_every
-        return count * of_global + (self.options.layers - count) * of_others
-
     def kv_stored_elements(self, context: int) -> int:
         """2 g d a token in global layers, h d d in each other one, where a convolution keeps 3 h d for a token."""
         o = self.options
         state = o.heads * (o.head_dim + 3 * (o.conv - 1)) * o.head_dim
-        return self.of_layers(2 * o.kv_heads * o.head_dim * context, state)
+        return o.over_layers(2 * o.kv_heads * o.head_dim * context, state)
 
     def decode_score_flops(self, context: float) -> float:
         """Two FLOPs for each element of a state that is asked for its key, corrected and read."""
         o = self.options
-        return self.of_layers(4 * o.heads * o.head_dim * context, 6 * o.heads * o.head_dim**2)
+        return o.over_layers(4 * o.heads * o.head_dim * context, 6 * o.heads * o.head_dim**2)

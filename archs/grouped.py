@@ -16,6 +16,15 @@ from archs.ops import split_heads
 from archs.settings import Size
 
 
+class GroupedOptions(Options):
+    """`kv_heads` key and value heads, each for heads / kv_heads query heads."""
+
+    kv_heads: Size
+
+    def complete(self) -> None:
+        self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+
+
 class GroupedAttention(nn.Module):
     def __init__(self, o: Options):
         super().__init__()
@@ -137,12 +146,8 @@ class MQA(Grouped):
 class GQA(Grouped):
     """Grouped-query attention: `kv_heads` key and value heads, each for heads / kv_heads query heads."""
 
-    class Options(Options):
-        kv_heads: Size
+    class Options(GroupedOptions):
         tied_kv: bool = False  # a head's keys are its values
-
-        def complete(self) -> None:
-            self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
 
     examples = (
         {"kv_heads": 2},

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from archs.costs import mean_seen
 from archs.decoder import Chunk, Options, Output, head_norm
 from archs.gla import from_places, to_places
-from archs.grouped import Grouped
+from archs.grouped import Grouped, GroupedOptions
 from archs.kv import KV, View
 from archs.ops import split_heads
-from archs.settings import Size
 
 
 class TiedHeads(nn.Module):
@@ -55,11 +54,9 @@ class TiedHeads(nn.Module):
 class GTA(Grouped):
     """Grouped-tied attention: a vector for each KV head, and half of one for all."""
 
-    class Options(Options):
-        kv_heads: Size
-
+    class Options(GroupedOptions):
         def complete(self) -> None:
-            self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+            super().complete()
             self.check(self.head_dim >= 4, f"head_dim={self.head_dim}: must be at least 4, half of it is rotated")
 
         @property

@@ -39,7 +39,7 @@ class Sampler(Settings):
             yield from places_SB1.mul_(BELOW_ONE)
 
     def choose(self, logits_BV: Tensor, place_B1: Tensor) -> Tensor:
-        """(B,) tokens: those in whose part of all probability the places are."""
+        """The tokens (B,) at these places of the cumulative distribution."""
         if not self.temperature:
             return logits_BV.argmax(-1)
         logits_BV = logits_BV.float()

@@ -12,25 +12,17 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
+from archs.alternating import AlternatingOptions
 from archs.costs import mean_seen
-from archs.decoder import Chunk, Options
+from archs.decoder import Chunk
 from archs.grouped import Grouped, GroupedAttention
 from archs.settings import Size
 
 
-class WindowedOptions(Options):
-    kv_heads: Size
-    window: Size = 1024  # how many tokens a token sees, itself included
+class WindowedOptions(AlternatingOptions):
     global_every: int = Field(6, ge=1, lt=2**31)
+    window: Size = 1024  # how many tokens a token sees, itself included
     nope: bool = False  # no rotary positions in global layers
-
-    def complete(self) -> None:
-        self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
-        fits = self.global_every <= self.layers
-        self.check(fits, f"global_every={self.global_every}: must be at most layers={self.layers}")
-
-    def is_global(self, layer: int) -> bool:
-        return (layer + 1) % self.global_every == 0
 
 
 class WithoutPositions(GroupedAttention):
@@ -60,15 +52,10 @@ class Windowed(Grouped):
         full, ring = (o.kv_heads, o.head_dim), (o.window, o.kv_heads, o.head_dim)
         return [make.full(*full) if o.is_global(layer) else make.ring(*ring) for layer in range(o.layers)]
 
-    def seen(self, everything: float, in_window: float) -> float:
-        """The sum over layers of the tokens that a token sees in them."""
-        of_all = self.options.layers // self.options.global_every
-        return of_all * everything + (self.options.layers - of_all) * in_window
-
     def kv_stored_elements(self, context: int) -> int:
         """2 g d a token in global layers, 2 g d min(context, window) in each other one."""
         o = self.options
-        return 2 * o.kv_heads * o.head_dim * self.seen(context, min(context, o.window))
+        return 2 * o.kv_heads * o.head_dim * o.over_layers(context, min(context, o.window))
 
     def score_flops(self, context: int) -> float:
         return self.flops(mean_seen(context), mean_seen(context, self.options.window))
@@ -77,7 +64,8 @@ class Windowed(Grouped):
         return self.flops(context, min(context, self.options.window))
 
     def flops(self, everything: float, in_window: float) -> float:
-        return 4 * self.options.heads * self.options.head_dim * self.seen(everything, in_window)
+        o = self.options
+        return 4 * o.heads * o.head_dim * o.over_layers(everything, in_window)
 
     def hf_class(self) -> tuple[str, str, dict]:
         o = self.options

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from archs.cache import Cache, State
 from archs.costs import mean_seen
-from archs.decoder import Chunk, Decoder, Options, RMSNorm, head_norm
-from archs.grouped import CrossAttention, GroupedAttention
+from archs.decoder import Chunk, Decoder, RMSNorm, head_norm
+from archs.grouped import CrossAttention, GroupedAttention, GroupedOptions
 from archs.kv import KV, Training
 from archs.ops import at_least_fp32, merge_heads, retention_step, rms_norm, self_score, split_heads
 from archs.settings import Size
@@ -26,13 +26,12 @@ DECAY_TEMPERATURE = 16  # tau in the paper's equation for gamma
 CHUNK = 32
 
 
-class YOCOOptions(Options):
-    kv_heads: Size
+class YOCOOptions(GroupedOptions):
     self_decoder: Literal["swa", "gret"] = "swa"
     window: Size = 1024  # of swa: how many tokens a token sees, itself included
 
     def complete(self) -> None:
-        self.check(self.heads % self.kv_heads == 0, f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        super().complete()
         self.check(self.layers % 2 == 0, f"layers={self.layers}: must be even, half of them are the self-decoder")
 
 

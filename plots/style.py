@@ -3,13 +3,14 @@
 Colours follow Okabe and Ito's idea (colour-blind readers can distinguish them), and the first five also differ by at
 least 10 in CIE lightness, so that they stay distinct in grey. Lengths are in inches, text sizes in points."""
 
+import contextlib
 import importlib
 import io
 import math
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -190,6 +191,21 @@ def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
         fig.set_figheight(fig.get_figheight() + box.height / fig.dpi)
 
 
+@contextlib.contextmanager
+def _for_tex() -> Iterator[None]:
+    """Texts are measured by the TeX that is there, in the document's fonts."""
+    tex = next(filter(shutil.which, ("xelatex", "lualatex", "pdflatex")), "xelatex")
+    try:
+        with matplotlib.rc_context({"pgf.rcfonts": False, "pgf.texsystem": tex}):
+            yield
+    except (OSError, RuntimeError):
+        raise
+    except Exception as e:  # of matplotlib's: LatexError, ValueError
+        text = str(e).splitlines()[0].rpartition("}")[0].rpartition("}")[2] or str(e).splitlines()[0]
+        why = "its package pgf is missing, or a label has one of _ & # $ (rename it with --labels)"
+        raise RuntimeError(f"TeX cannot set {text!r}: {why}") from None
+
+
 def render(fig: Figure, kinds: Sequence[str] = ("svg", "pdf", "png")) -> dict[str, bytes]:
     """The figure as the bytes of files of these kinds. It is laid out once, so that all agree, and contains no dates or
     versions, so that the same figure gives the same bytes. A pgf has the fonts of the document that takes it.
@@ -203,16 +219,8 @@ def render(fig: Figure, kinds: Sequence[str] = ("svg", "pdf", "png")) -> dict[st
         fig.dpi = PNG_DPI if kind == "png" else 72
         canvas = importlib.import_module(f"matplotlib.backends.backend_{BACKENDS[kind]}").FigureCanvas(fig)
         how = {"metadata": UNDATED[kind]} if kind in UNDATED else {}
-        tex = next(filter(shutil.which, ("xelatex", "lualatex", "pdflatex")), "xelatex")
-        with matplotlib.rc_context({"pgf.rcfonts": False, "pgf.texsystem": tex}):
-            try:
-                getattr(canvas, f"print_{kind}")(buffer, **how)  # savefig would draw everything twice
-            except Exception as e:
-                if kind != "pgf" or isinstance(e, OSError | RuntimeError):
-                    raise
-                text = str(e).splitlines()[0].rpartition("}")[0].rpartition("}")[2] or str(e).splitlines()[0]
-                why = "has it the package pgf, and the label none of _ & # $? Others can be given with --labels"
-                raise RuntimeError(f"TeX cannot set {text!r}: {why}") from None
+        with _for_tex() if kind == "pgf" else contextlib.nullcontext():
+            getattr(canvas, f"print_{kind}")(buffer, **how)  # savefig would draw everything twice
         fig.dpi, files[kind] = dpi, buffer.getvalue()
     if "svg" in files:  # a hundredth of a point is enough for places; scales are below 1 and stay as they are
         files["svg"] = re.sub(rb"\b([1-9]\d*\.\d\d)\d+", rb"\1", files["svg"])

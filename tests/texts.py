@@ -39,6 +39,14 @@ def user_folder(factory: pytest.TempPathFactory, name: str, study: dict) -> Path
     return folder
 
 
+def evaluated_study(factory: pytest.TempPathFactory, name: str, study: dict) -> Path:
+    """The directory of a study that is trained and evaluated."""
+    folder = user_folder(factory, name, study)
+    for command in ("train", "eval"):
+        assert kvf(command, folder / "study.yaml", "--out", folder / "out") == 0
+    return folder / "out"
+
+
 def tokens_of(folder: Path, tokenizer: dict | None = None, **texts: list[str]) -> TokenSet:
     """Tokens of texts by split (train, tune, test), each text a file in a folder named after its split."""
     for split, documents in texts.items():

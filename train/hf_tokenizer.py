@@ -22,9 +22,9 @@ class HFTokenizer:
     def __init__(self, content: bytes, vocab_size: int | None, end_of_text: str):
         from tokenizers import Tokenizer
 
-        special = special_tokens(content)
-        self._tokenizer, about = Tokenizer.from_buffer(content), json.loads(content)
-        self._piece_tokenizer = Tokenizer.from_str(json.dumps(_without_first_blank(about)))
+        self._tokenizer, about = read_tokenizer(content)
+        special, plain = special_tokens(about), _without_first_blank(about)
+        self._piece_tokenizer = self._tokenizer if plain == about else Tokenizer.from_str(json.dumps(plain))
         for tokenizer in (self._tokenizer, self._piece_tokenizer):
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -73,16 +73,19 @@ class HFTokenizer:
         return b"".join(map(self.decode_single_token_bytes, tokens)).decode("utf-8", "replace")
 
 
-def special_tokens(content: bytes) -> dict[str, int]:
-    """The special tokens of a tokenizer.json and their ids. InputError if it is none."""
+def read_tokenizer(content: bytes) -> tuple[Any, dict]:
+    """The library's tokenizer and what the file says. InputError if it is no tokenizer.json."""
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_buffer(content)
+        return Tokenizer.from_buffer(content), json.loads(content)
     except Exception as e:  # the library raises nothing more special
         raise InputError(f"tokenizer: not a tokenizer.json that the tokenizers library reads: {e}") from None
-    added = json.loads(content).get("added_tokens") or []
-    return {entry["content"]: entry["id"] for entry in added if entry["special"]}
+
+
+def special_tokens(about: dict) -> dict[str, int]:
+    """The special tokens of a tokenizer.json and their ids."""
+    return {entry["content"]: entry["id"] for entry in about.get("added_tokens") or [] if entry["special"]}
 
 
 def _without_first_blank(about: Any) -> Any:

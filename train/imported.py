@@ -20,7 +20,7 @@ from archs import VARIANTS, Decoder, build
 from train.errors import InputError
 from train.export import hf_weights
 from train.files import read_json, write_atomic
-from train.hf_tokenizer import special_tokens
+from train.hf_tokenizer import read_tokenizer, special_tokens
 from train.meta import on_meta
 from train.study import check_label
 from train.tokenizer import END_OF_TEXT, JSON
@@ -65,7 +65,7 @@ def read_options(folder: Path) -> tuple[str, dict[str, Any]]:
     except KeyError as e:
         raise InputError(f"{file} has no {e.args[0]!r}") from None
     except (TypeError, ZeroDivisionError) as e:
-        raise InputError(f"{file} has a number that is none: {e}") from None
+        raise InputError(f"{file} has a value of a wrong type: {e}") from None
     except ValueError as e:
         raise InputError(f"{file}: {e}: no architecture here computes that; leave this model out") from None
     raise InputError(f"{file}: no architecture here is like this {config['model_type']}; leave this model out")
@@ -189,7 +189,7 @@ def end_of_text(folder: Path, content: bytes) -> str:
     named = [entry.get("content") if isinstance(entry, dict) else entry for entry in named]
     ids = [read_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
     ids = [each[0] if isinstance(each, list) and each else each for each in ids]
-    special = special_tokens(content)
+    special = special_tokens(read_tokenizer(content)[1])
     known = [*named, *({number: token for token, number in special.items()}.get(each) for each in ids), END_OF_TEXT]
     if not (found := [token for token in known if token in special]):
         raise InputError(

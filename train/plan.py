@@ -176,9 +176,9 @@ class Plan:
             "tokenizer": tokenizer,
             "train": self._run_settings(variant, lr),
         }
-        if file_of(self.study.tokenizer) == JSON:
+        if file_of(self.study.tokenizer) == JSON:  # the place of a file does not determine the weights
             hashed["tokenizer"] = tokenizer | {"name": JSON}
-        if variant.source:  # the place of its file does not determine the weights
+        if variant.source:
             hashed |= {"arch": variant.arch.rpartition(":")[2], "source": variant.source}
         if variant.weights:
             validates = {key: hashed["train"][key] for key in ("val_tokens", "precision")}

@@ -79,7 +79,7 @@ class Draft:
         elif baseline and rule == "heads":
             options |= matching_heads(self.arch, options, baseline.params)
         if self.weights:
-            agree(self.arch, options, *read_options(self.weights))
+            check_weights(self.arch, options, *read_options(self.weights))
         model = on_meta(self.arch, options)
         first = baseline.label if baseline else self.label
         facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, source_hash(self.arch)
@@ -151,7 +151,7 @@ def find_arch(arch: str, folder: Path) -> str:
     return f"{places[0].resolve()}:{name}" if places else arch
 
 
-def agree(arch: str, options: dict, their_arch: str, theirs: dict) -> None:
+def check_weights(arch: str, options: dict, their_arch: str, theirs: dict) -> None:
     """ValueError unless a variant computes what the model does whose weights it gets."""
     if arch != their_arch:
         raise ValueError(f"its weights are those of arch: {their_arch}, not {arch}")

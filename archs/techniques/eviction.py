@@ -33,8 +33,10 @@ class StreamingLLM(Technique):
     def validate_model(self, model: Decoder) -> None:
         super().validate_model(model)
         if not model.keys_turn:
-            why = "whose keys have no positions in some layers, or are values too"
-            raise ValueError(f"StreamingLLM moves keys to other positions, not in a {type(model).__name__} {why}")
+            cannot = (
+                f"cannot act on a {type(model).__name__} whose keys lack positions in some layers, or are values too"
+            )
+            raise ValueError(f"StreamingLLM moves keys to other positions: it {cannot}")
 
     def priority(self, slots: Slots) -> Tensor:
         return torch.where(slots.position_N < self.sinks, slots.length, slots.position_N)

@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 from tensorboard import program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from texts import MINIATURE, kvf, user_folder
+from texts import MINIATURE, evaluated_study, kvf
 
 SEEDS = [0, 1, 2]
 STUDY = MINIATURE | {
@@ -24,10 +24,7 @@ STUDY = MINIATURE | {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    folder = user_folder(tmp_path_factory, "board", STUDY)
-    for command in ("train", "eval"):
-        assert kvf(command, folder / "study.yaml", "--out", folder / "out") == 0
-    return folder / "out"
+    return evaluated_study(tmp_path_factory, "board", STUDY)
 
 
 @pytest.fixture(scope="module")

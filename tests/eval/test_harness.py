@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from texts import MINIATURE, kvf, refused, user_folder
+from texts import MINIATURE, evaluated_study, kvf, refused
 
 pytest.importorskip("lm_eval", reason="lm-eval, an extra, is not installed")
 
@@ -34,10 +34,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    folder = user_folder(tmp_path_factory, "harness", STUDY)
-    for command in ("train", "eval"):
-        assert kvf(command, folder / "study.yaml", "--out", folder / "out") == 0
-    return folder / "out"
+    return evaluated_study(tmp_path_factory, "harness", STUDY)
 
 
 @pytest.fixture(scope="module")

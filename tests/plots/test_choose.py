@@ -139,7 +139,7 @@ def test_a_pgf_has_the_fonts_of_the_document_that_takes_it(study, tmp_path, caps
     assert b"STIX" not in (tmp_path / "paper.pdf").read_bytes() + (tmp_path / "frontier.pgf").read_bytes()
     (tmp_path / "names.yaml").write_text("mqa: a & b\n")
     line = refused(capsys, "plot", study, *how, "--labels", tmp_path / "names.yaml")
-    assert "frontier: TeX cannot set 'a & b': has it the package pgf, and the label none of _ & # $?" in line
+    assert "frontier: TeX cannot set 'a & b': its package pgf is missing, or a label has one of _ & # $" in line
 
 
 @pytest.mark.parametrize(

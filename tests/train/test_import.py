@@ -207,7 +207,7 @@ def test_two_models_with_one_tokenizer_in_a_study(here, tmp_path):
         ),
         ({"num_hidden_layers": 1}, "no architecture here has the weight model.layers.1."),
         ({"hidden_size": None}, "has no 'hidden_size'"),
-        ({"max_position_embeddings": "many"}, "config.json has a number that is none: "),
+        ({"max_position_embeddings": "many"}, "config.json has a value of a wrong type: "),
         ({"rope_scaling": "linear", "rope_parameters": None}, "rope_scaling='linear': must be a mapping"),
         ({"num_key_value_heads": 3}, "kv_heads=3 must divide heads=4: no architecture here computes that"),
     ],
