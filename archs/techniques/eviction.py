@@ -33,10 +33,8 @@ class StreamingLLM(Technique):
     def validate_model(self, model: Decoder) -> None:
         super().validate_model(model)
         if not model.keys_turn:
-            cannot = (
-                f"cannot act on a {type(model).__name__} whose keys lack positions in some layers, or are values too"
-            )
-            raise ValueError(f"StreamingLLM moves keys to other positions: it {cannot}")
+            those = f"those of a {type(model).__name__} that lack positions in some layers, or are values too"
+            raise ValueError(f"StreamingLLM moves keys to other positions, and cannot move {those}")
 
     def priority(self, slots: Slots) -> Tensor:
         return torch.where(slots.position_N < self.sinks, slots.length, slots.position_N)
