@@ -22,9 +22,9 @@ from archs.kernels.checked import attention_kernels, difference, is_right
 from archs.kernels.cpu import attention as cpu_attention
 from archs.kernels.cpu import layers as cpu
 from archs.kernels.fused import gains_by_compiling, sequences_at_once
-from archs.kernels.replay import record
+from archs.kernels.replay import record, repeated
 
-__all__ = ["attention_kernels", "difference", "gains_by_compiling", "record", "sequences_at_once"]  # of the kernels
+__all__ = ["attention_kernels", "difference", "gains_by_compiling", "record", "repeated", "sequences_at_once"]
 
 NORM_EPS = 1e-6
 
@@ -196,6 +196,17 @@ def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Te
     decayed_BHDD = at_least_fp32(state_BHDD) * decay_BH1[..., None]
     state_BHDD.copy_(decayed_BHDD + k_BH1D.mT @ v_BH1D)
     return q_BH1D @ decayed_BHDD + self_score(q_BH1D, k_BH1D) * v_BH1D
+
+
+@accelerated(cpu.draw)
+def draw(logits_BV: Tensor, place_B1: Tensor, temperature: float) -> Tensor:
+    """The tokens (B,) at these places, from 0 to 1, of the cumulative distribution of softmax(logits / temperature); at
+    temperature 0 the likeliest, of equal ones the first."""
+    if not temperature:
+        return logits_BV.argmax(-1)
+    p_BV = (logits_BV.float() / temperature).softmax(-1)
+    place_B1 = place_B1.clamp(max=1 - 2**-18)  # the sum may be rounded down, and no place may be beyond it
+    return torch.searchsorted(p_BV.cumsum(-1), place_B1, right=True)[:, 0]
 
 
 # Memory and steps

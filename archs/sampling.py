@@ -12,11 +12,11 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from archs import ops
 from archs.cache import Cache
 from archs.settings import Settings, Size
 
 DRAWN = 256  # steps whose random numbers are drawn at once
-BELOW_ONE = 1 - 2**-18  # the sum of all probabilities may be rounded down, and no place may be beyond it
 Decoder = Any  # of archs.decoder, which imports this file
 
 
@@ -35,25 +35,19 @@ class Sampler(Settings):
         """Random numbers (B, 1) from 0 to 1 of one step after the other, drawn for many steps at once."""
         generator = torch.Generator(logits_BV.device).manual_seed(self.seed)
         while True:
-            places_SB1 = torch.rand(DRAWN, len(logits_BV), 1, device=logits_BV.device, generator=generator)
-            yield from places_SB1.mul_(BELOW_ONE)
+            yield from torch.rand(DRAWN, len(logits_BV), 1, device=logits_BV.device, generator=generator)
 
     def choose(self, logits_BV: Tensor, place_B1: Tensor) -> Tensor:
         """The tokens (B,) at these places of the cumulative distribution."""
-        if not self.temperature:
-            return logits_BV.argmax(-1)
-        logits_BV = logits_BV.float()
-        if self.temperature != 1:
-            logits_BV = logits_BV / self.temperature
-        if self.top_k or self.top_p:
+        if self.temperature and (self.top_k or self.top_p):
             logits_BV = self._likeliest(logits_BV)
-        return torch.searchsorted(logits_BV.softmax(-1).cumsum(-1), place_B1, right=True)[:, 0]
+        return ops.draw(logits_BV, place_B1, self.temperature)
 
     def _likeliest(self, logits_BV: Tensor) -> Tensor:
         """The logits, -inf for tokens that are left out."""
         sorted_BK, tokens_BK = logits_BV.topk(min(self.top_k or logits_BV.shape[1], logits_BV.shape[1]))
         if self.top_p:
-            p_BK = sorted_BK.softmax(-1)
+            p_BK = (sorted_BK / self.temperature).softmax(-1)
             before_BK = p_BK.cumsum(-1) - p_BK  # of likelier tokens; the likeliest always stays
             sorted_BK = sorted_BK.masked_fill(before_BK >= self.top_p, -torch.inf)
         return torch.full_like(logits_BV, -torch.inf).scatter(-1, tokens_BK, sorted_BK)
@@ -63,8 +57,10 @@ def stream(model: Decoder, tokens_BT: Tensor, sampler: Sampler, cache: Cache | N
     """Yields the tokens (B,) that follow the prompt, for as long as the cache has room for them; without a cache all
     tokens go through the model for each further one, without an end."""
     logits_BV = model.prefill(tokens_BT, cache) if cache else _last_logits(model, tokens_BT)
-    for place_B1 in sampler.places(logits_BV):
-        token_B = sampler.choose(logits_BV, place_B1)
+    places = sampler.places(logits_BV)
+    choose = ops.repeated(sampler.choose, logits_BV, next(places))
+    for place_B1 in places:
+        token_B = choose(logits_BV, place_B1)
         yield token_B
         if cache:
             logits_BV = model.decode(token_B, cache)

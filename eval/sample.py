@@ -39,6 +39,7 @@ class Made(NamedTuple):
         return f"{self.tokens_per_s:,.0f} tokens/s, the first after {1e3 * self.first_s:,.1f} ms"
 
 
+@torch.inference_mode()
 def sample(
     directory: Path, prompt: str, tokens: int, samples: int, how: dict[str, Any], acts: dict[str, Any], cached: bool
 ) -> None:

@@ -128,6 +128,25 @@ def record(function: Callable[[], object]) -> Callable[[], None]:
     return calls.replay
 
 
+def repeated(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
+    """The function for further tensors of these shapes: on a CPU recorded, since its Python would follow a replayed step
+    out of the caches and take several times as long as its work."""
+    if _get_current_dispatch_mode() is not None or not usable(*inputs):
+        return function
+    with torch.inference_mode(False):
+        kept = [x.clone() for x in inputs]
+    results: list[Tensor] = []
+    replay = record(lambda: results.append(function(*kept)))
+
+    def call(*inputs: Tensor) -> Tensor:
+        for x, new in zip(kept, inputs, strict=True):
+            x.copy_(new)
+        replay()
+        return results[0].clone()
+
+    return call
+
+
 class Calls(TorchDispatchMode):
     """Records the operators that run. A replay makes no views again, and writes all other results in their places."""
 
@@ -135,6 +154,11 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.calls: list[Callable[[], object]] = []
         self.storages: list[Any] = []  # kept alive, as calls go by address
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False, or torch would import its compiler, which takes a second, to say that it must not compile a mode."""
+        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

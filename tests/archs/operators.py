@@ -179,6 +179,16 @@ def retention_inputs(r, states=CACHE_DTYPES, device=CPU):
     return q, k, v, torch.rand(B, 1, H, device=device).transpose(1, 2), state
 
 
+def draw_inputs(r):
+    """Places in the middle of what belongs to a token, since rounding decides between two at their border."""
+    B, V, temperature = r.randint(1, 3), r.randint(1, 300), r.choice((0.0, 0.5, 1.0, 3.0))
+    logits = randn(B, V).mul_(3).masked_fill_(torch.rand(B, V) < r.choice((0.0, 0.5)), -math.inf)
+    logits[:, r.randrange(V)] = 9.0
+    p = (logits.double() / (temperature or 1)).softmax(-1)
+    token = p.masked_fill(p < 1e-5, 0).multinomial(1)
+    return logits, (p.cumsum(-1) - p / 2).gather(1, token).float(), temperature
+
+
 def step_inputs(r):
     model = make(*r.choice(VARIANTS), seed=r.randrange(100))
     cache = model.new_cache(2, 24)
@@ -231,6 +241,7 @@ CASES = {
         SITUATIONS.replace(" meta", ""),
     ),
     cpu.read_all: Case(lambda r: (torch.randint(-3, 4, (r.randint(1, 3), 2**17)).float(),)),
+    cpu.draw: Case(draw_inputs),
     replay.decode_step: Case(step_inputs, within=1e-4),  # a whole model, whose retention is hardly normed
 }
 R = random.Random(0)
@@ -286,6 +297,7 @@ DECLINED = {  # kernel: arguments whose shape or layout it does not support
         (randn(2, 3, 9, 8), ONE, randn(2, 3, 1, 16)[..., ::2]),
         (randn(2, 3, 8, 9).mT, ONE, randn(2, 3, 1, 8)), (randn(2, 3, 9, 8).half(), ONE, randn(2, 3, 1, 8).half()),
     ],
+    cpu.draw: lambda: [(randn(9, 3).T, torch.rand(3, 1), 1.0), (randn(9, 3).T, torch.rand(3, 1), 0.0)],
     replay.decode_step: lambda: [one_step(torch.float64), one_step(static=False)],
 }  # fmt: skip
 

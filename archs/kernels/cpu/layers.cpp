@@ -163,6 +163,39 @@ extern "C" long cross_entropy(float *logits, const long *target, float *nats, lo
     return missing;
 }
 
+// The tokens (rows) at these places, from 0 to 1, of the cumulative distribution of softmax(logits / temperature), which
+// are (rows, V); at temperature 0 the likeliest tokens, of equal ones the first.
+extern "C" void draw(const float *logits, const float *place, long *token, long rows, long V, float temperature) {
+    for (long i = 0; i < rows; i++, logits += V) {
+        float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+        for (long v = 0; v < V; v++) top = std::max(top, logits[v]);
+        if (temperature == 0) {
+            token[i] = std::find(logits, logits + V - 1, top) - logits;
+            continue;
+        }
+        auto share = [&](auto x, long v) INLINED {
+            auto power = (load<decltype(x)>(logits + v) - top) * (1.44269504f / temperature);
+            return power < -126 ? x : exp2_of(power);  // x is 0
+        };
+        double total = 0, below = 0;
+        each(V, [&](auto x, long v) INLINED { total += sum(share(x, v)); });
+        const double wanted = total * place[i];
+        long found = -1;
+        each(V, [&](auto x, long v) INLINED {
+            auto shares = share(x, v);
+            const double after = below + sum(shares);
+            if (found < 0 && after > wanted)
+                for (long j = 0; j < width<decltype(x)> && found < 0; j++)
+                    if (shares[j] > 0 && (below += shares[j]) > wanted) found = v + j;
+            below = after;
+        });
+        if (found < 0)  // rounding has put the place beyond all of them
+            for (found = V - 1; found > 0 && share(Vector<1>::type{}, found)[0] == 0;) found--;
+        token[i] = found;
+    }
+}
+
 // x (B, H, T, D), with strides of batch, head and token, with each pair of dimensions i and i + D/2 turned; out is
 // contiguous. The tables are rows of D/2, with strides of batch and token.
 extern "C" void rotate(const float *x, const float *cosine, const float *sine, float *out, long B, long H, long T,

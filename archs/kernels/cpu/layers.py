@@ -149,6 +149,15 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Prepared:
     return nats_N, function, logits_NV, targets_N, nats_N, *logits_NV.shape, threads(logits_NV.numel())
 
 
+@operator(
+    "draw(Tensor logits, Tensor place, float temperature) -> Tensor",
+    lambda logits, place, temperature: logits.is_contiguous() and usable(logits, place),
+)
+def draw(logits_BV: Tensor, place_B1: Tensor, temperature: float) -> Prepared:
+    token_B = place_B1.new_empty(len(place_B1), dtype=torch.int64)
+    return token_B, build().draw, logits_BV, place_B1, token_B, *logits_BV.shape, temperature
+
+
 class UnembedCrossEntropy(torch.autograd.Function):
     """The gradients are computed with the loss, some rows at a time, so that the logits of a whole batch never exist
     (as in Liger Kernel, arXiv 2410.10989, section 3.2)."""
