@@ -43,12 +43,11 @@ def write_board(directory: Path, runs: Sequence[tuple[Run, dict]]) -> None:
     metrics = dict.fromkeys(name for _, record in runs for name in final_metrics(record))
     infos = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=name)) for name in metrics]
     experiment = api_pb2.Experiment(hparam_infos=_columns(settings), metric_infos=infos)
-    layout = {}
-    for tag, name in CHARTS.items():
-        bars = [tag, f"{tag}_low", f"{tag}_high"]
-        layout[name] = {"all runs": ["Multiline", [f"^{tag}$"]], "mean over seeds, one deviation": ["Margin", bars]}
+    layout = {name: {"all runs": ["Multiline", [f"^{tag}$"]]} for tag, name in CHARTS.items()}
+    if _write_means(directory / "mean", [run for run, _ in runs]):
+        for tag, name in CHARTS.items():
+            layout[name]["mean over seeds, one deviation"] = ["Margin", [tag, f"{tag}_low", f"{tag}_high"]]
     _write(directory / "study", [_plugin(metadata.EXPERIMENT_TAG, experiment=experiment), custom_scalars(layout)], [])
-    _write_means(directory / "mean", [run for run, _ in runs])
 
 
 def run_settings(record: dict) -> dict[str, Any]:
@@ -96,7 +95,8 @@ def _columns(settings: Sequence[dict[str, Any]]) -> list[api_pb2.HParamInfo]:
     return sorted(infos, key=lambda info: not info.differs)
 
 
-def _write_means(folder: Path, runs: Iterable[Run]) -> None:
+def _write_means(folder: Path, runs: Iterable[Run]) -> bool:
+    """True if a variant has several seeds, so that there are means."""
     shutil.rmtree(folder, ignore_errors=True)
     logged: dict[str, list[dict[tuple[int, str], float]]] = {}  # label -> for each seed (tokens, tag) -> value
     for run in runs:
@@ -114,6 +114,7 @@ def _write_means(folder: Path, runs: Iterable[Run]) -> None:
                 ends = {tag: mean, f"{tag}_low": mean - deviation, f"{tag}_high": mean + deviation}
                 scalars.setdefault(tokens, {}).update(ends)
         _write(folder / label, [], scalars.items())
+    return any(len(seeds) > 1 for seeds in logged.values())
 
 
 def _plugin(tag: str, **data: Any) -> Summary:

@@ -1,13 +1,18 @@
 """TensorBoard's answers, asked over HTTP, about a study of two variants with three seeds each."""
 
 import json
+import shutil
 import statistics
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from tensorboard import program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from texts import MINIATURE, evaluated_study, kvf
+
+from eval.board import write_board
 
 SEEDS = [0, 1, 2]
 STUDY = MINIATURE | {
@@ -89,6 +94,17 @@ def test_charts_with_all_variants_in_one(ask):
     (overlaid, margin) = loss["chart"]
     assert overlaid["multiline"]["tag"] == ["^val/bpb$"]
     assert margin["margin"]["series"] == [{"value": "val/bpb", "lower": "val/bpb_low", "upper": "val/bpb_high"}]
+
+
+def test_one_seed_has_no_chart_of_means(study, tmp_path):
+    """TensorBoard would show an empty chart and an error."""
+    (record, *_) = json.loads((study / "results.json").read_text())["runs"]
+    directory = tmp_path / "runs" / "mha" / "seed-0"
+    shutil.copytree(study / "runs" / "mha" / "seed-0", directory)
+    write_board(tmp_path, [(SimpleNamespace(directory=directory, variant=SimpleNamespace(label="mha")), record)])
+    (event,) = EventAccumulator(str(tmp_path / "study")).Reload().Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    assert [len(category.chart) for category in layout.category] == [1, 1]
 
 
 def test_a_second_evaluation_leaves_one_file_in_each_place(study):
