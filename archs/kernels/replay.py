@@ -129,8 +129,8 @@ def record(function: Callable[[], object]) -> Callable[[], None]:
 
 
 def repeated(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
-    """The function for further tensors of these shapes; recorded on a CPU, as its Python would follow a replayed step out
-    of the caches and take several times as long as its work."""
+    """The function for further tensors of these shapes; recorded on a CPU, where its Python, which a replayed step has
+    driven out of the caches, would take several times as long as its work."""
     if _get_current_dispatch_mode() is not None or not usable(*inputs):
         return function
     with torch.inference_mode(False):
