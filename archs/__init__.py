@@ -21,11 +21,14 @@ from archs.cache import Cache
 from archs.cross_layer import CrossLayer
 from archs.decoder import Decoder
 from archs.delta import GatedDeltaNet
+from archs.dsa import DSA
 from archs.gla import GLA
 from archs.grouped import GQA, MHA, MQA
 from archs.gta import GTA
 from archs.mla import MLA
 from archs.settings import SettingsError
+from archs.tpa import TPA
+from archs.translution import Translution
 from archs.windowed import Windowed
 from archs.yoco import YOCO
 
@@ -41,6 +44,9 @@ VARIANTS: dict[str, type[Decoder]] = {
     "cla": CrossLayer,
     "gta": GTA,
     "gla": GLA,
+    "tpa": TPA,
+    "dsa": DSA,
+    "translution": Translution,
     "delta": GatedDeltaNet,
 }
 

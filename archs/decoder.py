@@ -153,6 +153,7 @@ class Decoder(Costs, nn.Module):
     # Option sets for 4 heads that together reach every path of the variant: tests run their laws over them.
     examples: ClassVar[Sequence[dict]] = ({},)
     keys_turn: bool = True  # a cached key can be rotated on to another position
+    attends_itself: bool = False  # it computes attention on what is cached, not through `kv.attend`
     early_exit: ClassVar[bool] = False  # only a prompt's last token goes through the layers that attend to all tokens
 
     def __init__(self, options: Options):
@@ -240,6 +241,15 @@ class Decoder(Costs, nn.Module):
         positions = start if isinstance(start, Tensor) else start + torch.arange(tokens, device=weight.device)
         turns = ops.frequencies(o.rotary_dim, o.rope_base, weight.device, weight.dtype)
         return Chunk(start, *ops.rope_table(positions, turns), queries=tokens)
+
+    # To be defined by a variant that learns from a loss of its own
+
+    def begin_step(self, tokens_seen: int) -> None:
+        """Called before each step of training with the number of tokens seen so far."""
+
+    def own_loss(self) -> Tensor | None:
+        """A sum over the queries of the last forward pass in training, in nats: minimised beside the loss of the tokens
+        and no part of it."""
 
     # To be defined by a variant
 

@@ -37,7 +37,10 @@ class GroupedAttention(nn.Module):
         qk_BXTD, v_BGTD = split_heads(self.qkv(x_BTW), self.heads + self.kv_heads, self.kv_heads)
         q_BHTD, k_BGTD = self.rotate(self.qk_norm(qk_BXTD), chunk).split((self.heads, self.kv_heads), dim=1)
         kv.append(chunk.start, k_BGTD, v_BGTD)
-        return self.out(kv.attend(q_BHTD[:, :, -chunk.queries :], self.head_dim**-0.5), x_BTW)
+        return self.out(self.attend(q_BHTD[:, :, -chunk.queries :], kv), x_BTW)
+
+    def attend(self, q_BHTD: Tensor, kv: KV) -> Tensor:
+        return kv.attend(q_BHTD, self.head_dim**-0.5)
 
     def rotate(self, x_BHTD: Tensor, chunk: Chunk) -> Tensor:
         return chunk.rotate(x_BHTD)

@@ -10,6 +10,7 @@ Shapes: B batch, G KV heads, H query heads, T new tokens, S tokens attended to, 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from archs import ops
@@ -28,6 +29,18 @@ class View(NamedTuple):
     window: int = 0
     position: Tensor | None = None
     mask: Tensor | None = None
+
+    def visible(self, T: int) -> Tensor:
+        """Which tokens the last T may see, (B or 1, T, S)."""
+        if self.mask is not None:
+            return self.mask[:, 0, -T:]
+        behind_TS = self.behind(T)
+        return ((behind_TS >= 0) & (behind_TS < self.window if self.window else True))[None]
+
+    def behind(self, T: int) -> Tensor:
+        """How far each token is behind each of the last T, (T, S)."""
+        slot_S = torch.arange(S := self.k.shape[2], device=self.k.device)
+        return (slot_S[S - T :, None] if self.position is None else self.position[:, None]) - slot_S
 
     def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
         if self.mask is not None:

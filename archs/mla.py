@@ -59,18 +59,27 @@ class LatentAttention(nn.Module):
         self.out = Output(o, o.v_dim)
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
-        o, x_q_BTW = self.o, x_BTW[:, -chunk.queries :]
-        latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((o.latent_size, o.rope_dim), dim=-1)
-        k_rope_B1TP = chunk.rotate(self.rope_norm(k_rope_BTP[:, None])).to(latent_BTR.dtype)
-        kv.append(chunk.start, torch.cat((self.normed(latent_BTR)[:, None], k_rope_B1TP), dim=-1))
-
-        q_input = self.scaled(self.q_norm(self.q_down(x_q_BTW))) if o.q_rank else x_q_BTW
-        (q_BHTX,) = split_heads(self.q_up(q_input), o.heads)
-        q_nope_BHTN, q_rope_BHTP = self.head_norm(q_BHTX).split((o.nope_dim, o.rope_dim), dim=-1)
-        queries = q_nope_BHTN, chunk.rotate(q_rope_BHTP)
+        kv.append(chunk.start, self.row(x_BTW, chunk))
+        queries = self.queries(self.q_input(x_BTW[:, -chunk.queries :]), chunk)
         materialised = kv.dense is not None and not self.absorbing_is_cheaper(chunk.queries, kv.dense.k.shape[2])
         out_BHTE = self.materialised(*queries, kv.dense) if materialised else self.absorbed(*queries, kv)
         return self.out(out_BHTE, x_BTW)
+
+    def row(self, x_BTW: Tensor, chunk: Chunk) -> Tensor:
+        """What is cached: latent and rotary key, (B, 1, T, X)."""
+        latent_BTR, k_rope_BTP = self.kv_down(x_BTW).split((self.o.latent_size, self.o.rope_dim), dim=-1)
+        k_rope_B1TP = chunk.rotate(self.rope_norm(k_rope_BTP[:, None])).to(latent_BTR.dtype)
+        return torch.cat((self.normed(latent_BTR)[:, None], k_rope_B1TP), dim=-1)
+
+    def q_input(self, x_BTW: Tensor) -> Tensor:
+        """What queries are made from."""
+        return self.scaled(self.q_norm(self.q_down(x_BTW))) if self.o.q_rank else x_BTW
+
+    def queries(self, q_input: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Those without positions (B, H, T, N) and the rotary ones (B, H, T, P)."""
+        (q_BHTX,) = split_heads(self.q_up(q_input), self.o.heads)
+        q_nope_BHTN, q_rope_BHTP = self.head_norm(q_BHTX).split((self.o.nope_dim, self.o.rope_dim), dim=-1)
+        return q_nope_BHTN, chunk.rotate(q_rope_BHTP)
 
     def scaled(self, latent_BTR: Tensor) -> Tensor:
         return latent_BTR * (self.o.width / latent_BTR.shape[-1]) ** 0.5 if self.o.latent_scale else latent_BTR
@@ -99,12 +108,16 @@ class LatentAttention(nn.Module):
 
     def materialised(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, view: View) -> Tensor:
         """Attention on keys and values made from the latent for every head; (B, H, T, E)."""
+        made = self.by_head(view, q_nope_BHTN.dtype)
+        return made.attend(torch.cat((q_nope_BHTN, q_rope_BHTP), dim=-1), self.scale)
+
+    def by_head(self, view: View, dtype: torch.dtype) -> View:
+        """Keys and values of each head."""
         o = self.o
-        latent_BSR, k_rope_BSP = view.k[:, 0].to(q_nope_BHTN.dtype).split((o.latent_size, o.rope_dim), dim=-1)
+        latent_BSR, k_rope_BSP = view.k[:, 0].to(dtype).split((o.latent_size, o.rope_dim), dim=-1)
         k_nope_BHSN, v_BHSE = self.made(latent_BSR).split((o.nope_dim, o.v_dim), dim=-1)
         k_BHSD = torch.cat((k_nope_BHSN, k_rope_BSP[:, None].expand(-1, o.heads, -1, -1)), dim=-1)
-        made = view._replace(k=k_BHSD, v=v_BHSE)
-        return made.attend(torch.cat((q_nope_BHTN, q_rope_BHTP), dim=-1), self.scale)
+        return view._replace(k=k_BHSD, v=v_BHSE)
 
     def absorbed(self, q_nope_BHTN: Tensor, q_rope_BHTP: Tensor, kv: KV) -> Tensor:
         """Attention on the latent itself, as keys and as values of one KV head; (B, H, T, E)."""
@@ -150,19 +163,14 @@ class Latent(Decoder):
         return 2 * o.heads * (2 * o.latent_size + o.rope_dim) * o.layers * context
 
 
-class MLA(Latent):
-    """Multi-head latent attention."""
+class OneLatent(Latent):
+    """One latent for all heads, as transformers' classes of DeepSeek's models have it."""
 
-    Options = MLAOptions
-    examples = (
-        {"kv_rank": 32, "rope_dim": 8},
-        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20, "latent_scale": True},
-        {"kv_rank": 16, "rope_dim": 8, "latent_std": 0.1, "qk_norm": True, "gate": True},
-    )
+    hf_type: ClassVar[tuple[str, str]] = "deepseek_v3", "DeepseekV3ForCausalLM"
 
     @classmethod
     def hf_options(cls, config: dict) -> dict | None:
-        if config["model_type"] != "deepseek_v3":
+        if config["model_type"] != cls.hf_type[0]:
             return None
         layers = config["num_hidden_layers"]
         if (dense := config.get("first_k_dense_replace", 3)) < layers:
@@ -186,7 +194,7 @@ class MLA(Latent):
             "first_k_dense_replace": o.layers,  # no mixture of experts
             "num_nextn_predict_layers": 0,
         }
-        return "deepseek_v3", "DeepseekV3ForCausalLM", latent
+        return *self.hf_type, latent
 
     def hf_attention(self, attention: LatentAttention) -> dict[str, Tensor]:
         a = attention
@@ -201,3 +209,14 @@ class MLA(Latent):
                 rows = weights[name].unflatten(0, (-1, size + o.rope_dim))
                 weights[name] = torch.cat((rows[:, :size], rows[:, size:][:, pairs]), 1).flatten(0, 1)
         return weights | {name: a.scaled(weights[name]) for name in weights if name.endswith("layernorm")}
+
+
+class MLA(OneLatent):
+    """Multi-head latent attention."""
+
+    Options = MLAOptions
+    examples = (
+        {"kv_rank": 32, "rope_dim": 8},
+        {"kv_rank": 24, "rope_dim": 6, "q_rank": 20, "nope_dim": 12, "v_dim": 20, "latent_scale": True},
+        {"kv_rank": 16, "rope_dim": 8, "latent_std": 0.1, "qk_norm": True, "gate": True},
+    )

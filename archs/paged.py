@@ -57,6 +57,7 @@ class PagedCache:
         self.nbytes, self.block_size, self.block_count = Cache(self.storages, 1, 1).nbytes, block_size, blocks
         full = dict.fromkeys(layer for layer in self.storages if type(layer) is FullCache)
         self.token_nbytes = sum(tensor[0, :, 0].nbytes for layer in full for tensor in layer.tensors)
+        self.attends_itself = type(model).__name__ if model.attends_itself else None
         self.free_blocks, self.free_rows = list(range(blocks))[::-1], list(range(sequences))[::-1]
         self.sequences: list[PagedSequence] = []
 
@@ -87,6 +88,8 @@ class PagedCache:
     def batch(self, sequences: Sequence[PagedSequence]) -> "PagedBatch":
         """A cache of these for `model.prefill` (one, or several of equal length) and `model.decode` (any)."""
         self.check(sequences)
+        if self.attends_itself:
+            raise ValueError(f"{self.attends_itself} computes attention itself, and not on tokens in blocks")
         return PagedBatch(self, sequences)
 
     def check(self, sequences: Sequence[PagedSequence]) -> None:

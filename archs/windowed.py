@@ -1,14 +1,17 @@
 """Sliding windows alternating with global attention: the cache of most layers stops growing.
 
 Every `global_every`-th layer attends to all tokens, the others to a window of the last ones: 5 windows to 1 global
-layer in Gemma 3 (arXiv 2503.19786, section 2), 1 to 1 in gpt-oss (arXiv 2508.10925, section 2.2). With `nope` global
-layers have no positions, as in Cohere's Command A (arXiv 2504.00698, section 2.1) and SmolLM3.
+layer in Gemma 3 (arXiv 2503.19786, section 2), 1 to 1 in gpt-oss (arXiv 2508.10925, section 2.2), where each head has a
+learned logit besides those of its keys (`sinks`): softmax over all of them, of which the sink's share is dropped. With
+`nope` global layers have no positions, as in Cohere's Command A (arXiv 2504.00698, section 2.1) and SmolLM3.
 
-Shapes: B batch, T tokens, H heads, D head size.
+Shapes: B batch, T tokens, S tokens attended to, H heads, G KV heads, R = H / G, D head size.
 """
 
+import math
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -16,6 +19,8 @@ from archs.alternating import AlternatingOptions
 from archs.costs import mean_seen
 from archs.decoder import Chunk
 from archs.grouped import Grouped, GroupedAttention
+from archs.kv import KV, as_wide_as
+from archs.ops import at_least_fp32
 from archs.settings import Size
 
 
@@ -23,11 +28,34 @@ class WindowedOptions(AlternatingOptions):
     global_every: int = Field(6, ge=1, lt=2**31)
     window: Size = 1024  # how many tokens a token sees, itself included
     nope: bool = False  # no rotary positions in global layers
+    sinks: bool = False  # a learned logit of each head that takes weight to nowhere
 
 
 class WithoutPositions(GroupedAttention):
     def rotate(self, x_BHTD: Tensor, chunk: Chunk) -> Tensor:
         return x_BHTD
+
+
+class WithSinks(GroupedAttention):
+    """Attention without fused kernels, none of which knows a sink."""
+
+    def __init__(self, o: WindowedOptions):
+        super().__init__(o)
+        self.sinks = nn.Parameter(torch.zeros(o.heads))
+
+    def attend(self, q_BHTD: Tensor, kv: KV) -> Tensor:
+        k_BG1SD, v_BG1SD = kv.view.k[:, :, None], kv.view.v[:, :, None]
+        q_BGRTD = as_wide_as(q_BHTD, k_BG1SD).unflatten(1, (self.kv_heads, -1))
+        score_BGRTS = q_BGRTD @ k_BG1SD.to(q_BGRTD.dtype).mT * self.head_dim**-0.5
+        score_BGRTS = score_BGRTS.masked_fill(~kv.view.visible(q_BHTD.shape[2])[:, None, None], -math.inf)
+        sink_GR11 = self.sinks.to(score_BGRTS.dtype).view(self.kv_heads, -1, 1, 1)
+        logits = score_BGRTS, sink_GR11.expand_as(score_BGRTS[..., :1])
+        p_BGRTS = at_least_fp32(torch.cat(logits, dim=-1)).softmax(-1)[..., :-1].to(q_BGRTD.dtype)
+        return (p_BGRTS @ v_BG1SD.to(q_BGRTD.dtype)).flatten(1, 2).to(q_BHTD.dtype)
+
+
+class WithSinksWithoutPositions(WithSinks, WithoutPositions):
+    """Both."""
 
 
 class Windowed(Grouped):
@@ -37,15 +65,23 @@ class Windowed(Grouped):
     examples = (
         {"kv_heads": 2, "window": 7, "global_every": 2, "nope": True},
         {"kv_heads": 4, "window": 9, "global_every": 2, "qk_norm": True, "gate": True},
+        {"kv_heads": 2, "window": 8, "global_every": 2, "sinks": True},
     )
 
     @property
     def keys_turn(self) -> bool:
         return not self.options.nope
 
+    @property
+    def attends_itself(self) -> bool:
+        return self.options.sinks
+
     def layer_attention(self, layer: int) -> nn.Module:
         o = self.options
-        return WithoutPositions(o) if o.nope and o.is_global(layer) else GroupedAttention(o)
+        without_positions = o.nope and o.is_global(layer)
+        if o.sinks:
+            return WithSinksWithoutPositions(o) if without_positions else WithSinks(o)
+        return WithoutPositions(o) if without_positions else GroupedAttention(o)
 
     def new_layers(self, make: Any) -> list:
         o = self.options
@@ -69,6 +105,8 @@ class Windowed(Grouped):
 
     def hf_class(self) -> tuple[str, str, dict]:
         o = self.options
+        if o.sinks:
+            raise ValueError("transformers has no class with sinks and without experts")
         if o.nope and o.qk_norm:
             raise ValueError("transformers has no class with qk_norm and layers without positions")
         kinds = ["full_attention" if o.is_global(layer) else "sliding_attention" for layer in range(o.layers)]

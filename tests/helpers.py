@@ -11,10 +11,17 @@ from archs import VARIANTS, build, find_variant
 
 CHOSEN = {arch: find_variant(arch) for arch in filter(None, [os.environ.get("KVFRONTIER_VARIANT")])} or VARIANTS
 CASES = [(arch, options) for arch, variant in CHOSEN.items() for options in variant.examples]
-each_variant = pytest.mark.parametrize(
-    ("arch", "options"), CASES, ids=[f"{arch.rpartition(':')[2]}-{n}" for n, (arch, _) in enumerate(CASES)]
-)
+
+
+def each_of(cases):
+    ids = [f"{arch.rpartition(':')[2]}-{n}" for n, (arch, _) in enumerate(cases)]
+    return pytest.mark.parametrize(("arch", "options"), cases, ids=ids)
+
+
+each_variant = each_of(CASES)
 SHAPE = {"vocab_size": 97, "width": 64, "layers": 2, "heads": 4, "context": 64}
+ATTENDING = [case for case in CASES if not build(case[0], **SHAPE, **case[1]).attends_itself]
+each_attending = each_of(ATTENDING)
 
 
 def make(arch, options, seed=0, **shape):

@@ -100,5 +100,6 @@ def hf_weights(model: Decoder) -> dict[str, Tensor]:
             "self_attn.o_proj": block.attention.out.weight,
             **{f"self_attn.{name}": weight for name, weight in model.hf_attention(block.attention).items()},
         }
-        weights |= {f"model.layers.{layer}.{name}.weight": weight for name, weight in named.items()}
+        full = {name if name.endswith("bias") else f"{name}.weight": weight for name, weight in named.items()}
+        weights |= {f"model.layers.{layer}.{name}": weight for name, weight in full.items()}
     return {name: weight.detach().contiguous() for name, weight in weights.items()}

@@ -25,7 +25,7 @@ from train.meta import on_meta
 from train.study import check_label
 from train.tokenizer import END_OF_TEXT, JSON
 
-MODEL_TYPES = "llama", "mistral", "qwen3", "deepseek_v3"
+MODEL_TYPES = "llama", "mistral", "qwen3", "deepseek_v3", "deepseek_v32"
 MOST_CONTEXT = 4096  # of what a model was made for; a study's context is also the length of a sequence of its loss
 REQUIRED = {  # the values of these keys with which our models compute the same; left out, each has the last
     "hidden_act": ["silu"],

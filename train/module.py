@@ -25,6 +25,18 @@ from train.optimizers import OPTIMIZERS, SCHEDULES
 LOGITS_AT_ONCE = 2**30  # on a GPU; of more, parts of a batch are unembedded again for their gradient
 
 
+class WithLoss(torch.autograd.Function):
+    """The value of the first loss, the gradients of both."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, other: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad
+
+
 class LanguageModel(L.LightningModule):
     """`arch` and `options` go to `archs.build`; the rest is the recipe.
 
@@ -118,6 +130,12 @@ class LanguageModel(L.LightningModule):
         return self.sum_nats(inputs_BT, targets_BT) / (targets_BT != IGNORED).sum()
 
     def sum_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        nats, own = self._sum_token_nats(inputs_BT, targets_BT), None
+        if self.training and torch.is_grad_enabled():
+            own = self.model.own_loss()
+        return nats if own is None else WithLoss.apply(nats, own)
+
+    def _sum_token_nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         hidden_BTW = self.model.last_hidden_state(inputs_BT, documents(inputs_BT, self.hparams.document_end))
         weight_VW = self.model.unembed.weight
         rows = max(1, LOGITS_AT_ONCE // (len(weight_VW) * inputs_BT.shape[1]))
@@ -183,6 +201,7 @@ class LanguageModel(L.LightningModule):
         counted = (targets != IGNORED).sum().float()
         if self.trainer.world_size > 1:  # gradients are averaged over devices, whose numbers of targets may differ
             counted = self.trainer.strategy.reduce(counted, reduce_op="mean")
+        self.model.begin_step(self.tokens_seen)
         self.tokens_seen += targets.numel() * self.trainer.world_size
         first, *self._later = ((*piece, counted, len(piece[0]) / len(inputs)) for piece in self.pieces(inputs, targets))
         loss = self.piece_loss(*first)

@@ -46,6 +46,7 @@ class DMC(Technique):
         self.check(is_share, f"budget={self.budget!r}: must be a share, as 0.5 for a compression ratio of 2")
 
     def validate_model(self, model: Decoder) -> None:
+        super().validate_model(model)
         full = {id(kv) for kv in model.new_layers(Training()) if isinstance(kv, Uncached) and not kv.window}
         suited = all(type(block.attention) in (GroupedAttention, MergingAttention) for block in model.blocks)
         if model.options.qk_norm:

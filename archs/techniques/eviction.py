@@ -116,6 +116,7 @@ class L2Norm(Technique):
     whole_layers: int = Field(2, ge=0)
 
     def validate_model(self, model: Decoder) -> None:
+        super().validate_model(model)
         whole, layers = self.whole_layers, model.options.layers
         if whole >= layers and self.budget != 1.0:
             raise ValueError(f"L2Norm: whole_layers={whole} are all of the model's {layers} layers: give fewer")

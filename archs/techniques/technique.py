@@ -50,6 +50,9 @@ class Technique(Settings):
 
     def validate_model(self, model: Decoder) -> None:
         """ValueError where the technique cannot act on a model."""
+        if model.attends_itself:
+            name = type(model).__name__
+            raise ValueError(f"{name} computes attention itself, on the whole cache: no technique acts on it")
         if self.observes and model.early_exit:
             raise ValueError(
                 f"{type(self).__name__} looks at the attention of every prompt token, and {type(model).__name__} "

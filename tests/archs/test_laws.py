@@ -67,6 +67,11 @@ def test_no_token_sees_the_future(arch, options):
             torch.testing.assert_close(model(tokens)[:, :cut], model(changed)[:, :cut])
 
 
+def own_grads(model, x):
+    """The gradients of all parameters; 0 of an index, which only selects."""
+    return torch.autograd.grad(x, [*model.parameters()], materialize_grads=True)
+
+
 @each_variant
 def test_every_earlier_token_matters(arch, options):
     """Depth carries even a window's tokens to the last position, when it is long enough for the layers."""
@@ -89,7 +94,7 @@ def test_documents_of_a_row_have_the_logits_and_gradients_that_they_have_alone(a
         alone = torch.cat((torch.cat([model(part) for part in row.split(lengths, 1)], 1), model(other)))
         assert_near(packed, alone)
         weight = torch.randn(alone.shape)
-        of_packed, of_alone = (torch.autograd.grad((x * weight).sum(), [*model.parameters()]) for x in (packed, alone))
+        of_packed, of_alone = (own_grads(model, (x * weight).sum()) for x in (packed, alone))
         for x, y in zip(of_packed, of_alone, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-4 * y.abs().max())  # NaN is equal to nothing
 
@@ -126,7 +131,7 @@ def test_measured_bytes_equal_the_formulas(arch, options):
             assert held == batch * model.kv_stored_bytes(tokens, dtype)
         per_token, constant = model.kv_bytes_per_token(dtype), model.kv_constant_bytes(dtype)
         assert model.new_cache(1, 300, dtype).nbytes == 300 * per_token + constant
-        assert model.kv_read_bytes(300, dtype) >= model.kv_stored_bytes(300, dtype)
+        assert "index_topk" in options or model.kv_read_bytes(300, dtype) >= model.kv_stored_bytes(300, dtype)
 
 
 @each_variant
@@ -239,7 +244,8 @@ def test_parameters_are_counted_once(arch, options):
 @each_variant
 def test_gradients_reach_every_parameter_with_dropout_and_any_shape_has_logits(arch, options):
     model = make(arch, options, dropout=0.1).train()
-    model(torch.randint(97, (2, 33))).square().mean().backward()
+    loss, own = model(torch.randint(97, (2, 33))).square().mean(), model.own_loss()
+    (loss if own is None else loss + own).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     for shape in ((2, 1), (0, 5)):
         assert model(torch.zeros(shape, dtype=torch.long)).shape == (*shape, 97)
@@ -283,6 +289,8 @@ def test_initialisation_scales_residual_projections_and_what_makes_latents(arch,
             expected = 0.02 / 4 if name.endswith(("attention.out.weight", "ffn.down.weight")) else 0.02
             if name.endswith(("kv_down.weight", "q_down.weight")):
                 parameter, expected = parameter[: options.get("kv_rank")], options.get("latent_std", 0.02)
+            if name.endswith(("q_heads.weight", "kv_heads.weight")):
+                expected = 128**-0.5
             assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
 
 
@@ -354,7 +362,7 @@ def test_transforms_of_functions_are_those_of_what_torch_computes(arch, options)
     def mean(weights, tokens):
         return torch.func.functional_call(model, weights, (tokens,)).logsumexp(-1).mean()
 
-    each = [torch.autograd.grad(mean({}, row[None]), [*model.parameters()]) for row in tokens]
+    each = [own_grads(model, mean({}, row[None])) for row in tokens]
     expected = {name: torch.stack(grads) for name, grads in zip(weights, zip(*each, strict=True), strict=True)}
     change = sum((expected[name].mean(0) * way).sum() for name, way in ways.items())
     with sdpa_kernel(SDPBackend.MATH):  # which alone has all of them
@@ -374,13 +382,16 @@ WITH_CLASSES += [("windowed", {"kv_heads": 2, "window": 6, "global_every": 2, "q
 
 @pytest.mark.parametrize(("arch", "options"), [*CASES, *WITH_CLASSES])
 def test_transformers_computes_the_same_from_exported_weights(arch, options):
-    """Number by number, where the variant names a class of transformers: Llama, Qwen3, SmolLM3, DeepSeek-V3. Trained
-    from there on, both have the same losses."""
+    """Number by number, where the variant names a class of transformers: Llama, Qwen3, SmolLM3, DeepSeek-V3 and V3.2.
+    Trained from there on, both have the same losses."""
     model = make(arch, options, tie_embeddings=False)
     normed = options.get("qk_norm")
-    has_class = arch in ("mha", "mqa", "gqa") and not options.get("tied_kv")
-    has_class |= (arch == "mla" and not normed) or (arch == "windowed" and not (normed and options.get("nope")))
-    if options.get("gate") or not has_class:
+    classes = {"mha": True, "mqa": True, "gqa": not options.get("tied_kv"), "mla": not normed}
+    classes |= {
+        "dsa": "q_rank" in options,
+        "windowed": not options.get("sinks") and not (normed and options.get("nope")),
+    }
+    if options.get("gate") or not classes.get(arch):
         with pytest.raises(ValueError, match="transformers has no class "):
             hf_config(model)
         return
@@ -407,7 +418,7 @@ def test_transformers_computes_the_same_from_exported_weights(arch, options):
             optimizer.step()
             curve.append(loss.item())
         losses.append(curve)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if arch == "dsa" else 1e-4)  # rounding selects others
     assert losses[0][-1] < losses[0][0]
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_near, each_variant, make
+from helpers import assert_near, each_attending, make
 
 from archs import VARIANTS
 from archs.cache import FullCache, State
@@ -44,7 +44,7 @@ def poison(cache, sequence):
 
 
 @pytest.mark.parametrize(("block_size", "dtype"), [(1, torch.float32), (16, torch.float32), (64, torch.bfloat16)])
-@each_variant
+@each_attending
 def test_sequences_of_different_lengths_decode_as_each_alone(arch, options, block_size, dtype):
     model, texts = make(arch, options, layers=4).to(dtype), random_texts()
     cache = PagedCache(model, sequences=4, blocks=64, block_size=block_size)
@@ -60,7 +60,7 @@ def test_sequences_of_different_lengths_decode_as_each_alone(arch, options, bloc
     assert sorted(cache.free_blocks) == list(range(64))
 
 
-@each_variant
+@each_attending
 def test_freed_blocks_serve_others_and_what_was_in_them_is_never_read(arch, options):
     """One stays while others come and go, in a pool that is too small for all of them."""
     model, (long, *texts) = make(arch, options, layers=4), random_texts((12, 9, 20, 3))
@@ -80,7 +80,7 @@ def test_freed_blocks_serve_others_and_what_was_in_them_is_never_read(arch, opti
     assert_near(torch.cat(logits), alone(model, long[:15], 12))
 
 
-@each_variant
+@each_attending
 def test_bytes_are_those_of_whole_blocks_and_no_block_is_in_two_tables(arch, options):
     model = make(arch, options, layers=4)
     cache = PagedCache(model, sequences=4, blocks=30, block_size=BLOCK)
@@ -99,7 +99,7 @@ def test_bytes_are_those_of_whole_blocks_and_no_block_is_in_two_tables(arch, opt
     assert all(len(sequence.blocks) == math.ceil(sequence.length / BLOCK) for sequence in sequences)
 
 
-@each_variant
+@each_attending
 def test_equal_lengths_are_prefilled_together_and_piece_by_piece(arch, options):
     model, tokens_BT = make(arch, options, layers=4), torch.randint(97, (3, 26))
     cache, whole = PagedCache(model, 3, 21, BLOCK), model.new_cache(3, 26)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CASES, CHOSEN, assert_near, make
+from helpers import ATTENDING, CASES, CHOSEN, assert_near, make
 
 from archs import VARIANTS
 from archs.cache import Allocator, FullCache, State
@@ -27,7 +27,8 @@ EACH = [(name, *case) for name in TECHNIQUES for case in CASES]
 ACTING = [
     (name, arch, options)
     for name, arch, options in EACH
-    if not (TECHNIQUES[name].observes and CHOSEN[arch].early_exit)
+    if (arch, options) in ATTENDING
+    and not (TECHNIQUES[name].observes and CHOSEN[arch].early_exit)
     and (name != "dmc" or (arch, options) in GROUPED)
     and not (name == "streaming-llm" and (options.get("nope") or options.get("tied_kv")))
 ]
@@ -66,8 +67,10 @@ def test_with_a_full_budget_nothing_changes(name, arch, options):
 def test_a_model_on_which_a_technique_cannot_act_is_refused(name, arch, options):
     model, _ = model_and_tokens(arch, options)
     reasons = {"dmc": "merges keys and values of KV heads", "streaming-llm": "moves keys to other positions"}
-    reason = reasons.get(name, "computes the last one's alone")
-    with pytest.raises(ValueError, match=f"^{TECHNIQUES[name].__name__} .*{reason}"):
+    reason = f"{TECHNIQUES[name].__name__} .*{reasons.get(name, 'computes the last one.s alone')}"
+    if model.attends_itself:
+        reason = f"{type(model).__name__} computes attention itself"
+    with pytest.raises(ValueError, match=f"^{reason}"):
         compressed_cache(model, technique(name), *SIZE)
 
 

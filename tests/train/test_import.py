@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    DeepseekV32Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -44,6 +45,7 @@ CONFIGS = {
     "normed": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16),
     "mla": DeepseekV3Config(**SIZES, **LATENT, q_lora_rank=None),
     "mla-q": DeepseekV3Config(**SIZES, **LATENT, q_lora_rank=12, tie_word_embeddings=True),
+    "dsa": DeepseekV32Config(**SIZES, **LATENT, q_lora_rank=12, index_n_heads=8, index_head_dim=12, index_topk=9),
 }
 TEXT = "def f(x_1):\n    return [1234567, 'caf\xe9 \u4e2d', \"  \"]  # the <|endoftext|> fox </s>\n"
 ARGUMENTS = "--set", "corpus={files: [texts/*.txt]}", "--set", "train.val_tokens=128"

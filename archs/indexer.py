@@ -1,0 +1,40 @@
+"""The lightning indexer of DeepSeek-V3.2 (arXiv 2512.02556, section 2.1).
+
+Shapes: B batch, T tokens, S cached tokens, J index heads, I size of an index key, W width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from archs.decoder import Chunk
+from archs.ops import at_least_fp32, split_heads
+
+LATER = 1e-30  # added to a score for each position: of equal ones, which are zeros, the latest are selected
+
+
+class Indexer(nn.Module):
+    """Queries of `heads` heads from inputs of `q_width`, and one key, whose first `rope_dim` dimensions are rotated."""
+
+    def __init__(self, width: int, q_width: int, heads: int, size: int, rope_dim: int):
+        super().__init__()
+        self.heads, self.sizes, self.scale = heads, (rope_dim, size - rope_dim), (heads * size) ** -0.5
+        self.q = nn.Linear(q_width, heads * size, bias=False)
+        self.k = nn.Linear(width, size, bias=False)
+        self.k_norm = nn.LayerNorm(size, eps=1e-6)
+        self.weights = nn.Linear(width, heads, bias=False)
+
+    def turned(self, x_BJTI: Tensor, chunk: Chunk) -> Tensor:
+        rotated, plain = x_BJTI.split(self.sizes, dim=-1)
+        return torch.cat((chunk.rotate(rotated), plain), dim=-1)
+
+    def key(self, x_BTW: Tensor, chunk: Chunk) -> Tensor:
+        return self.turned(self.k_norm(self.k(x_BTW))[:, None], chunk).to(x_BTW.dtype)
+
+    def forward(self, x_BTW: Tensor, q_input: Tensor, k_BSI: Tensor, chunk: Chunk) -> Tensor:
+        """Scores (B, T, S) in fp32 at least."""
+        (q_BJTI,) = split_heads(self.q(q_input), self.heads)
+        q_BJTI, w_BTJ = self.turned(q_BJTI, chunk), self.weights(x_BTW) * self.scale
+        with torch.autocast(x_BTW.device.type, enabled=False):
+            dots_BJTS = (at_least_fp32(q_BJTI) @ at_least_fp32(k_BSI)[:, None].mT).relu()
+            score_BTS = (at_least_fp32(w_BTJ)[:, :, None] @ dots_BJTS.transpose(1, 2))[:, :, 0]
+        return score_BTS + LATER * torch.arange(score_BTS.shape[2], device=x_BTW.device)
