@@ -53,10 +53,11 @@ class SparseLatentAttention(LatentAttention):
         score_BTS = self.indexer(x_q_BTW.detach(), q_input.detach(), view.v[:, 0], chunk)
         score_BTS = score_BTS.masked_fill(~view.visible(chunk.queries), -math.inf)
         top_BTK = score_BTS.topk(min(o.index_topk, score_BTS.shape[2]))
-        if chunk.queries == 1:
-            index_BKX = top_BTK.indices[:, 0, :, None].expand(-1, -1, view.k.shape[3])
-            row_B1KX, chosen = view.k[:, 0].gather(1, index_BKX)[:, None], KV()
-            chosen.view = View(row_B1KX, row_B1KX[..., : o.latent_size], mask=top_BTK.values[:, None] > -math.inf)
+        if chunk.queries == 1:  # scores fall, so tokens that cannot be seen come last
+            sequence_B1 = torch.arange(len(x_BTW), device=x_BTW.device)[:, None]
+            row_B1KX, chosen = view.k[sequence_B1, 0, top_BTK.indices[:, 0]][:, None], KV()
+            last = None if view.position is None else view.position.clamp(max=row_B1KX.shape[2] - 1)
+            chosen.view = View(row_B1KX, row_B1KX[..., : o.latent_size], position=last)
             return self.out(self.absorbed(*queries, chosen), x_BTW)
         mask_BTS = score_BTS > -math.inf
         if not (self.training and self.sees_all):

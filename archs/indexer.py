@@ -35,6 +35,7 @@ class Indexer(nn.Module):
         (q_BJTI,) = split_heads(self.q(q_input), self.heads)
         q_BJTI, w_BTJ = self.turned(q_BJTI, chunk), self.weights(x_BTW) * self.scale
         with torch.autocast(x_BTW.device.type, enabled=False):
-            dots_BJTS = (at_least_fp32(q_BJTI) @ at_least_fp32(k_BSI)[:, None].mT).relu()
+            dots_BXS = (at_least_fp32(q_BJTI).flatten(1, 2) @ at_least_fp32(k_BSI).mT).relu()
+            dots_BJTS = dots_BXS.unflatten(1, q_BJTI.shape[1:3])
             score_BTS = (at_least_fp32(w_BTJ)[:, :, None] @ dots_BJTS.transpose(1, 2))[:, :, 0]
         return score_BTS + LATER * torch.arange(score_BTS.shape[2], device=x_BTW.device)

@@ -78,14 +78,14 @@ class FactoredAttention(nn.Module):
 
     def contracted(self, q_BH1D: Tensor, view: View) -> Tensor:
         """Attention of one token on the factors; (B, H, 1, D)."""
-        q_BHD, (k_rank, v_rank), size = q_BH1D[:, :, 0], self.ranks, (-1, self.o.head_dim)
+        (k_rank, v_rank), size = self.ranks, self.o.head_dim
         a_k_BSX, a_v_BSX, b_k_BSX, b_v_BSX = self.factors(view, q_BH1D.dtype)
-        dots_BSX = (b_k_BSX.unflatten(-1, size) @ q_BHD.mT[:, None]).flatten(2)
-        score_BSH = (dots_BSX * a_k_BSX).unflatten(-1, (k_rank, -1)).sum(2) * (self.scale / k_rank)
+        q_BDH = q_BH1D[:, :, 0].mT * (self.scale / k_rank)
+        score_BSH = sum(b @ q_BDH * a for a, b in zip(a_k_BSX.chunk(k_rank, -1), b_k_BSX.split(size, -1), strict=True))
         score_BSH = score_BSH.masked_fill(~view.visible(1).mT, -math.inf)
-        p_BSH = at_least_fp32(score_BSH).softmax(dim=1).to(q_BHD.dtype)
-        weight_BSVH = p_BSH[:, :, None] * a_v_BSX.unflatten(-1, (v_rank, -1)) / v_rank
-        return (weight_BSVH.flatten(1, 2).mT @ b_v_BSX.unflatten(-1, size).flatten(1, 2))[:, :, None]
+        p_BSH = at_least_fp32(score_BSH).softmax(dim=1).to(q_BH1D.dtype) / v_rank
+        values = zip(a_v_BSX.chunk(v_rank, -1), b_v_BSX.split(size, -1), strict=True)
+        return sum((p_BSH * a).mT @ b for a, b in values)[:, :, None]
 
 
 class TPA(Decoder):

@@ -44,14 +44,16 @@ class WithSinks(GroupedAttention):
         self.sinks = nn.Parameter(torch.zeros(o.heads))
 
     def attend(self, q_BHTD: Tensor, kv: KV) -> Tensor:
-        k_BG1SD, v_BG1SD = kv.view.k[:, :, None], kv.view.v[:, :, None]
-        q_BGRTD = as_wide_as(q_BHTD, k_BG1SD).unflatten(1, (self.kv_heads, -1))
-        score_BGRTS = q_BGRTD @ k_BG1SD.to(q_BGRTD.dtype).mT * self.head_dim**-0.5
-        score_BGRTS = score_BGRTS.masked_fill(~kv.view.visible(q_BHTD.shape[2])[:, None, None], -math.inf)
+        view, T = kv.view, q_BHTD.shape[2]
+        q_BGRTD = as_wide_as(q_BHTD, view.k).unflatten(1, (self.kv_heads, -1))
+        k_BGSD, v_BGSD = (x.to(q_BGRTD.dtype) for x in (view.k, view.v))
+        score_BGRTS = (q_BGRTD.flatten(2, 3) @ k_BGSD.mT * self.head_dim**-0.5).unflatten(2, (-1, T))
+        score_BGRTS = score_BGRTS.masked_fill(~view.visible(T)[:, None, None], -math.inf)
         sink_GR11 = self.sinks.to(score_BGRTS.dtype).view(self.kv_heads, -1, 1, 1)
         logits = score_BGRTS, sink_GR11.expand_as(score_BGRTS[..., :1])
         p_BGRTS = at_least_fp32(torch.cat(logits, dim=-1)).softmax(-1)[..., :-1].to(q_BGRTD.dtype)
-        return (p_BGRTS @ v_BG1SD.to(q_BGRTD.dtype)).flatten(1, 2).to(q_BHTD.dtype)
+        out_BGRTD = (p_BGRTS.flatten(2, 3) @ v_BGSD).unflatten(2, (-1, T))
+        return out_BGRTD.flatten(1, 2).to(q_BHTD.dtype)
 
 
 class WithSinksWithoutPositions(WithSinks, WithoutPositions):
