@@ -197,7 +197,9 @@ def measure_recompute(model: Decoder, context: int) -> dict:
 
 def attention_backend(model: Decoder, tokens_B: torch.Tensor, cache: Cache) -> str:
     """The kernel of a decode step's attention: PyTorch's, such as `sdpa flash` (`math`: none is fused), or this
-    project's."""
+    project's, or the variant's own operators."""
+    if model.attends_itself:
+        return ", ".join(filter(None, ["operators of the variant", cache.step and cache.step.how]))
     if cache.step:
         return cache.step.backend
     cache.length -= 1
