@@ -42,8 +42,7 @@ class SparseLatentAttention(LatentAttention):
     def __init__(self, o: DSAOptions):
         super().__init__(o)
         self.indexer = Indexer(o.width, o.q_rank or o.width, o.index_heads, o.index_dim, o.rope_dim)
-        self.sees_all = False  # in training
-        self.loss: Tensor | None = None  # of the last forward pass in training
+        self.sees_all, self.loss = False, None  # in training: at its beginning; of the last forward pass
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
         o, x_q_BTW, self.loss = self.o, x_BTW[:, -chunk.queries :], None
@@ -68,6 +67,9 @@ class SparseLatentAttention(LatentAttention):
         if self.training and torch.is_grad_enabled():
             self.loss = self.divergence(score_BTS, q_BHTD.detach(), made)
         return self.out(out_BHTE, x_BTW)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"loss": None}  # a tensor with a history cannot be copied
 
     def divergence(self, score_BTS: Tensor, q_BHTD: Tensor, made: View) -> Tensor:
         """Of the indexer's distribution over the tokens that attention saw from that of all heads together, in

@@ -2,6 +2,7 @@
 
 test_laws.py compares windows with transformers' SmolLM3 and Qwen3, and runs every law over all of them."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -242,6 +243,13 @@ def test_what_the_indexer_learns_is_where_the_heads_look():
     (first, before), (last, after) = losses[0], losses[-1]
     assert last < 0.8 * first
     assert after > before
+
+
+def test_a_model_in_training_can_be_copied():
+    model, tokens = make("dsa", {"kv_rank": 16, "rope_dim": 8}).train(), torch.randint(97, (2, 9))
+    model(tokens)
+    again = copy.deepcopy(model)
+    assert torch.equal(again(tokens), model(tokens))
 
 
 def test_training_begins_with_attention_to_everything():
