@@ -50,6 +50,10 @@ class Costs:
         """Forward FLOPs a token in the weight matrices, unembedding included: two for each weight."""
         return 2 * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
+    def weights_read(self, context: int) -> int:
+        """Weights that one decode step multiplies with, each once, when it holds `context` tokens."""
+        return self.matmul_flops() // 2
+
     def kv_stored_elements(self, context: int) -> int:
         raise NotImplementedError
 

@@ -193,6 +193,7 @@ class Decoder(Costs, nn.Module):
         """Appends T tokens to the cache; logits (B, V) of the last. ValueError if the cache has no room for them."""
         cache.begin(tokens_BT)
         rows = ops.sequences_at_once(tokens_BT) if cache.static else len(tokens_BT)
+        rows = 1 if self.attends_itself else rows  # each takes memory for pairs of tokens
         parts = tokens_BT.split(rows)
         caches = [cache] if len(parts) == 1 else [cache.rows(i * rows, rows) for i in range(len(parts))]
         logits_BV = torch.cat([self.append(*part, cache.length) for part in zip(parts, caches, strict=True)])

@@ -1,11 +1,10 @@
 """DSA, DeepSeek sparse attention (DeepSeek-V3.2, arXiv 2512.02556, section 2): MLA on the tokens that an index selects.
 
 A small indexer scores every earlier token s for a query t, I = sum_j w_j relu(q_j . k_s) over its heads j (eq. 1), and
-attention sees the `index_topk` tokens of the highest scores. A token keeps the indexer's key besides MLA's latent and
-rotary key: more is stored, but of the latents no more than `index_topk` are read.
-
-The indexer learns from a loss of its own, the divergence of its softmax from what attention's heads do together
-(section 2.1), and nothing else learns from that. For the first `dense_tokens` of training attention sees everything.
+attention sees the `index_topk` of the highest scores. A token keeps the indexer's key besides MLA's latent and
+rotary key: more is stored, but of the latents no more than `index_topk` are read. The indexer learns from a loss of its
+own, the divergence of its softmax from what attention's heads do together (section 2.1), and nothing else learns from
+that. For the first `dense_tokens` of training attention sees everything. Pairs of tokens take memory, but in decode.
 
 Shapes: B batch, T tokens, S cached tokens, H heads, J index heads, I index_dim, K index_topk, X latent and rotary key.
 """
@@ -42,7 +41,8 @@ class SparseLatentAttention(LatentAttention):
     def __init__(self, o: DSAOptions):
         super().__init__(o)
         self.indexer = Indexer(o.width, o.q_rank or o.width, o.index_heads, o.index_dim, o.rope_dim)
-        self.sees_all, self.loss = False, None  # in training: at its beginning; of the last forward pass
+        self.sees_all = False  # as at the beginning of training
+        self.loss: Tensor | None = None  # of the last forward pass in training
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
         o, x_q_BTW, self.loss = self.o, x_BTW[:, -chunk.queries :], None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from archs.decoder import Chunk
+from archs.kv import as_wide_as
 from archs.ops import at_least_fp32, split_heads
 
 LATER = 1e-30  # added to a score for each position: of equal ones, which are zeros, the latest are selected
@@ -23,19 +24,20 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(size, eps=1e-6)
         self.weights = nn.Linear(width, heads, bias=False)
 
-    def turned(self, x_BJTI: Tensor, chunk: Chunk) -> Tensor:
+    def rotate_part(self, x_BJTI: Tensor, chunk: Chunk) -> Tensor:
         rotated, plain = x_BJTI.split(self.sizes, dim=-1)
         return torch.cat((chunk.rotate(rotated), plain), dim=-1)
 
     def key(self, x_BTW: Tensor, chunk: Chunk) -> Tensor:
-        return self.turned(self.k_norm(self.k(x_BTW))[:, None], chunk).to(x_BTW.dtype)
+        return self.rotate_part(self.k_norm(self.k(x_BTW))[:, None], chunk).to(x_BTW.dtype)
 
     def forward(self, x_BTW: Tensor, q_input: Tensor, k_BSI: Tensor, chunk: Chunk) -> Tensor:
         """Scores (B, T, S) in fp32 at least."""
         (q_BJTI,) = split_heads(self.q(q_input), self.heads)
-        q_BJTI, w_BTJ = self.turned(q_BJTI, chunk), self.weights(x_BTW) * self.scale
+        q_BJTI, w_BTJ = self.rotate_part(q_BJTI, chunk), self.weights(x_BTW) * self.scale
         with torch.autocast(x_BTW.device.type, enabled=False):
-            dots_BXS = (at_least_fp32(q_BJTI).flatten(1, 2) @ at_least_fp32(k_BSI).mT).relu()
+            q_BJTI = as_wide_as(at_least_fp32(q_BJTI), k_BSI)
+            dots_BXS = (q_BJTI.flatten(1, 2) @ k_BSI.to(q_BJTI.dtype).mT).relu()
             dots_BJTS = dots_BXS.unflatten(1, q_BJTI.shape[1:3])
-            score_BTS = (at_least_fp32(w_BTJ)[:, :, None] @ dots_BJTS.transpose(1, 2))[:, :, 0]
+            score_BTS = (w_BTJ.to(q_BJTI.dtype)[:, :, None] @ dots_BJTS.transpose(1, 2))[:, :, 0]
         return score_BTS + LATER * torch.arange(score_BTS.shape[2], device=x_BTW.device)

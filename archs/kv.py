@@ -38,7 +38,8 @@ class View(NamedTuple):
         return ((behind_TS >= 0) & (behind_TS < self.window if self.window else True))[None]
 
     def behind(self, T: int) -> Tensor:
-        """How far each token is behind each of the last T, (T, S)."""
+        """How far each token is behind each of the last T, (T, S); of slots in the order of tokens, and one position. A
+        ring that is full is in no order, and all of it is seen."""
         slot_S = torch.arange(S := self.k.shape[2], device=self.k.device)
         return (slot_S[S - T :, None] if self.position is None else self.position[:, None]) - slot_S
 

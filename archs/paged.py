@@ -57,7 +57,8 @@ class PagedCache:
         self.nbytes, self.block_size, self.block_count = Cache(self.storages, 1, 1).nbytes, block_size, blocks
         full = dict.fromkeys(layer for layer in self.storages if type(layer) is FullCache)
         self.token_nbytes = sum(tensor[0, :, 0].nbytes for layer in full for tensor in layer.tensors)
-        self.attends_itself = type(model).__name__ if model.attends_itself else None
+        own = f"{type(model).__name__} computes attention itself, and not on tokens in blocks"
+        self.refusal = own if model.attends_itself else None
         self.free_blocks, self.free_rows = list(range(blocks))[::-1], list(range(sequences))[::-1]
         self.sequences: list[PagedSequence] = []
 
@@ -88,8 +89,8 @@ class PagedCache:
     def batch(self, sequences: Sequence[PagedSequence]) -> "PagedBatch":
         """A cache of these for `model.prefill` (one, or several of equal length) and `model.decode` (any)."""
         self.check(sequences)
-        if self.attends_itself:
-            raise ValueError(f"{self.attends_itself} computes attention itself, and not on tokens in blocks")
+        if self.refusal:
+            raise ValueError(self.refusal)
         return PagedBatch(self, sequences)
 
     def check(self, sequences: Sequence[PagedSequence]) -> None:

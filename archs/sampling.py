@@ -40,7 +40,7 @@ class Sampler(Settings):
     def choose(self, logits_BV: Tensor, place_B1: Tensor) -> Tensor:
         """The tokens (B,) at these places of the cumulative distribution."""
         if self.temperature and (self.top_k or self.top_p):
-            logits_BV = self._likeliest(logits_BV)
+            logits_BV = self._likeliest(logits_BV.float())
         return ops.draw(logits_BV, place_B1, self.temperature)
 
     def _likeliest(self, logits_BV: Tensor) -> Tensor:

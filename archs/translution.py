@@ -6,7 +6,7 @@ vector, sum_j p_ij (x_j W_1) W_2^(i - j) W_3; the mean of both is what heads ret
 In the full form queries, keys and values all have a matrix for each offset, so a token's key is another one for each
 query, and no cache can hold it. Of the light form a cache holds keys, values and short vectors, but `context` matrices
 must be kept in each layer, and a decode step multiplies with all of them. Tokens further back than `context` get the
-last one. Attention is computed without fused kernels: training takes memory for each pair of tokens.
+last one. Attention has no fused kernel: training and prefill take memory for each pair of tokens.
 
 Shapes: B batch, T tokens, S cached tokens, H heads, D head size, R = X / H, X offset_dim, C context, W width.
 """
@@ -90,11 +90,16 @@ class Translution(Decoder):
         o = self.options
         return (2 * o.heads * o.head_dim + o.offset_dim) * o.layers * context
 
+    def weights_read(self, context: int) -> int:
+        """And the matrices of the offsets that there are."""
+        o = self.options
+        return super().weights_read(context) + min(context, o.context) * o.offset_dim**2 * o.layers
+
     def score_flops(self, context: int) -> float:
         """A short vector meets every matrix, whether a query is at that offset or not."""
         o = self.options
-        plain = super().score_flops(context) - self.moving_flops(mean_seen(context))
-        return plain + self.moving_flops(o.context)
+        attention = super().score_flops(context) - self.moving_flops(mean_seen(context))
+        return attention + self.moving_flops(o.context)
 
     def decode_score_flops(self, context: float) -> float:
         o = self.options

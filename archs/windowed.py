@@ -28,7 +28,7 @@ class WindowedOptions(AlternatingOptions):
     global_every: int = Field(6, ge=1, lt=2**31)
     window: Size = 1024  # how many tokens a token sees, itself included
     nope: bool = False  # no rotary positions in global layers
-    sinks: bool = False  # a learned logit of each head that takes weight to nowhere
+    sinks: bool = False  # a learned logit for each head, whose share of the softmax is dropped
 
 
 class WithoutPositions(GroupedAttention):
@@ -37,7 +37,7 @@ class WithoutPositions(GroupedAttention):
 
 
 class WithSinks(GroupedAttention):
-    """Attention without fused kernels, none of which knows a sink."""
+    """No fused kernel knows a sink: training and prefill take memory for each pair of tokens."""
 
     def __init__(self, o: WindowedOptions):
         super().__init__(o)
@@ -57,7 +57,7 @@ class WithSinks(GroupedAttention):
 
 
 class WithSinksWithoutPositions(WithSinks, WithoutPositions):
-    """Both."""
+    """A global layer with sinks."""
 
 
 class Windowed(Grouped):

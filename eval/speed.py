@@ -153,7 +153,7 @@ def _decode_point(model: Decoder, batch: int, context: int, roof_gb_s: float) ->
     prefill = timed(partial(model.prefill, prompt, cache), device, 2, 1, before=cache.reset)
     step = _timed_steps(model, prompt[:, 0], cache, context)
     seconds = step.median / 1e3
-    weight_bytes = model.matmul_flops() // 2 * dtype.itemsize
+    weight_bytes = model.weights_read(context + DECODE_STEPS // 2) * dtype.itemsize
     kv_bytes = batch * model.kv_read_bytes(context + DECODE_STEPS // 2, dtype)
     roof_fraction = (weight_bytes + kv_bytes) / seconds / 1e9 / roof_gb_s
     return {

@@ -17,6 +17,12 @@ from archs.paged import PagedCache
 from archs.techniques import compressed_cache, technique
 
 TOKENS, W, H, D = 11, 64, 4, 16
+NEIGHBOURS = [
+    ("tpa", {}),
+    ("dsa", {"kv_rank": 8, "rope_dim": 4, "index_topk": 30}),
+    ("translution", {}),
+    ("windowed", {"kv_heads": 2, "global_every": 2, "sinks": True}),
+]
 
 
 def turned(x_TD, dim):
@@ -371,6 +377,25 @@ def test_bytes_are_those_of_the_papers(arch, options, layers, stored, read):
     model = make(arch, options, layers=layers)
     assert model.kv_bytes_per_token(torch.float32) == 4 * stored
     assert model.kv_read_bytes(10**6 + 1, torch.float32) - model.kv_read_bytes(10**6, torch.float32) == 4 * read
+
+
+def test_a_step_reads_what_an_index_selects_and_the_matrices_of_offsets():
+    dsa = make("dsa", {"kv_rank": 24, "rope_dim": 8, "index_dim": 12, "index_topk": 100})
+    assert [dsa.kv_read_elements(tokens) for tokens in (50, 300)] == [2 * 44 * 50, 2 * (32 * 100 + 12 * 300)]
+    model = make("translution", {"offset_dim": 8})
+    plain = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert [model.weights_read(tokens) - plain for tokens in (10, 900)] == [2 * 64 * 10, 2 * 64 * 64]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("weights", "kept"), [(64, 32), (64, 16), (32, 64), (16, 32)])
+@pytest.mark.parametrize(("arch", "options"), NEIGHBOURS)
+def test_cache_and_weights_of_other_dtypes(arch, options, weights, kept):
+    dtypes = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+    model, tokens = make(arch, options).to(dtypes[weights]), torch.randint(97, (2, 20))
+    got = cached_logits(model, tokens, [9], model.new_cache(2, 20, dtypes[kept]))
+    expected, near = model(tokens)[:, -1], 0.1 if 16 in (weights, kept) else 1e-4
+    assert (got[19] - expected).abs().max() <= near * expected.abs().max()
 
 
 @pytest.mark.parametrize(

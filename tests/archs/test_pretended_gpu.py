@@ -119,6 +119,7 @@ def test_what_cuda_would_refuse_is_found(wrong, monkeypatch):
 @chips
 def test_a_training_step_equals_a_cpus_and_waits_for_nothing(arch, options, chip):
     shape = {"vocab_size": 97, "width": 64, "layers": 2, "heads": 4, "context": 40}
+    options = options | ({"index_topk": 40} if "index_topk" in options else {})  # or rounding selects others
     tokens = torch.randint(97, (2, 41))
 
     def step(module, tokens):
@@ -148,8 +149,11 @@ def test_a_training_step_equals_a_cpus_and_waits_for_nothing(arch, options, chip
             kernels |= {"cudnn"} if chip == HOPPER else {"flash"}
             assert kernels <= set(gpu.attention) <= kernels
     assert_near(loss, expected, torch.bfloat16)
-    for name, gradient in gradients.items() if "index_topk" not in options else ():  # rounding selects others
-        assert_near(found[name], gradient, torch.bfloat16)
+    for name, gradient in gradients.items():
+        if ".indexer." in name:  # of the small difference of two distributions
+            assert (found[name] - gradient).abs().max() <= 0.3 * gradient.abs().max(), name
+        else:
+            assert_near(found[name], gradient, torch.bfloat16)
 
 
 ACTING = [(name, arch) for name in TECHNIQUES for arch in ("gqa", "mla", "yoco") if name != "dmc" or arch == "gqa"]

@@ -54,6 +54,12 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(how):
     assert deviations.abs().max() < 4.5
 
 
+def test_half_precision_leaves_out_what_full_precision_does():
+    logits = torch.randn(2, 5000).bfloat16()
+    sampler = Sampler(top_p=0.9)
+    assert torch.equal(sampler.choose(logits, place := torch.rand(2, 1)), sampler.choose(logits.float(), place))
+
+
 def test_a_token_without_probability_is_never_drawn_and_ties_go_to_the_first():
     logits = torch.full((1, 8), -torch.inf)
     logits[0, [2, 5]] = 1.0
