@@ -150,7 +150,7 @@ def test_a_training_step_equals_a_cpus_and_waits_for_nothing(arch, options, chip
             assert kernels <= set(gpu.attention) <= kernels
     assert_near(loss, expected, torch.bfloat16)
     for name, gradient in gradients.items():
-        assert_near(found[name], gradient, torch.bfloat16, 3 if ".indexer." in name else 1)  # of a small difference
+        assert_near(found[name], gradient, torch.bfloat16, 5 if ".indexer." in name else 1)  # of a small difference
 
 
 ACTING = [(name, arch) for name in TECHNIQUES for arch in ("gqa", "mla", "yoco") if name != "dmc" or arch == "gqa"]
