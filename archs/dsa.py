@@ -86,10 +86,7 @@ class DSA(OneLatent):
     """DeepSeek sparse attention: a latent, a rotary key and the indexer's key in every layer."""
 
     Options = DSAOptions
-    examples = (
-        {"kv_rank": 16, "rope_dim": 8, "q_rank": 20, "index_topk": 13, "index_heads": 8, "index_dim": 12},
-        {"kv_rank": 12, "rope_dim": 4, "index_topk": 15, "index_dim": 4, "qk_norm": True, "gate": True},
-    )
+    examples = ({"kv_rank": 16, "rope_dim": 8, "q_rank": 20, "index_topk": 13, "index_heads": 8, "index_dim": 12},)
     attends_itself = True
     hf_type = "deepseek_v32", "DeepseekV32ForCausalLM"
 

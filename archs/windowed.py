@@ -66,8 +66,7 @@ class Windowed(Grouped):
     Options = WindowedOptions
     examples = (
         {"kv_heads": 2, "window": 7, "global_every": 2, "nope": True},
-        {"kv_heads": 4, "window": 9, "global_every": 2, "qk_norm": True, "gate": True},
-        {"kv_heads": 2, "window": 8, "global_every": 2, "sinks": True},
+        {"kv_heads": 2, "window": 9, "global_every": 2, "sinks": True, "qk_norm": True, "gate": True},
     )
 
     @property

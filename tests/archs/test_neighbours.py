@@ -340,6 +340,8 @@ def test_a_layer_above_asks_for_the_keys_of_the_layer_below():
         ("gta", {"kv_heads": 4, "gate": True}, 2),
         ("tpa", {}, 2),
         ("translution", {"offset_dim": 4, "qk_norm": True}, 2),
+        ("dsa", {"kv_rank": 12, "rope_dim": 4, "index_topk": 15, "index_dim": 4, "qk_norm": True, "gate": True}, 2),
+        ("windowed", {"kv_heads": 4, "window": 9, "global_every": 2, "qk_norm": True, "gate": True}, 2),
         ("dsa", {"kv_rank": 16, "rope_dim": 6, "nope_dim": 10, "v_dim": 14, "index_topk": 50}, 2),
         ("gla", {"kv_rank": 16, "rope_dim": 6, "nope_dim": 10, "v_dim": 14}, 2),
         ("delta", {"kv_heads": 1, "global_every": 3, "conv": 1, "qk_norm": True, "gate": True}, 4),
