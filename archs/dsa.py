@@ -4,7 +4,8 @@ A small indexer scores every earlier token s for a query t, I = sum_j w_j relu(q
 attention sees the `index_topk` of the highest scores. A token keeps the indexer's key besides MLA's latent and
 rotary key: more is stored, but of the latents no more than `index_topk` are read. The indexer learns from a loss of its
 own, the divergence of its softmax from what attention's heads do together (section 2.1), and nothing else learns from
-that. For the first `dense_tokens` of training attention sees everything. Pairs of tokens take memory, but in decode.
+that. For the first `dense_tokens` of training attention sees everything. Training and prefill take memory for each pair
+of tokens.
 
 Shapes: B batch, T tokens, S cached tokens, H heads, J index heads, I index_dim, K index_topk, X latent and rotary key.
 """
@@ -41,7 +42,7 @@ class SparseLatentAttention(LatentAttention):
     def __init__(self, o: DSAOptions):
         super().__init__(o)
         self.indexer = Indexer(o.width, o.q_rank or o.width, o.index_heads, o.index_dim, o.rope_dim)
-        self.sees_all = False  # as at the beginning of training
+        self.sees_all = False  # no selection: at the beginning of training
         self.loss: Tensor | None = None  # of the last forward pass in training
 
     def forward(self, x_BTW: Tensor, chunk: Chunk, kv: KV) -> Tensor:
@@ -52,7 +53,7 @@ class SparseLatentAttention(LatentAttention):
         score_BTS = self.indexer(x_q_BTW.detach(), q_input.detach(), view.v[:, 0], chunk)
         score_BTS = score_BTS.masked_fill(~view.visible(chunk.queries), -math.inf)
         top_BTK = score_BTS.topk(min(o.index_topk, score_BTS.shape[2]))
-        if chunk.queries == 1:  # scores fall, so tokens that cannot be seen come last
+        if chunk.queries == 1:  # scores are sorted: tokens that cannot be seen, if any, come last
             sequence_B1 = torch.arange(len(x_BTW), device=x_BTW.device)[:, None]
             row_B1KX, chosen = view.k[sequence_B1, 0, top_BTK.indices[:, 0]][:, None], KV()
             last = None if view.position is None else view.position.clamp(max=row_B1KX.shape[2] - 1)
@@ -72,8 +73,8 @@ class SparseLatentAttention(LatentAttention):
         return self.__dict__ | {"loss": None}  # a tensor with a history cannot be copied
 
     def divergence(self, score_BTS: Tensor, q_BHTD: Tensor, made: View) -> Tensor:
-        """Of the indexer's distribution over the tokens that attention saw from that of all heads together, in
-        nats; the sum over queries."""
+        """The KL divergence, in nats, of the indexer's distribution from the mean of all heads' attention, over the
+        tokens that attention saw; summed over queries."""
         with torch.no_grad(), torch.autocast(q_BHTD.device.type, enabled=False):
             dots_BHTS = at_least_fp32(q_BHTD) @ at_least_fp32(made.k).mT * self.scale
             p_BTS = dots_BHTS.masked_fill(~made.mask, -math.inf).softmax(-1).mean(1)
