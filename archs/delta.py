@@ -55,9 +55,10 @@ class GatedDelta(nn.Module):
             log_a_BHT = -rate_H[:, None] * F.softplus(a_BHT + bias_H[:, None])
             kept = kv.read() if kv else None
             x_BTX = at_least_fp32(self.qkv(x_BTW))
-            state_BHDE = x_BTX.new_zeros(B, self.heads, self.size, self.size)
-            last_BTX = x_BTX.new_zeros(B, self.before, x_BTX.shape[-1])
-            if kept is not None:
+            if kept is None:
+                state_BHDE = x_BTX.new_zeros(B, self.heads, self.size, self.size)
+                last_BTX = x_BTX.new_zeros(B, self.before, x_BTX.shape[-1])
+            else:
                 state_BHDE, last_BHYD = at_least_fp32(kept).split((self.size, 3 * self.before), dim=2)
                 last_BTX = last_BHYD.unflatten(2, (3, self.before)).permute(0, 3, 2, 1, 4).flatten(2)
             x_BTX = torch.cat((last_BTX, x_BTX), dim=1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from archs.costs import mean_seen
 from archs.decoder import Chunk
-from archs.indexer import Indexer
+from archs.indexer import Indexer, selected
 from archs.kv import KV, View
 from archs.mla import LatentAttention, MLAOptions, OneLatent
 from archs.ops import at_least_fp32
@@ -54,8 +54,7 @@ class SparseLatentAttention(LatentAttention):
         score_BTS = score_BTS.masked_fill(~view.visible(chunk.queries), -math.inf)
         top_BTK = score_BTS.topk(min(o.index_topk, score_BTS.shape[2]))
         if chunk.queries == 1:  # scores are sorted: tokens that cannot be seen, if any, come last
-            sequence_B1 = torch.arange(len(x_BTW), device=x_BTW.device)[:, None]
-            row_B1KX, chosen = view.k[sequence_B1, 0, top_BTK.indices[:, 0]][:, None], KV()
+            row_B1KX, chosen = selected(view.k[:, 0], top_BTK.indices[:, 0])[:, None], KV()
             last = None if view.position is None else view.position.clamp(max=row_B1KX.shape[2] - 1)
             chosen.view = View(row_B1KX, row_B1KX[..., : o.latent_size], position=last)
             return self.out(self.absorbed(*queries, chosen), x_BTW)

@@ -1,6 +1,6 @@
 """The lightning indexer of DeepSeek-V3.2 (arXiv 2512.02556, section 2.1).
 
-Shapes: B batch, T tokens, S cached tokens, J index heads, I size of an index key, W width.
+Shapes: B batch, T tokens, S cached tokens, K of them, X size of a row, J index heads, I size of an index key, W width.
 """
 
 import torch
@@ -11,6 +11,16 @@ from archs.kv import as_wide_as
 from archs.ops import at_least_fp32, split_heads
 
 LATER = 1e-30  # added to a score for each position: of equal ones, which are zeros, the latest are selected
+
+
+def selected(row_BSX: Tensor, place_BK: Tensor) -> Tensor:
+    """The rows at these places, (B, K, X)."""
+    B, S, _ = row_BSX.shape
+    sequence_B1 = torch.arange(B, device=place_BK.device)[:, None]
+    if not row_BSX.is_contiguous():
+        return row_BSX[sequence_B1, place_BK]
+    rows = row_BSX.flatten(0, 1).index_select(0, (sequence_B1 * S + place_BK).flatten())  # four times as fast
+    return rows.unflatten(0, place_BK.shape)
 
 
 class Indexer(nn.Module):

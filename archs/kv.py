@@ -1,4 +1,4 @@
-"""What a layer attends to: an object with two verbs, `append(start, k, v)` and `attend(q, scale)`.
+"""What a layer attends to: an object with two verbs, `append(start, k, v)` and `attend(q, scale, sinks)`.
 
 Positions, masks, windows and ragged lengths are its business and not the model's. A model's `new_layers(make)` returns
 one for each layer: `make.full` for all tokens, `make.ring` for a window of the last ones, `make.state` for a recurrent
@@ -34,19 +34,18 @@ class View(NamedTuple):
         """Which tokens the last T may see, (B or 1, T, S)."""
         if self.mask is not None:
             return self.mask[:, 0, -T:]
-        behind_TS = self.behind(T)
-        return ((behind_TS >= 0) & (behind_TS < self.window if self.window else True))[None]
+        S = self.k.shape[2]
+        return ops.visible(T, S, self.window, self.position, self.k.device).view(-1, T, S)
 
     def behind(self, T: int) -> Tensor:
-        """How far each token is behind each of the last T, (T, S); of slots in the order of tokens, and one position. A
-        ring that is full is in no order, and all of it is seen."""
+        """How far each token is behind each of the last T, (T, S), of slots in the order of tokens."""
         slot_S = torch.arange(S := self.k.shape[2], device=self.k.device)
         return (slot_S[S - T :, None] if self.position is None else self.position[:, None]) - slot_S
 
-    def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
+    def attend(self, q_BHTD: Tensor, scale: float, sinks_1H11: Tensor | None = None) -> Tensor:
         if self.mask is not None:
-            return ops.masked_attention(q_BHTD, self.k, self.v, scale, self.mask)
-        return ops.attention(q_BHTD, self.k, self.v, scale, self.window, self.position)
+            return ops.masked_attention(q_BHTD, self.k, self.v, scale, self.mask, sinks_1H11)
+        return ops.attention(q_BHTD, self.k, self.v, scale, self.window, self.position, sinks_1H11)
 
 
 class KV:
@@ -61,9 +60,10 @@ class KV:
         """
         self.view = self.write(start, k_BGTD, v_BGTE)
 
-    def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
-        """Causal attention of the last T tokens, (B, H, T, E), computed in the wider dtype of queries and keys."""
-        return self.view.attend(as_wide_as(q_BHTD, self.view.k), scale).to(q_BHTD.dtype)
+    def attend(self, q_BHTD: Tensor, scale: float, sinks_1H11: Tensor | None = None) -> Tensor:
+        """Causal attention of the last T tokens, (B, H, T, E), computed in the wider dtype of queries and keys; `sinks`
+        as in `ops.softmax`."""
+        return self.view.attend(as_wide_as(q_BHTD, self.view.k), scale, sinks_1H11).to(q_BHTD.dtype)
 
     @property
     def dense(self) -> View | None:

@@ -21,7 +21,7 @@ from archs.kernels import fused, replay, triton
 from archs.kernels.checked import attention_kernels, difference, is_right
 from archs.kernels.cpu import attention as cpu_attention
 from archs.kernels.cpu import layers as cpu
-from archs.kernels.fused import gains_by_compiling, sequences_at_once
+from archs.kernels.fused import gains_by_compiling, sequences_at_once, visible
 from archs.kernels.replay import record, repeated
 
 __all__ = ["attention_kernels", "difference", "gains_by_compiling", "record", "repeated", "sequences_at_once"]
@@ -140,40 +140,61 @@ def merge_heads(x_BHTD: Tensor) -> Tensor:
 
 @accelerated(cpu_attention.decode, triton.decode_attention, cpu_attention.causal, fused.windowed_flash, fused.attention)
 def attention(
-    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSE: Tensor,
+    scale: float,
+    window: int = 0,
+    position: Tensor | None = None,
+    sinks_1H11: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention (B, H, T, E) of the last T of S tokens; query head h uses KV head h // (H/G).
 
     Keys and values may have a dtype of fewer bits than queries, and are widened to theirs. With a `window` above 0 each
     query sees only its own token and the window - 1 before it. `position`, int64 of shape (1) or (B) on the device, is
-    for decode: T is 1, there is no window, and the query sees slots 0 to position.
+    for decode: T is 1, there is no window, and the query sees slots 0 to position. `sinks` as in `softmax`.
     """
     T, S = q_BHTD.shape[2], k_BGSD.shape[2]
-    slot_S = torch.arange(S, device=q_BHTD.device)
-    query = slot_S[S - T :, None] if position is None else position.view(-1, 1, 1, 1)
-    seen = (slot_S <= query) & (slot_S > query - (window or S)) if position is None else slot_S <= query
-    return masked_attention.formula(q_BHTD, k_BGSD, v_BGSE, scale, seen)
+    seen = visible(T, S, window, position, q_BHTD.device)
+    return masked_attention.formula(q_BHTD, k_BGSD, v_BGSE, scale, seen, sinks_1H11)
 
 
 @accelerated(fused.masked_attention)
-def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
+def masked_attention(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor, sinks_1H11: Tensor | None = None
+) -> Tensor:
     """Softmax attention with a mask that broadcasts to (B, H, T, S): True where a query sees a key, or numbers that are
-    added to the scores and may require a gradient."""
+    added to the scores and may require a gradient. `sinks` as in `softmax`."""
     kv = (x.to(q_BHTD.dtype) for x in (k_BGSD, v_BGSE))
     k_BHSD, v_BHSE = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], dim=1) for x in kv)
     score_BHTS = q_BHTD @ k_BHSD.mT * scale
     score_BHTS = score_BHTS.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else score_BHTS + mask
-    return score_BHTS.softmax(-1) @ v_BHSE
+    return softmax(score_BHTS, sinks_1H11).to(v_BHSE.dtype) @ v_BHSE
+
+
+def softmax(score: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Over the last dimension, in fp32 at least where there are `sinks`: logits besides the scores, whose share is
+    dropped (gpt-oss, arXiv 2508.10925, section 2.2)."""
+    if sinks is None:
+        return score.softmax(-1)
+    logits = at_least_fp32(score), at_least_fp32(sinks).expand_as(score[..., :1])
+    return torch.cat(logits, dim=-1).softmax(-1)[..., :-1]
 
 
 @accelerated(cpu_attention.paged_decode)
 def paged_attention(
-    q_BH1D: Tensor, k_PGCD: Tensor, v_PGCE: Tensor, scale: float, position_B: Tensor, table_BN: Tensor
+    q_BH1D: Tensor,
+    k_PGCD: Tensor,
+    v_PGCE: Tensor,
+    scale: float,
+    position_B: Tensor,
+    table_BN: Tensor,
+    sinks_1H11: Tensor | None = None,
 ) -> Tensor:
     """`attention` of one query per sequence over a paged cache: token t of sequence b is in slot t % C of block
     table_BN[b, t // C]. All entries of the table are valid blocks."""
     k_BGSD, v_BGSE = (x[table_BN].transpose(1, 2).flatten(2, 3) for x in (k_PGCD, v_PGCE))
-    return attention(q_BH1D, k_BGSD, v_BGSE, scale, 0, position_B)
+    return attention(q_BH1D, k_BGSD, v_BGSE, scale, 0, position_B, sinks_1H11)
 
 
 def self_score(q: Tensor, k: Tensor) -> Tensor:

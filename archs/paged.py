@@ -207,9 +207,9 @@ class Blocks(KV):
         block_BT = position_BT // self.block_size % self.table_BN.shape[1]
         return self.table_BN.gather(1, block_BT), position_BT % self.block_size
 
-    def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
+    def attend(self, q_BHTD: Tensor, scale: float, sinks_1H11: Tensor | None = None) -> Tensor:
         k, v, _, position_B, _ = self.view
         if position_B is None:
-            return super().attend(q_BHTD, scale)
+            return super().attend(q_BHTD, scale, sinks_1H11)
         q = as_wide_as(q_BHTD, k)
-        return ops.paged_attention(q, k, v, scale, position_B, self.table_BN).to(q_BHTD.dtype)
+        return ops.paged_attention(q, k, v, scale, position_B, self.table_BN, sinks_1H11).to(q_BHTD.dtype)

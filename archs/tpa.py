@@ -80,12 +80,12 @@ class FactoredAttention(nn.Module):
         """Attention of one token on the factors; (B, H, 1, D)."""
         (k_rank, v_rank), size = self.ranks, self.o.head_dim
         a_k_BSX, a_v_BSX, b_k_BSX, b_v_BSX = self.factors(view, q_BH1D.dtype)
-        q_BDH = q_BH1D[:, :, 0].mT * (self.scale / k_rank)
-        score_BSH = sum(b @ q_BDH * a for a, b in zip(a_k_BSX.chunk(k_rank, -1), b_k_BSX.split(size, -1), strict=True))
-        score_BSH = score_BSH.masked_fill(~view.visible(1).mT, -math.inf)
-        p_BSH = at_least_fp32(score_BSH).softmax(dim=1).to(q_BH1D.dtype) / v_rank
+        q_BHD = q_BH1D[:, :, 0] * (self.scale / k_rank)
+        keys = zip(a_k_BSX.chunk(k_rank, -1), b_k_BSX.split(size, -1), strict=True)
+        score_BHS = sum(q_BHD @ b.mT * a.mT for a, b in keys).masked_fill(~view.visible(1), -math.inf)
+        p_BHS = at_least_fp32(score_BHS).softmax(-1).to(q_BH1D.dtype) / v_rank
         values = zip(a_v_BSX.chunk(v_rank, -1), b_v_BSX.split(size, -1), strict=True)
-        return sum((p_BSH * a).mT @ b for a, b in values)[:, :, None]
+        return sum((p_BHS * a.mT) @ b for a, b in values)[:, :, None]
 
 
 class TPA(Decoder):

@@ -54,20 +54,23 @@ class RelativeAttention(nn.Module):
         score_BHTS = q_BHTD[:, :, -chunk.queries :] @ view.k.mT * self.size**-0.5
         score_BHTS = score_BHTS.masked_fill(~view.visible(chunk.queries)[:, None], -math.inf)
         p_BHTS = at_least_fp32(score_BHTS).softmax(-1).to(q_BHTD.dtype)
-        moved_BTSX = self.moved(merge_heads(short_BHSR), view.behind(chunk.queries))
-        own_BTX = torch.einsum("bhts,btshr->bthr", p_BHTS, moved_BTSX.unflatten(-1, (self.heads, -1))).flatten(2)
-        (own_BHTD,) = split_heads(self.long(own_BTX), self.heads)
+        own_BHTR = self.moved(p_BHTS, merge_heads(short_BHSR), view.behind(chunk.queries))
+        (own_BHTD,) = split_heads(self.long(merge_heads(own_BHTR)), self.heads)
         return self.out((p_BHTS @ v_BHSD + own_BHTD) / 2, x_BTW)
 
-    def moved(self, short_BSX: Tensor, behind_TS: Tensor) -> Tensor:
-        """Short vectors through the matrices of their offsets, (B, T, S, X)."""
+    def moved(self, p_BHTS: Tensor, short_BSX: Tensor, behind_TS: Tensor) -> Tensor:
+        """The sums of short vectors, moved by the matrices of their offsets, with these weights; (B, H, T, R)."""
         offset_TS = behind_TS.clamp(0, len(self.of_offset) - 1)
         matrices_CXX = self.of_offset.to(short_BSX.dtype)
-        if len(offset_TS) == 1:
-            return torch.einsum("bsx,sxy->bsy", short_BSX, matrices_CXX[offset_TS[0]])[:, None]
+        if len(offset_TS) == 1:  # weights first: then one product goes over elements and tokens
+            weighted_HBXS = p_BHTS.transpose(0, 1).contiguous() * short_BSX.mT.contiguous()
+            matrices_SXHR = matrices_CXX[offset_TS[0]].unflatten(2, (self.heads, -1))
+            sums_HBR = weighted_HBXS.flatten(2) @ matrices_SXHR.permute(2, 1, 0, 3).flatten(1, 2)
+            return sums_HBR.transpose(0, 1)[:, :, None]
         all_BSCX = torch.einsum("bsx,cxy->bscy", short_BSX, matrices_CXX)
         index_BSTX = offset_TS.T[None, :, :, None].expand(len(short_BSX), -1, -1, short_BSX.shape[2])
-        return all_BSCX.gather(2, index_BSTX).transpose(1, 2)
+        moved_BSTHR = all_BSCX.gather(2, index_BSTX).unflatten(3, (self.heads, -1))
+        return torch.einsum("bhts,bsthr->bhtr", p_BHTS, moved_BSTHR)
 
 
 class Translution(Decoder):

@@ -5,10 +5,9 @@ layer in Gemma 3 (arXiv 2503.19786, section 2), 1 to 1 in gpt-oss (arXiv 2508.10
 learned logit besides those of its keys (`sinks`): softmax over all of them, of which the sink's share is dropped. With
 `nope` global layers have no positions, as in Cohere's Command A (arXiv 2504.00698, section 2.1) and SmolLM3.
 
-Shapes: B batch, T tokens, S tokens attended to, H heads, G KV heads, R = H / G, D head size.
+Shapes: B batch, T tokens, H heads, D head size.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from archs.alternating import AlternatingOptions
 from archs.costs import mean_seen
 from archs.decoder import Chunk
 from archs.grouped import Grouped, GroupedAttention
-from archs.kv import KV, as_wide_as
-from archs.ops import at_least_fp32
+from archs.kv import KV
 from archs.settings import Size
 
 
@@ -37,23 +35,12 @@ class WithoutPositions(GroupedAttention):
 
 
 class WithSinks(GroupedAttention):
-    """No fused kernel knows a sink: training and prefill take memory for each pair of tokens."""
-
     def __init__(self, o: WindowedOptions):
         super().__init__(o)
         self.sinks = nn.Parameter(torch.zeros(o.heads))
 
     def attend(self, q_BHTD: Tensor, kv: KV) -> Tensor:
-        view, T = kv.view, q_BHTD.shape[2]
-        q_BGRTD = as_wide_as(q_BHTD, view.k).unflatten(1, (self.kv_heads, -1))
-        k_BGSD, v_BGSD = (x.to(q_BGRTD.dtype) for x in (view.k, view.v))
-        score_BGRTS = (q_BGRTD.flatten(2, 3) @ k_BGSD.mT * self.head_dim**-0.5).unflatten(2, (-1, T))
-        score_BGRTS = score_BGRTS.masked_fill(~view.visible(T)[:, None, None], -math.inf)
-        sink_GR11 = self.sinks.to(score_BGRTS.dtype).view(self.kv_heads, -1, 1, 1)
-        logits = score_BGRTS, sink_GR11.expand_as(score_BGRTS[..., :1])
-        p_BGRTS = at_least_fp32(torch.cat(logits, dim=-1)).softmax(-1)[..., :-1].to(q_BGRTD.dtype)
-        out_BGRTD = (p_BGRTS.flatten(2, 3) @ v_BGSD).unflatten(2, (-1, T))
-        return out_BGRTD.flatten(1, 2).to(q_BHTD.dtype)
+        return kv.attend(q_BHTD, self.head_dim**-0.5, self.sinks.view(1, -1, 1, 1))
 
 
 class WithSinksWithoutPositions(WithSinks, WithoutPositions):
@@ -72,10 +59,6 @@ class Windowed(Grouped):
     @property
     def keys_turn(self) -> bool:
         return not self.options.nope
-
-    @property
-    def attends_itself(self) -> bool:
-        return self.options.sinks
 
     def layer_attention(self, layer: int) -> nn.Module:
         o = self.options

@@ -52,11 +52,12 @@ COLUMNS += ["registers", "spilled", "stages", "fetches", "fits"]
 Shape = Callable[[torch.dtype], object]  # launches the kernels of a decode step, on tensors without memory
 
 
-def attention(H: int, G: int, D: int, value_size: int | None, dtype: torch.dtype) -> None:
+def attention(H: int, G: int, D: int, value_size: int | None, dtype: torch.dtype, sinks: bool = False) -> None:
     """H query heads over G KV heads of D columns; `value_size`: the first of them are the values."""
     q, k, v = (torch.empty(BATCH, *shape, D, dtype=dtype) for shape in ((H, 1), (G, CONTEXT), (G, CONTEXT)))
     v = k[..., :value_size] if value_size else v
-    triton_attention.split_kv_attention(q, k, v, 0.1, torch.zeros(1, dtype=torch.int64))
+    more = torch.empty(1, H, 1, 1, dtype=dtype) if sinks else None
+    triton_attention.split_kv_attention(q, k, v, 0.1, torch.zeros(1, dtype=torch.int64), more)
 
 
 def retention(D: int, dtype: torch.dtype) -> None:
@@ -81,6 +82,7 @@ SHAPES: dict[str, Shape] = {
     "GQA 128, 64 over 8": partial(attention, 64, 8, 128, None),
     "GQA 128, 28 over 4": partial(attention, 28, 4, 128, None),
     "GQA 128, 96 over 8": partial(attention, 96, 8, 128, None),
+    "GQA 64, 64 over 8, sinks": partial(attention, 64, 8, 64, None, sinks=True),  # gpt-oss
     "GQA 64, 232 over 8": partial(attention, 232, 8, 64, None),
     "GQA 256, 8 over 4": partial(attention, 8, 4, 256, None),
     **{f"retention {2**n}": partial(retention, 2**n) for n in range(4, 10)},

@@ -73,7 +73,7 @@ def hours(study: Study, variants: list[Variant], chip: Chip) -> dict[str, float]
     for variant in variants:
         runs.append(("training", variant, variant.tokens, len(study.seeds)))
         if isinstance(train.lr, list):
-            tries = max(LEAST_RATES, len(train.lr)) * train.tuning_seeds
+            tries = max(LEAST_RATES, len(train.lr)) * train.tuning_seeds  # at least
             share, small = train.tuning_share, variant.size == smallest
             if share is None or small:
                 runs.append(("tuning", variant, variant.tokens, tries))

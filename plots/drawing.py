@@ -146,7 +146,7 @@ def legend_entries(rows: Rows, results: Results) -> list:
 
 
 def loss_axis_name(results: Results) -> str:
-    return f"validation bits per byte\n({results.seeds_text})"
+    return f"bits per byte of held-out text\n({results.seeds_text})"
 
 
 def tuning_axis_name(results: Results, seeds: str, is_short: bool) -> str:

@@ -15,8 +15,8 @@ MEANINGS = {
     "storages at two lengths, and computed by formula; the two must agree.",
     "constant": "Bytes that a sequence holds in the cache at any length: windows and recurrent states.",
     "learning rate": "The peak of the learning rate schedule.",
-    "val bits/byte": "Loss on held-out text in bits per byte, the only loss that is compared across tokenizers.",
-    "val nats/token": "The same loss per token, which depends on the tokenizer.",
+    "bits/byte": "Loss on held-out text in bits per byte, the only loss that is compared across tokenizers.",
+    "nats/token": "The same loss per token, which depends on the tokenizer.",
     "decode ms/token": "Median time of one decode step, prefill excluded, caches allocated beforehand, after warm-up.",
     "decode tokens/s": "Tokens per second that are decoded for the whole batch.",
     "of memory roof": "(Weights and KV bytes that one step must read) / step time / the read bandwidth measured on the "

@@ -103,7 +103,7 @@ def results_table(results: Results) -> Table:
         notes.append(f"{NOT_BOUND} Not bound by memory: launches, Python, arithmetic or another program set the time.")
     if results.gaps:
         notes.append(results.gaps)
-    header = "variant,arch,parameters,FFN width,KV per token,constant,learning rate,val bits/byte,val nats/token,"
+    header = "variant,arch,parameters,FFN width,KV per token,constant,learning rate,bits/byte,nats/token,"
     header += "decode ms/token,decode tokens/s,of memory roof,train tokens/s,seeds"
     return Table(header.split(","), rows, "ll" + 12 * "r", notes)
 

@@ -136,7 +136,7 @@ def difference_cells(each: Difference) -> list[str]:
 
 
 def heading(group: list[TechniqueResult]) -> str:
-    return "val bits/byte" if group[0].metric == "val_bpb" else "accuracy"
+    return "bits/byte" if group[0].metric == "val_bpb" else "accuracy"
 
 
 def level_text(results: Results) -> str:

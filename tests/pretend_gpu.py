@@ -289,10 +289,10 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[GPUPretence]
                 storage.copy_(before)
 
     def attend(*arguments: Any) -> Tensor:
-        q, k, v, scale, position = arguments
+        q, k, v, scale, position, sinks = arguments
         if not q.dtype == k.dtype == v.dtype or not all(x.stride(-1) == 1 for x in (q, k, v)):
             raise Refused("queries, keys and values of different dtypes, or with gaps")
-        return kernel(ops.attention.formula, q, k, v, scale, 0, position)
+        return kernel(ops.attention.formula, q, k, v, scale, 0, position, sinks)
 
     def varlen_attn(q, k, v, q_starts, k_starts, T, S, scale, window_size, enable_gqa) -> Tensor:
         """Sequences of equal length, in half precision."""

@@ -8,6 +8,7 @@ from texts import write_texts
 
 from archs import VARIANTS
 from archs.decoder import Options
+from kvfrontier import main
 from train.options import parser
 from train.store import STUDIES
 from train.study import parse_study, read_yaml
@@ -29,6 +30,7 @@ def blocks(language):
 def test_the_code_of_a_page_runs(page, code, tmp_path, monkeypatch):
     """A block whose first line names a file is written to that file as well."""
     write_texts(tmp_path)
+    (tmp_path / "results").symlink_to(ROOT / "results")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("KVFRONTIER_CACHE", str(tmp_path / "cache"))
@@ -52,6 +54,13 @@ def test_the_commands_of_a_page_are_commands(page):
     lines = re.sub(r"\\\n", "", PAGES[page])
     for command in re.findall(r"^    [^#\n]*\bkvfrontier (.+)$", lines, re.M):
         parser().parse_args(shlex.split(command, comments=True))
+
+
+def test_figures_of_shipped_results_are_drawn_as_the_page_says(tmp_path, monkeypatch, capsys):
+    command = re.search(r"kvfrontier (plot results/.+) --to paper", PAGES["docs/figures.md"])[1]
+    monkeypatch.chdir(ROOT)
+    assert main([*shlex.split(command), "--to", str(tmp_path)]) == 0, capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} >= {"frontier.pdf", "decode.pdf", "frontier.csv"}
 
 
 def anchors(text):

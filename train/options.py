@@ -174,8 +174,7 @@ def _add_technique(command: argparse.ArgumentParser) -> None:
 def _add_paper(plot: argparse.ArgumentParser) -> None:
     """The options of `plot` for single figures."""
     plot.epilog = (
-        "example: kvfrontier plot runs/frontier --only frontier,decode --size 3.3x2.2 --format pdf,pgf "
-        "--variants mha,gqa,mla"
+        "example: kvfrontier plot runs/quick --only frontier,decode --size 3.3x2.2 --format pdf,pgf --variants gqa,mha"
     )
     paper = plot.add_argument_group("figures for a paper", "any of these writes figures alone, into DIR/paper")
     paper.add_argument("--only", type=_names, metavar="FIGURES", help="such as frontier,decode (default: all)")

@@ -22,7 +22,7 @@ from train.meta import on_meta
 from train.store import PLAN
 from train.study import RECIPE, Study, TrainConfig
 from train.tokenizer import JSON, file_of, save_vocabulary, vocabulary
-from train.tuning import Tuned, choose, facts, next_rate, tried, tuning_seeds
+from train.tuning import MOST_ROUNDS, Tuned, choose, facts, next_rate, tried, tuning_seeds
 from train.variants import Variant, resolve_variants
 
 # Settings that do not determine a run's result. Devices share one batch.
@@ -278,20 +278,33 @@ class Snapshot:
         return tuned.lr, how | vars(tuned) | {"tokens": tokens, "tuned_on": on_fewer.lr}
 
     def _search(self, variant: Variant) -> tuple[Tuned, dict] | None:
-        """The rate of the variant for its number of tokens, and how it was found; None as long as runs are missing."""
+        """The rate of the variant for its number of tokens, and how it was found; None as long as runs are missing.
+
+        Where the minimum is not known well, as many further seeds are tried.
+        """
         if (variant.label, variant.tokens) in self._found:
             return self._found[variant.label, variant.tokens]
-        plan, seeds = self.plan, tuning_seeds(self.plan.study.seeds, self.plan.study.train.tuning_seeds)
+        known: dict[str, Run] = {}
+        for rounds in range(1, MOST_ROUNDS + 1):
+            found, runs = self._search_with(variant, rounds * self.plan.study.train.tuning_seeds)
+            known |= {run.name: run for run in runs}
+            if found is None or found[0].is_known:
+                break
+        self.tuning_runs += known.values()
+        self._found[variant.label, variant.tokens] = found
+        return found
+
+    def _search_with(self, variant: Variant, count: int) -> tuple[tuple[Tuned, dict] | None, list[Run]]:
+        """What the search with so many seeds has found, and its runs."""
+        plan, seeds = self.plan, tuning_seeds(self.plan.study.seeds, count)
         losses = tried(plan.rates, lambda lr: self._tuning_losses([plan.tuning_run(variant, lr, s) for s in seeds]))
         further = next_rate(plan.rates, losses)
         rates = dict.fromkeys([*plan.rates, *losses, *([] if further is None else [further])])
-        self.tuning_runs += [plan.tuning_run(variant, lr, seed) for lr in rates for seed in seeds]
+        runs = [plan.tuning_run(variant, lr, seed) for lr in rates for seed in seeds]
         tuned = None if further is not None else choose(losses)
         if further is None and tuned is None:
             self._without_rate.append(variant)
-        found = (tuned, facts(tuned, losses)) if tuned else None
-        self._found[variant.label, variant.tokens] = found
-        return found
+        return (tuned, facts(tuned, losses)) if tuned else None, runs
 
     def _tuning_losses(self, runs: list[Run]) -> dict[int, float] | None:
         """The loss of each seed; None as long as one of the runs is missing."""

@@ -2,10 +2,11 @@
 
 Each rate of a list is tried with several seeds that no comparison uses. The list is widened until the best rate lies
 between two worse ones, and the parabola is fitted to the rates near it, as marin does (github.com/marin-community).
-Near the rate of least loss some seeds are unstable already, and losses scatter several times more than below it. So
-the choice follows the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984, section
-3.4.3): the lowest rate that cannot be told from the best. Published differences between variants are as small as what a
-rate that is off by a fifth costs, so the choice says how sure it is, and what an error costs.
+Where that leaves open where the minimum is, further seeds are tried: a rate that is chosen with less certainty would
+be a handicap. Near the rate of least loss some seeds are unstable already, and losses scatter several times more than
+below it. So the choice follows the one-standard-error rule (Breiman et al., Classification and Regression Trees,
+1984, section 3.4.3): the lowest rate that cannot be told from the best. Published differences between variants are as
+small as what a rate that is off by a fifth costs, so the choice says how sure it is, and what an error costs.
 """
 
 import itertools
@@ -15,6 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 LEAST_RATES = 4  # of a fit
+KNOWN_TO = 0.25  # octaves: the standard error of a minimum that is known well enough
+MOST_ROUNDS = 4  # of seeds
 WIDENED_AT_MOST = 4  # beyond that the loss falls without end, or every rate diverges
 NEAR = 4.0  # a rate further from the best than this factor is not fitted: there the loss is no parabola
 
@@ -36,6 +39,10 @@ class Tuned:
     optimum: float | None = None
     octaves_error: float | None = None
     cost_of_sqrt2: float | None = None
+
+    @property
+    def is_known(self) -> bool:
+        return self.octaves_error is not None and self.octaves_error <= KNOWN_TO
 
     def shifted(self, full: "Tuned", short: "Tuned") -> "Tuned":
         """This choice, made on fewer tokens, times the ratio of another variant's best rates on all and on as few. The

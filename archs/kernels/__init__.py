@@ -4,6 +4,7 @@ A kernel computes what an operator of `archs/ops.py` defines; its `supports` is 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 
 def kernel(supports: Callable[..., bool], *, checked: bool = False) -> Callable[[Callable], Callable]:
@@ -15,6 +16,11 @@ def kernel(supports: Callable[..., bool], *, checked: bool = False) -> Callable[
         return function
 
     return mark
+
+
+def present(*optional: Any) -> list:
+    """Those that are not None."""
+    return [x for x in optional if x is not None]
 
 
 def constant(function: Callable) -> Callable:

@@ -83,9 +83,10 @@ def difference(result: Tensor, expected: Tensor) -> float:
 
 
 def _gradients(function: Callable, arguments: list) -> tuple[Tensor, ...]:
-    """Of attention's queries, keys and values."""
-    inputs = [x.detach().requires_grad_() for x in arguments[:3]]
-    out = function(*inputs, *arguments[3:])
+    """Of all arguments that are tensors of floating numbers."""
+    given = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    inputs = [x.requires_grad_() for x in given if isinstance(x, Tensor) and x.is_floating_point()]
+    out = function(*given)
     weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     return torch.autograd.grad((out * weights).sum(), inputs)
 

@@ -23,6 +23,7 @@ CUDNN_FIRST = 9, 10  # major capabilities
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 COMPILED_FROM = {"cuda": 2e15, "cpu": 2e14}  # FLOPs of a run; compiling takes a minute or two
 MOST_HEADS = 65_535  # of a kernel's grid on a GPU
+MASK_AT_ONCE = 2**27  # numbers
 TOKENS_AT_ONCE = {"cpu": 2**11}  # in a layer during prefill: their activations stay in a CPU's caches
 
 
@@ -63,15 +64,26 @@ def has_sequences(q: Tensor, *others: object) -> bool:
     return len(q) > 0
 
 
+def visible(T: int, S: int, window: int, position: Tensor | None, device: torch.device) -> Tensor:
+    """Which of S tokens the last T see, or a query at each position; True where it broadcasts to (B, H, T, S)."""
+    slot_S = torch.arange(S, device=device)
+    if position is not None:
+        return slot_S <= position.view(-1, 1, 1, 1)
+    query_T1 = slot_S[S - T :, None]
+    return (slot_S <= query_T1) & (slot_S > query_T1 - (window or S))
+
+
 @constant
 def capability(device: torch.device) -> tuple[int, int]:
     """Of an NVIDIA GPU; (0, 0) of another's."""
     return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
-def can_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position: Tensor | None = None) -> bool:
+def can_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None, sinks=None) -> bool:
     """What flash attention computes: several queries on a GPU from Ampere on, in half precision."""
-    fits = q.is_cuda and position is None and 0 < window < k.shape[2] and q.shape[2] > 1 and len(q) > 0
+    fits = (
+        q.is_cuda and position is None and sinks is None and 0 < window < k.shape[2] and q.shape[2] > 1 and len(q) > 0
+    )
     fits = fits and q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)
     fits = fits and q.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0
     return fits and HAS_WINDOWS and capability(q.device) >= (8, 0)
@@ -85,7 +97,7 @@ HAS_WINDOWS = bool(varlen) and {"window_size", "enable_gqa"} <= inspect.signatur
 
 @kernel(can_window, checked=True)
 def windowed_flash(
-    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, window: int, position: Tensor | None = None
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float, window: int, position=None, sinks=None
 ) -> Tensor:
     """`ops.attention` with a window, by flash attention for sequences of different lengths, which knows windows."""
     (B, H, T), (G, S) = q_BHTD.shape[:3], k_BGSD.shape[1:3]
@@ -97,7 +109,7 @@ def windowed_flash(
 
 @kernel(has_sequences, checked=True)
 def attention(
-    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position: Tensor | None = None
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int = 0, position=None, sinks=None
 ) -> Tensor:
     """`ops.attention` through scaled_dot_product_attention."""
     (B, H, T, D), (G, S), E = q_BHTD.shape, k_BGSD.shape[1:3], v_BGSE.shape[-1]
@@ -107,18 +119,38 @@ def attention(
         k_BGSD, v_BGSE = k_BGSD[:, :, -(T + window - 1) :], v_BGSE[:, :, -(T + window - 1) :]
         S = k_BGSD.shape[2]
     if 0 < window < S and T > 1:
-        return windowed(q_BHTD, k_BGSD, v_BGSE, scale, window)[..., :E]
+        return windowed(q_BHTD, k_BGSD, v_BGSE, scale, window, sinks)[..., :E]
+    if sinks is not None:
+        return with_sinks(q_BHTD, k_BGSD, v_BGSE, scale, position, sinks)[..., :E]
     if T == 1:  # the query heads of a KV head become its query length: each cached byte is read once
-        slots = torch.arange(S, device=q_BHTD.device)
-        mask = None if position is None else slots <= position.view(-1, 1, 1, 1)
+        mask = None if position is None else visible(T, S, 0, position, q_BHTD.device)
         return sdpa(q_BHTD.reshape(B, G, H // G, D), k_BGSD, v_BGSE, scale, mask).reshape(B, H, 1, -1)[..., :E]
-    mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril(S - T)
+    mask = None if T == S else visible(T, S, 0, None, q_BHTD.device)
     return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask, causal=T == S)[..., :E]
 
 
 @kernel(has_sequences)
-def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor) -> Tensor:
-    return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask)[..., : v_BGSE.shape[-1]]
+def masked_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, mask: Tensor, sinks=None) -> Tensor:
+    S, E = v_BGSE.shape[2:]
+    if sinks is not None:  # one more key, of zeros, and value: the mask adds the sink to a score of 0
+        k_BGSD, v_BGSE = (F.pad(x, (0, 0, 0, 1)) for x in (k_BGSD, v_BGSE))
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q_BHTD.dtype).masked_fill(~mask, float("-inf"))
+        shape = torch.broadcast_shapes((1, q_BHTD.shape[1], 1, 1), (*mask.shape[:-1], 1))
+        mask = torch.cat((mask.expand(*shape[:-1], S), sinks.to(mask.dtype).expand(shape)), dim=-1)
+    return sdpa(q_BHTD, k_BGSD, v_BGSE, scale, mask)[..., :E]
+
+
+def with_sinks(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, position, sinks: Tensor) -> Tensor:
+    """Some queries at a time, as the mask has a number for each head and each pair of tokens."""
+    (H, T), S = q_BHTD.shape[1:3], k_BGSD.shape[2]
+    at_once, parts = max(1, MASK_AT_ONCE // (H * S)), []
+    for first in range(0, T, at_once):
+        q = q_BHTD[:, :, first : first + at_once]
+        seen = S - T + first + q.shape[2]
+        mask = visible(q.shape[2], seen, 0, position, q.device)
+        parts.append(masked_attention(q, k_BGSD[:, :, :seen], v_BGSE[:, :, :seen], scale, mask, sinks))
+    return torch.cat(parts, dim=2)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -142,19 +174,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
         if torch.is_autocast_enabled("cpu"):
             context = torch.autocast("cpu", enabled=False)
             q, k, v = q.float(), k.float(), v.float()
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     with context:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
 
-def windowed(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int) -> Tensor:
+def windowed(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, window: int, sinks=None) -> Tensor:
     """Queries in blocks of `window`, each against its own block of keys and the one before it, so that time and memory
     grow with T x 2 window and not with T x S. S - T is at most window - 1."""
     (B, H, T, D), (G, S) = q_BHTD.shape, k_BGSD.shape[1:3]
     if q_BHTD.is_cuda and B * H > MOST_HEADS:
         parts = zip(*(x.split(max(1, MOST_HEADS // H)) for x in (q_BHTD, k_BGSD, v_BGSE)), strict=True)
-        return torch.cat([windowed(*part, scale, window) for part in parts])
+        return torch.cat([windowed(*part, scale, window, sinks) for part in parts])
     before, blocks = S - T, -(-T // window)
     tail = blocks * window - T
 
@@ -166,5 +199,6 @@ def windowed(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, windo
     ones = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
     mask = (ones.triu(1) & ones.tril(window)).repeat(blocks, 1, 1, 1)
     mask[0, :, :, : window - before] = False  # padding before the first key
-    out = sdpa(q, pairs_of_blocks(k_BGSD), pairs_of_blocks(v_BGSE), scale, mask)
+    sinks = None if sinks is None else sinks.repeat(1, B, 1, 1)
+    out = masked_attention(q, pairs_of_blocks(k_BGSD), pairs_of_blocks(v_BGSE), scale, mask, sinks)
     return out.transpose(0, 1).reshape(B, H, blocks * window, -1)[:, :, :T]

@@ -174,8 +174,9 @@ class Calls(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        for call in self.calls:
-            call()
+        with torch.no_grad():  # what writes into a given tensor has no gradient
+            for call in self.calls:
+                call()
 
 
 def call_again(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Any) -> Callable[[], object] | None:
@@ -190,8 +191,28 @@ def call_again(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: A
     if all(x.untyped_storage()._cdata in arguments for x in results):
         return partial(func, *args, **kwargs) if func._schema.is_mutable or not results else None
 
+    into, names = out_variant(func, len(results))
+    tensors = [x for a, x in zip(func._schema.arguments, args, strict=False) if str(a.type) == "Tensor"]
+    if into and all(isinstance(x, Tensor) for x in tensors):  # and not a number, as in x * 2
+        return partial(into, *args, **kwargs, **dict(zip(names, results, strict=True)))
+
     def call() -> None:
         for x, new in zip(results, tree_leaves(func(*args, **kwargs)), strict=True):
             x.copy_(new)
 
     return call
+
+
+@functools.cache
+def out_variant(func: torch._ops.OpOverload, count: int) -> tuple[torch._ops.OpOverload | None, list[str]]:
+    """The same operator with `count` more arguments, into which it writes its results, and their names; none where the
+    shape of a result depends on numbers."""
+    if torch.Tag.dynamic_output_shape in func.tags:
+        return None, []
+    given = [(a.name, str(a.type)) for a in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        arguments = (other := getattr(func.overloadpacket, name))._schema.arguments
+        outs = [a.name for a in arguments if a.is_out and str(a.type) == "Tensor"]
+        if len(outs) == count and given == [(a.name, str(a.type)) for a in arguments if not a.is_out]:
+            return other, outs
+    return None, []

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from archs.kernels import kernel
+from archs.kernels import kernel, present
 from archs.kernels.cpu.build import is_transformed
 from archs.kernels.fused import capability
 
@@ -35,23 +35,25 @@ def usable(*tensors: Tensor) -> bool:
     """True if a Triton kernel without a gradient can run on these tensors: contiguous vectors on a GPU, no gradient
     needed, not inside torch.compile or torch.func."""
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    fits = all(x.is_cuda and x.stride(-1) == 1 for x in tensors)
+    fits = all(x.is_cuda and 1 in (x.stride(-1), x.shape[-1]) for x in tensors)
     return fits and not gradient and not torch.compiler.is_compiling() and not is_transformed()
 
 
-def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None) -> bool:
+def supports_decode(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int = 0, position=None, sinks=None) -> bool:
     """One position for all sequences; keys and values of one dtype, up to fp32, to which queries are rounded."""
-    if position is None or position.numel() > 1 or window or not usable(q, k, v):
+    if position is None or position.numel() > 1 or window or not usable(q, k, v, *present(sinks)):
         return False
     return k.dtype == v.dtype and {q.dtype, k.dtype} <= DTYPES and runs_on(q.device)
 
 
 @kernel(supports_decode, checked=True)
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, position: Tensor) -> Tensor:
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, position: Tensor, sinks: Tensor | None = None
+) -> Tensor:
     from archs.kernels.triton_attention import split_kv_attention
 
     with torch.cuda.device_of(q):
-        return split_kv_attention(q.to(k.dtype), k, v, scale, position).to(q.dtype)
+        return split_kv_attention(q.to(k.dtype), k, v, scale, position, sinks).to(q.dtype)
 
 
 def supports_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> bool:

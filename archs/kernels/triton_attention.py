@@ -91,18 +91,25 @@ def attend_split(
 
 @triton.jit
 def combine_splits(
-    part_ptr, weight_ptr, out_ptr, M, splits,
-    E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    part_ptr, weight_ptr, sink_ptr, out_ptr, G, M, splits,
+    SINKS: tl.constexpr, E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One query's mean over the splits, by the sums of their weights."""
+    """One query's mean over the splits, by the sums of their weights, to which a sink adds its own."""
     head, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s, e = tl.arange(0, BLOCK_S), tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     row_S = (head * splits + s) * M + m
     weight_S = tl.load(weight_ptr + row_S, mask=s < splits, other=float("-inf"))
-    weight_S = tl.exp2(weight_S - tl.max(weight_S, 0))
+    top = tl.max(weight_S, 0)
+    if SINKS:
+        sink = tl.load(sink_ptr + head % G * M + m).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    weight_S = tl.exp2(weight_S - top)
+    total = tl.sum(weight_S, 0)
+    if SINKS:
+        total += tl.exp2(sink - top)
     mask = (s[:, None] < splits) & (e[None, :] < E)
     part_SE = tl.load(part_ptr + row_S[:, None] * E + e[None, :], mask=mask, other=0.0)
-    out_E = tl.sum(part_SE * weight_S[:, None], 0) / tl.sum(weight_S, 0)
+    out_E = tl.sum(part_SE * weight_S[:, None], 0) / total
     tl.store(out_ptr + (head * M + m) * E + e, out_E.to(out_ptr.dtype.element_ty), mask=e < E)
 
 
@@ -164,11 +171,13 @@ def halves(size: int) -> list[int]:
     return [2**n for n in range(size.bit_length() - 1, 3, -1)]
 
 
-def split_kv_attention(q_BH1D: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, position: Tensor) -> Tensor:
+def split_kv_attention(
+    q_BH1D: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: float, position: Tensor, sinks_1H11: Tensor | None = None
+) -> Tensor:
     """Attention of one token a sequence over the slots up to `position` (device tensor, one number), or all S.
 
-    Query head h uses KV head h // (H/G). Keys, values and queries have one dtype and contiguous last dimensions.
-    Returns (B, H, 1, E).
+    Query head h uses KV head h // (H/G). Keys, values and queries have one dtype and contiguous last dimensions; sinks
+    are those of `ops.softmax`, in any dtype. Returns (B, H, 1, E).
     """
     (B, H, _, D), (G, S), E = q_BH1D.shape, k_BGSD.shape[1:3], v_BGSE.shape[3]
     M, shared = H // G, are_columns(v_BGSE, k_BGSD)
@@ -193,7 +202,7 @@ def split_kv_attention(q_BH1D: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, scale: fl
     )  # fmt: skip
     some = min(64, block_E)  # of the columns: all would not fit into a program's registers
     combine_splits[(B * G, M, -(-E // some))](
-        part, weight, out_BH1E, M, splits,
-        E=E, BLOCK_S=triton.next_power_of_2(splits), BLOCK_E=some,
+        part, weight, weight if sinks_1H11 is None else sinks_1H11.contiguous(), out_BH1E, G, M, splits,
+        SINKS=sinks_1H11 is not None, E=E, BLOCK_S=triton.next_power_of_2(splits), BLOCK_E=some,
     )  # fmt: skip
     return out_BH1E

@@ -136,18 +136,20 @@ class Slots(KV):
             return None
         return View(new[0], new[1] if len(new) > 1 else new[0][..., : self.value_size])
 
-    def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
+    def attend(self, q_BHTD: Tensor, scale: float, sinks_1H11: Tensor | None = None) -> Tensor:
         """Attention of a prompt on itself, or of one token on all slots of its KV heads; (B, H, T, E)."""
         if self.is_prompt:
             if self.technique.observes:
-                self.technique.observe_prompt(self, partial(prompt_weights, q_BHTD, self.view.k, scale))
-            return super().attend(q_BHTD, scale)
+                self.technique.observe_prompt(self, partial(prompt_weights, q_BHTD, self.view.k, scale, sinks_1H11))
+            return super().attend(q_BHTD, scale, sinks_1H11)
         B, H, _, D = q_BHTD.shape
         q_ORD = q_BHTD.reshape(B * self.kv_heads, H // self.kv_heads, D).to(self.tensors[0].dtype)
         q_ORD, keys_ND = self.technique.positioned(self, q_ORD)
         k_OSD, v_OSE = (ragged.pad(rows, self.count_O) for rows in (keys_ND, self.values_NE))
         score_ORS = (q_ORD @ k_OSD.mT).float() * scale
-        weight_ORS = score_ORS.masked_fill(~ragged.mask(self.count_O)[:, None], -torch.inf).softmax(-1)
+        score_ORS = score_ORS.masked_fill(~ragged.mask(self.count_O)[:, None], -torch.inf)
+        sinks_OR1 = None if sinks_1H11 is None else sinks_1H11.expand(B, -1, 1, 1).reshape(len(q_ORD), -1, 1)
+        weight_ORS = ops.softmax(score_ORS, sinks_OR1)
         if self.technique.observes:
             self.technique.observe(self, ragged.flatten(weight_ORS.mT, self.count_O))
         return (weight_ORS @ v_OSE.float()).reshape(B, H, 1, -1).to(q_BHTD.dtype)
@@ -178,11 +180,15 @@ class Slots(KV):
             self.keep(keep_N)
 
 
-def prompt_weights(q_BHTD: Tensor, k_BGSD: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
+def prompt_weights(
+    q_BHTD: Tensor, k_BGSD: Tensor, scale: float, sinks_1H11: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
     """A prompt's attention weights in pieces: (position of the first query, weights (B, G, R, queries, S))."""
-    q_BGRTD = q_BHTD.to(k_BGSD.dtype).unflatten(1, (k_BGSD.shape[1], -1))
+    G = k_BGSD.shape[1]
+    q_BGRTD = q_BHTD.to(k_BGSD.dtype).unflatten(1, (G, -1))
+    sinks_1GR11 = None if sinks_1H11 is None else sinks_1H11.unflatten(1, (G, -1))
     for first in range(0, k_BGSD.shape[2], QUERIES_AT_ONCE):
         queries = q_BGRTD[:, :, :, first : first + QUERIES_AT_ONCE]
         score = torch.einsum("bgrtd,bgsd->bgrts", queries, k_BGSD).float() * scale
         future = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1 + first)
-        yield first, score.masked_fill(future, -torch.inf).softmax(-1)
+        yield first, ops.softmax(score.masked_fill(future, -torch.inf), sinks_1GR11)

@@ -62,7 +62,7 @@ def draw_frontier(rows: d.Rows, results: Results, width: float) -> Figure:
         else:
             ax.set_title(results.size_title(size))
     x_name = f"KV cache per token{results.cache_text}"
-    d.label_outer(axes, x_name, d.loss_axis_name(results) if alone or not d.is_narrow(width) else "val bits/byte")
+    d.label_outer(axes, x_name, d.loss_axis_name(results) if alone or not d.is_narrow(width) else "bits/byte")
     fig.draw_without_rendering()
     names = {row["label"]: style.wrapped(results.labels[row["label"]].short, 24) for row in rows}
     if not all(label_points(ax, named_points(points, names), lines, need_all=True) for ax, points, lines in plots):
@@ -129,8 +129,8 @@ def draw_panel(ax, rows: d.Rows, results: Results) -> tuple[d.Rows, list]:
 
 def frontier_caption(results: Results, rows: d.Rows) -> str:
     sentences = [
-        "Bytes that one more token adds to the KV cache (exact, logarithmic axis) against validation bits per byte "
-        f"({results.seeds_text})."
+        "Bytes that one more token adds to the KV cache (exact, logarithmic axis) against bits per byte of held-out "
+        f"text ({results.seeds_text})."
     ]
     if len({row["family"] for row in rows}) < len({results.labels[row["label"]].short for row in rows}):
         sentences.append("Lines join the variants of a family.")
@@ -200,7 +200,10 @@ def need_sentence(results: Results, entry: dict) -> str:
     share = ""
     if of := entry["baseline_bytes_per_token"]:
         share = f", {share_text(value, of)} of its {bytes_text(of)}"
-    if constant := max(results.labels[label].constant_bytes for label in entry["labels"]):
+    variants = [results.labels[label] for label in entry["labels"]]
+    if entry["verdict"] == "at most":
+        variants = [variant for variant in variants if variant.bytes_per_token == value]
+    if constant := max(variant.constant_bytes for variant in variants):
         share += f", besides up to {bytes_text(constant)} per sequence at any length"
     if entry["verdict"] == "at most":
         return (

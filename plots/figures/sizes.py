@@ -52,7 +52,7 @@ def are_equal(results: Results) -> bool:
 def draw_sizes(rows: d.Rows, results: Results, width: float) -> Figure:
     has_flops = any(row["train_flops"] for row in rows)
     across = {"params": "parameters", "train_flops": "training FLOPs of the run"}
-    quality = {"val_bpb": "validation bits per byte", "difference": "bits per byte\nabove the baseline"}
+    quality = {"val_bpb": "bits per byte\nof held-out text", "difference": "bits per byte\nabove the baseline"}
     quality["compute"] = "compute-equivalent\n(the baseline's is 1)"
     shown = [("params", "val_bpb"), *([("train_flops", "val_bpb")] if has_flops else []), ("params", "difference")]
     shown += [("train_flops", "compute")] if any(row["compute"] for row in rows) else []
@@ -108,8 +108,8 @@ def size_caption(results: Results, rows: d.Rows) -> str:
             f"loss, by its own fit; not drawn {BEYOND}. "
         )
     return (
-        f"Validation bits per byte ({results.seeds_text}) against parameters and against the training FLOPs of the "
-        f"run, and the difference to the baseline of the same size ({baselines}; zero line), paired by seed. "
+        f"Bits per byte of held-out text ({results.seeds_text}) against parameters and against the training FLOPs of "
+        f"the run, and the difference to the baseline of the same size ({baselines}; zero line), paired by seed. "
         f"Horizontal axes are logarithmic. {fits}{d.interval_caption(results, rows)}"
     )
 

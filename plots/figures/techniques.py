@@ -28,7 +28,7 @@ LINES = 10  # a legend has no room for more
 # No colour is black or grey and no marker is an architecture's, as those mark the full caches.
 COLOURS = ("#0b4a9e", "#bf3a1b", "#33b38f", "#edb120", "#a45bb0", "#79c3ec", "#7a4a12", "#e58cb8")
 MARKERS = ("<", "x", "*", ">", "d", "+", "p", "h")
-QUALITY = {"val_bpb": "validation bits per byte", "accuracy": "queries answered correctly"}
+QUALITY = {"val_bpb": "bits per byte of held-out text", "accuracy": "queries answered correctly"}
 UNIT = {"val_bpb": "bits per byte", "accuracy": "of the queries"}
 CONTROLS = ("budget", "threshold")  # options that a technique's line runs over; without any it runs over bits
 
@@ -145,7 +145,7 @@ def draw_techniques(rows: d.Rows, results: Results, width: float) -> Figure:
     quality = rows[0]["metric"]
     if quality == "accuracy":
         axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    short = "val bits/byte" if quality == "val_bpb" else "answered correctly"
+    short = "bits/byte" if quality == "val_bpb" else "answered correctly"
     d.label_outer(axes, "cache of one sequence", short if d.is_narrow(width) else QUALITY[quality])
     for ax in axes:
         ax.tick_params(labelbottom=bool(ax.get_xlabel()))

@@ -101,6 +101,13 @@ def keys_and_values(B, G, S, D, E, dtype=torch.float32):
     return k[:, :, :S], v[:, :, :S]
 
 
+def some_sinks(r, H):
+    """None, or logits, of which one may leave nothing to the keys; with gaps between them, or one for all."""
+    sinks = randn(1, H, 1, 1).clamp(max=2)
+    sinks[:, 1:2] = r.choice((-200.0, 0.0, 200.0))
+    return r.choice((None, sinks, torch.stack((sinks, sinks), -1)[..., 0], sinks[:, :1].expand(1, H, 1, 1)))
+
+
 def decode_inputs(r, shapes=DECODE_SHAPES, positions=(0, 1, 2), longest=2100, dtypes=(torch.float32,)):
     """One token without a position (0), with one for all sequences (1) or one for each (2), also beyond the slots."""
     (H, G, D, E), B, S = r.choice(shapes), r.randint(1, 3), r.choice((1, 17, 64, 300, longest))
@@ -110,10 +117,10 @@ def decode_inputs(r, shapes=DECODE_SHAPES, positions=(0, 1, 2), longest=2100, dt
         k.mul_(torch.linspace(1, 8, S)[:, None].to(k.dtype)).abs_()
         scale = 0.1
     if kind == 0:
-        return q, k, v, scale
+        return q, k, v, scale, 0, None, some_sinks(r, H)
     position = torch.randint(S + 9, (1 if kind == 1 else B,))
     k[:, :, min(S, position.max() + 1) :] = 1e3  # old tokens
-    return q, k, v, scale, 0, position
+    return q, k, v, scale, 0, position, some_sinks(r, H)
 
 
 def triton_inputs(r):
@@ -128,7 +135,7 @@ def prompt_inputs(r, shapes=PROMPT_SHAPES, batches=(0, 1, 2), fewest=8, longest=
     (H, G, D, E), B, T = r.choice(shapes), r.choice(batches), r.randint(fewest, longest)
     S, dtype = T + r.choice((0, 0, 1, 64)), r.choice(dtypes)
     q, (k, v) = heads_of_projection(r, B, H, T, D), keys_and_values(B, G, S, D, E, dtype)
-    return q, k, v, 0.2, r.choice((0, 0, 1, 7, 16, 40, 500))
+    return q, k, v, 0.2, r.choice((0, 0, 1, 7, 16, 40, 500)), None, some_sinks(r, H)
 
 
 def any_inputs(r):
@@ -141,11 +148,11 @@ def any_inputs(r):
 
 def masked_inputs(r):
     """Masks to be added, some of them infinite, or boolean ones, for each head or for all; every query sees a key."""
-    q, k, v, scale, _ = prompt_inputs(r, PROMPT_SHAPES[1:], (1, 2), fewest=1, longest=20, dtypes=CACHE_DTYPES)
+    q, k, v, scale, *_ = prompt_inputs(r, PROMPT_SHAPES[1:], (1, 2), fewest=1, longest=20, dtypes=CACHE_DTYPES)
     B, H, T, _ = q.shape
     mask = randn(B, r.choice((1, H)), T, k.shape[2])
     mask[..., 1:] = mask[..., 1:].masked_fill(torch.rand(mask[..., 1:].shape) < 0.3, -math.inf)
-    return q, k, v, scale, r.choice((mask, mask > -math.inf))
+    return q, k, v, scale, r.choice((mask, mask > -math.inf, mask[..., :1])), some_sinks(r, H)
 
 
 def paged_inputs(r):
@@ -160,7 +167,7 @@ def paged_inputs(r):
     unused = torch.ones(3 * N + 4, dtype=torch.bool)
     unused[table] = False
     k[unused] = v[unused] = math.nan
-    return randn(3, H, 1, D), k, v, 0.2, position, table
+    return randn(3, H, 1, D), k, v, 0.2, position, table, some_sinks(r, H)
 
 
 def put_inputs(r):

@@ -277,7 +277,6 @@ def test_training_begins_with_attention_to_everything():
         ("TPA", {}),
         ("DSA", {"kv_rank": 8, "rope_dim": 4}),
         ("Translution", {}),
-        ("Windowed", {"kv_heads": 2, "global_every": 2, "sinks": True}),
     ],
 )
 def test_a_variant_that_computes_attention_itself_has_no_technique_and_no_blocks(arch, options):

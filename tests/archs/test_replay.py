@@ -206,7 +206,8 @@ def test_operators_of_every_kind_run_again_on_what_their_inputs_then_hold():
         state.add_(joined)  # in place
         alone = joined.view(-1)[3:].clone().unflatten(0, (3, 7))
         fresh = torch.zeros(3, 7).index_add_(0, torch.tensor([2, 0]), alone[:2])
-        return joined.to(torch.float64), order, fresh, torch.einsum("ij,kj->ik", joined, joined), state.clone()
+        powers = torch._foreach_exp([a, b])  # a list of results
+        return *powers, joined.to(torch.float64), order, fresh, torch.einsum("ij,kj->ik", joined, joined), state.clone()
 
     results = []
     replay = ops.record(lambda: results.extend(step()))
@@ -218,6 +219,22 @@ def test_operators_of_every_kind_run_again_on_what_their_inputs_then_hold():
         state.copy_(before)
         torch.testing.assert_close(results, list(step()))
         assert torch.equal(state, after)
+
+
+def test_a_result_of_another_shape_is_an_error():
+    x = torch.ones(4)
+    replay = ops.record(lambda: x[x > 0].view(1, -1).sum())
+    x[0] = -1
+    with pytest.raises(RuntimeError, match="must match"):
+        replay()
+
+
+def test_a_replay_needs_no_gradient_though_a_weight_does():
+    x, weight, results = torch.ones(2, 3), torch.ones(3, 4, requires_grad=True), []
+    replay = ops.record(lambda: results.append(x @ weight))
+    x.fill_(2.0)
+    replay()
+    assert torch.equal(results[0], torch.full((2, 4), 6.0))
 
 
 # What runs in C++ in place of PyTorch's operators: arguments that are supported, by random numbers, and others.

@@ -15,7 +15,7 @@ from train.meta import on_meta
 from train.plan import Plan
 from train.store import STUDIES, find_study
 from train.study import load_data, parse_study, read_yaml
-from train.tuning import WIDENED_AT_MOST, Tuned, choose
+from train.tuning import KNOWN_TO, MOST_ROUNDS, WIDENED_AT_MOST, Tuned, choose
 from train.variants import matching_heads, resolve_variants
 
 THREE = "[{arch: mha}, {arch: mqa}, {arch: gqa, kv_heads: 2}]"
@@ -321,6 +321,26 @@ def test_each_variants_rate_is_the_vertex_of_a_parabola_over_seeds_of_its_own(da
     assert plan.look().ready == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
     single = Plan(study("train.lr=3.3e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
     assert single.key == runs[0].key  # how a rate was found does not change the run
+
+
+@pytest.mark.parametrize(("scatter", "rounds"), [(0.0, 1), (0.6, 3), (9.0, MOST_ROUNDS)])
+def test_where_losses_scatter_further_seeds_say_where_the_minimum_is(data, tmp_path, scatter, rounds):
+    plan = Plan(study("train.lr=[5e-4, 1e-3, 2e-3, 4e-3]", "variants=[{arch: mha}]"), data, tmp_path)
+
+    def loss(run):
+        noise = np.random.default_rng([run.seed, round(run.lr * 1e6)]).normal()
+        return 2 + 0.3 * math.log2(run.lr / 1.3e-3) ** 2 + scatter * noise
+
+    order = tried(plan, loss)
+    (run,) = plan.look().runs
+    tuning = run.settings["tuning"]
+    assert tuning["seeds"] == list(range(1000, 1000 + 2 * rounds))
+    known = tuning["octaves_error"] is not None and tuning["octaves_error"] <= KNOWN_TO
+    assert known or rounds == MOST_ROUNDS
+    losses = {rate: [loss(r) for r in order if r.lr == rate] for rate in {r.lr for r in order}}
+    for rate in tuning["rates"]:
+        assert rate["val_bpb"] == pytest.approx(np.mean(losses[rate["lr"]][: 2 * rounds]))
+    assert {r.name for r in plan.look().tuning_runs} == {r.name for r in order}
 
 
 def test_a_fitted_rate_is_off_by_as_much_as_its_error_says():

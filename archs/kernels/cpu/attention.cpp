@@ -69,7 +69,7 @@ template <class X, class Y> INLINE const Y *tile_of(const X *x, long live, Y *ro
 
 // What queries have seen so far: a bound on their scores, the sum of the weights 2^(score - top) and the weighted sum of
 // values, which fade when a score is above the bound. It is then put so far above that this is seldom.
-constexpr float ABOVE = 8;
+constexpr float ABOVE = 8, LOG2_E = 1.44269504f;
 
 // A vector of scores is that of MS queries with NS tokens. For many queries it lies along them, and nothing is summed
 // across it; for few it is made of the sums of vectors that lie along a key.
@@ -231,11 +231,16 @@ template <int N> struct Seen {
             }
     }
 
-    float top_of(int m) const { return top[m / MS][lane(m, 0)]; }
-    float total_of(int m) const {
-        float total = 0;
+    // What makes the weighted sum a mean, and log2 of the sum of the weights; a sink is one more weight, of the value zero.
+    float share_of(int m, const float *sink, float &weight) const {
+        float total = 0, seen;
         for (int n = 0; n < NS; n++) total += totals[m / MS][lane(m, n)];
-        return total;
+        seen = weight = top[m / MS][lane(m, 0)] + std::log2(total);
+        if (sink) {
+            const float theirs = *sink * LOG2_E, most = std::max(seen, theirs);
+            weight = most + std::log2(std::exp2(seen - most) + std::exp2(theirs - most));
+        }
+        return std::exp2(seen - weight) / total;
     }
 };
 
@@ -258,7 +263,8 @@ struct Part {
 // Softmax attention of M queries over a part: weighted means of values (M, E), and log2 of the weights' sums (M). While
 // the last tiles are computed with, the first ones of what `next` says is next are fetched.
 template <int N, class F>
-static void attend(const float *queries, float scale, const Part &part, const F &next, float *out, float *weight) {
+static void attend(const float *queries, float scale, const Part &part, const F &next, const float *sinks, float *out,
+                   float *weight) {
     constexpr int AHEAD = Seen<N>::AHEAD;
     Seen<N> seen(queries, D, M, scale);
     long whole = (part.tokens + N - 1) / N * N;
@@ -270,18 +276,19 @@ static void attend(const float *queries, float scale, const Part &part, const F 
     }
     seen.finish();
     for (int m = 0; m < M; m++) {
-        float total = seen.total_of(m), share = 1 / total;
-        weight[m] = seen.top_of(m) + std::log2(total);
+        const float share = seen.share_of(m, sinks ? sinks + m : nullptr, weight[m]);
         for (int e = 0; e < E; e++) out[m * E + e] = seen.out[m * E + e] * share;
     }
 }
 
 // q (B, G, M, D) and out (B, G, M, E), without gaps within a sequence; strides in numbers, of batch and KV head. S tokens
 // are held, or as many as there are up to `position`, one for all or with `position_step` 1 one for each sequence. With a
-// table (B, blocks) they lie in blocks of `size` tokens, and strides of the batch are those of blocks.
+// table (B, blocks) they lie in blocks of `size` tokens, and strides of the batch are those of blocks. `sinks`, if there
+// are any, are logits (G, M) beside those of the keys.
 extern "C" void split_kv(const float *q, const stored *k, const stored *v, float *out, long q_batch, long k_batch,
                          long k_head, long v_batch, long v_head, long B, long G, long S, const long *position,
-                         long position_step, const long *table, long blocks, long size, float scale, long threads) {
+                         long position_step, const long *table, long blocks, long size, const float *sinks, float scale,
+                         long threads) {
     const long room = S, heads = B * G;
     auto held = [&](long b) { return position ? std::min(room, position[b * position_step] + 1) : room; };
     if (position) S = 0;
@@ -318,7 +325,8 @@ extern "C" void split_kv(const float *q, const stored *k, const stored *v, float
         };
         long h = i / splits;
         auto attention = tile == LONG ? attend<LONG, decltype(next)> : attend<SHORT, decltype(next)>;
-        attention(q + h / G * q_batch + h % G * M * D, scale * 1.44269504f, now, next,
+        const float *some = sinks && i % splits == 0 ? sinks + h % G * M : nullptr;  // once for all splits
+        attention(q + h / G * q_batch + h % G * M * D, scale * LOG2_E, now, next, some,
                   splits > 1 ? &means[i * M * E] : out + i * M * E, &weights[i * M]);
     }
     if (splits == 1) return;
@@ -341,10 +349,10 @@ extern "C" void split_kv(const float *q, const stored *k, const stored *v, float
 
 // Causal attention of the last T of S tokens to themselves and the `window` - 1 before them, M queries of a head at a time:
 // q (B, H, T, D), strides of batch, head and token, k (B, G, S, D) and v (B, G, S, E), strides of batch and head; out
-// (B, T, H, E) and weight (B, H, T), log2 of the sum of a query's weights, are contiguous.
+// (B, T, H, E) and weight (B, H, T), log2 of the sum of a query's weights, are contiguous. `sinks` (H) as above.
 extern "C" void causal(const float *q, const float *k, const float *v, float *out, float *weight, long q_batch,
                        long q_head, long q_token, long k_batch, long k_head, long v_batch, long v_head, long B, long H,
-                       long G, long T, long S, long window, float scale, long threads) {
+                       long G, long T, long S, long window, const float *sinks, float scale, long threads) {
     constexpr int N = SHORT, AHEAD = Seen<N>::AHEAD;
     const long blocks = (T + M - 1) / M;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
@@ -353,7 +361,7 @@ extern "C" void causal(const float *q, const float *k, const float *v, float *ou
         const int rows = std::min<long>(M, T - t);
         const long tokens = first + rows, start = std::max(0L, first + 1 - window) / N * N;
         const float *keys = k + b * k_batch + h / (H / G) * k_head, *values = v + b * v_batch + h / (H / G) * v_head;
-        Seen<N> seen(q + b * q_batch + h * q_head + t * q_token, q_token, rows, scale * 1.44269504f);
+        Seen<N> seen(q + b * q_batch + h * q_head + t * q_token, q_token, rows, scale * LOG2_E);
         for (long s = start; s < tokens; s += N) {
             const long far = s + AHEAD < tokens ? s + AHEAD : start;
             const Lines ahead = {keys + far * D}, values_ahead = {values + far * E};
@@ -362,8 +370,8 @@ extern "C" void causal(const float *q, const float *k, const float *v, float *ou
         }
         seen.finish();
         for (int m = 0; m < rows; m++) {
-            float total = seen.total_of(m), share = 1 / total, *o = out + ((b * T + t + m) * H + h) * E;
-            weight[(b * H + h) * T + t + m] = seen.top_of(m) + std::log2(total);
+            float *o = out + ((b * T + t + m) * H + h) * E, &sum = weight[(b * H + h) * T + t + m];
+            const float share = seen.share_of(m, sinks ? sinks + h : nullptr, sum);
             for (int e = 0; e < E; e++) o[e] = seen.out[m * E + e] * share;
         }
     }
@@ -425,7 +433,7 @@ extern "C" void causal_backward(const float *grad, const float *q, const float *
                 const int rows = std::min<long>(M, T - t);
                 const long first = S - T + t, tokens = first + rows, start = std::max(0L, first + 1 - window) / N * N;
                 const float *mean = grad + b * grad_batch + h * grad_head + t * grad_token;
-                rows_of(q + b * q_batch + h * q_head + t * q_token, q_token, D, rows, scale, queries, columns, 1.44269504f);
+                rows_of(q + b * q_batch + h * q_head + t * q_token, q_token, D, rows, scale, queries, columns, LOG2_E);
                 rows_of(mean, grad_token, E, rows, 1, means, mean_columns, 1);
                 for (int m = 0; m < M; m++) {
                     const float *o = out + b * out_batch + h * out_head + (t + m) * out_token;
