@@ -294,7 +294,10 @@ class Results:
 
     @property
     def tuning_seeds_text(self) -> str:
+        counts = sorted({len(variant.tuning_seeds) for variant in self.variants if variant.tuning_seeds})
         seeds = sorted({seed for variant in self.variants for seed in variant.tuning_seeds})
+        if len(counts) > 1:
+            return f"{counts[0]} to {counts[-1]} seeds, from {seeds[0]} on"
         return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
     def cost_of_rates(self, each: Difference) -> float | None:
