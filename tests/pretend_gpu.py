@@ -288,8 +288,7 @@ def pretended_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[GPUPretence]
             for storage, before in graph.before.values():
                 storage.copy_(before)
 
-    def attend(*arguments: Any) -> Tensor:
-        q, k, v, scale, position, sinks = arguments
+    def attend(q, k, v, scale, position, sinks=None) -> Tensor:
         if not q.dtype == k.dtype == v.dtype or not all(x.stride(-1) == 1 for x in (q, k, v)):
             raise Refused("queries, keys and values of different dtypes, or with gaps")
         return kernel(ops.attention.formula, q, k, v, scale, 0, position, sinks)

@@ -18,10 +18,9 @@ import torch
 
 from train.errors import InputError, Interrupted
 from train.machine import cores, find_device
-from train.plan import Plan, Run
+from train.plan import Plan, Run, Snapshot
 from train.progress import StudyProgress
 from train.store import logged_progress
-from train.variants import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = next(path for name in ("kvfrontier.py", "__main__.py") if (path := ROOT / name).exists())  # __main__: a wheel
@@ -73,7 +72,7 @@ def train_with(workers: Workers, plan: Plan, progress: StudyProgress) -> list[st
                 time.sleep(1)
                 continue
             while not (done := wait(running, timeout=1, return_when=FIRST_COMPLETED).done):
-                _show(progress, look.variants_to_train, list(running.values()))
+                _show(progress, look, list(running.values()))
             for future in done:
                 run = running.pop(future)
                 if line := _ended(run, future, progress):
@@ -111,10 +110,11 @@ def _ended(run: Run, future: Future[Outcome], progress: StudyProgress) -> str | 
     return f"{run.name}: its process {how} ({message}); the same command goes on from its last checkpoint"
 
 
-def _show(progress: StudyProgress, to_train: list[Variant], running: list[Run]) -> None:
+def _show(progress: StudyProgress, look: Snapshot, running: list[Run]) -> None:
     """Shows how far the running processes are, by what they have logged."""
-    begun = {run.name: run.variant.params * tokens for run in running if (tokens := logged_progress(run.directory)[0])}
-    left = max(0, sum(variant.work for variant in to_train) - sum(begun.values()))
+    own = [run for run in running if not look.plan.stale_because(run)]  # of others the directory has an earlier run
+    begun = {run.name: run.variant.params * tokens for run in own if (tokens := logged_progress(run.directory)[0])}
+    left = max(0, sum(variant.work for variant in look.variants_to_train) - sum(begun.values()))
     done = progress.total - progress.done - left
     if done < 0:  # there are more runs than were known
         progress.set_left(left)

@@ -63,7 +63,7 @@ def test_a_kernel_that_is_wrong_on_this_gpu_is_found_at_its_first_use(wrong):
     model, tokens = make("gqa", {"kv_heads": 2}), torch.randint(97, (2, 16))
     expected = cached_logits(model, tokens, [9], model.new_cache(2, 16))
 
-    def broken(q, k, v, scale, position, right):
+    def broken(q, k, v, scale, position, sinks=None, right=None):
         if wrong == "loses a token":
             return right(q, k, v, scale, (position - 1).clamp(min=0))
         if wrong == "does not fit" and q.shape[1] > 1:
@@ -147,6 +147,7 @@ def test_a_training_step_equals_a_cpus_and_waits_for_nothing(arch, options, chip
         plain = "nope_dim" not in options and not module.model.attends_itself
         if plain and options.get("self_decoder") != "gret":  # sizes that are no multiples of 8
             kernels |= {"cudnn"} if chip == HOPPER else {"flash"}
+            kernels = {"efficient"} if options.get("sinks") else kernels  # the one that takes such masks
             assert kernels <= set(gpu.attention) <= kernels
     assert_near(loss, expected, torch.bfloat16)
     for name, gradient in gradients.items():

@@ -8,12 +8,14 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from miniature import metrics, one_run
 from texts import MINIATURE, differ, kvf, refused, user_folder
 
 from train import workers as workers_module
+from train.files import write_json
 from train.progress import StudyProgress
 from train.store import states
 from train.workers import SideBySide, train_with
@@ -74,6 +76,18 @@ def test_a_stop_does_not_wait_for_runs_that_have_not_begun(data, tmp_path, monke
         train_with(workers, plan, progress)
     assert queued
     assert time.monotonic() - began < 20
+
+
+def test_what_an_earlier_run_has_logged_is_not_shown_as_progress(data, tmp_path):
+    plan, run = one_run(data, tmp_path)
+    run.directory.mkdir(parents=True)
+    (run.directory / "metrics.jsonl").write_text('{"tokens": 512}\n')
+    shown = []
+    progress = SimpleNamespace(total=10**12, done=0, show=lambda *what: shown.append(what[0]))
+    for key in ("other settings", run.key):
+        write_json(run.directory / "config.json", {"key": key})
+        workers_module._show(progress, plan.look(), [run])
+    assert shown == ["starts", run.name]
 
 
 @contextlib.contextmanager
