@@ -284,9 +284,9 @@ class Snapshot:
         """
         if (variant.label, variant.tokens) in self._found:
             return self._found[variant.label, variant.tokens]
-        known: dict[str, Run] = {}
-        for rounds in range(1, MOST_ROUNDS + 1):
-            found, runs = self._search_with(variant, rounds * self.plan.study.train.tuning_seeds)
+        known, seeds = {}, self.plan.study.train.tuning_seeds
+        for rounds in range(1, MOST_ROUNDS + 1 if seeds > 1 else 2):  # one seed does not say how much losses scatter
+            found, runs = self._search_with(variant, rounds * seeds)
             known |= {run.name: run for run in runs}
             if found is None or found[0].is_known:
                 break
