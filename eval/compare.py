@@ -22,7 +22,7 @@ class NotComparable(InputError):
 
 def compare(records: Sequence[dict], level: float = 0.95) -> tuple[list[dict], list[dict]]:
     """A COMPARISON of each label with its baseline, over the seeds that both have: first those of METRICS, then, as
-    details, those of every other number in the records' loss, named by its path."""
+    details, those of every other number in the records' loss, named by its path. The first have `holds_together`."""
     check_comparable(records)
     values: dict[str, dict[str, dict[int, float]]] = {}  # metric -> label -> seed
     for record in records:
@@ -37,8 +37,30 @@ def compare(records: Sequence[dict], level: float = 0.95) -> tuple[list[dict], l
         ]
         for metric, of_label in values.items()
     }
+    for metric in METRICS:
+        _mark_those_that_hold_together(comparisons.get(metric, []))
     details = [found for metric in values if metric not in METRICS for found in comparisons[metric]]
     return [found for metric in METRICS for found in comparisons.get(metric, [])], details
+
+
+def _mark_those_that_hold_together(comparisons: list[dict]) -> None:
+    """`holds_together`: separable also at a level at which all of these are to hold at once (Holm 1979); None without
+    an interval."""
+    known = sorted((each for each in comparisons if each["ci_low"] is not None), key=_p_value)
+    holds = True
+    for rank, each in enumerate(known):
+        holds = holds and _p_value(each) <= (1 - each["level"]) / (len(known) - rank)
+        each["holds_together"] = holds
+    for each in comparisons:
+        each.setdefault("holds_together", None)
+
+
+def _p_value(comparison: dict) -> float:
+    """Of Student's test, two-sided."""
+    df, half = len(comparison["seeds"]) - 1, (comparison["ci_high"] - comparison["ci_low"]) / 2
+    if not half:
+        return float(comparison["mean_diff"] == 0)
+    return 2 - 2 * t_cdf(abs(comparison["mean_diff"]) / half * t_quantile((1 + comparison["level"]) / 2, df), df)
 
 
 def check_comparable(records: Sequence[dict]) -> None:

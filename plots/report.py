@@ -154,7 +154,10 @@ def chance_conclusions(results: Results) -> list[tuple[str, str]]:
     if many < 2 or not separable:
         return []
     text = f"{many} comparisons, {separable} of them separable, each at its own level"
-    return [("Chance", f"{text}: with more comparisons, a false one becomes more likely.")]
+    text += ": with more comparisons, a false one becomes more likely."
+    if together := [each.holds_together for each in results.comparisons if each.holds_together is not None]:
+        text += f" At a level at which all hold together (Holm's method) {sum(together)} are separable."
+    return [("Chance", text)]
 
 
 def memory_conclusion(results: Results) -> str:

@@ -62,13 +62,14 @@ class Difference:
     high: float | None
     level: float
     verdict: str
+    holds_together: bool | None = None  # with all other comparisons
 
     @classmethod
     def of(cls, entry: dict) -> "Difference":
         middle, low, high = (number(entry.get(key)) for key in ("mean_diff", "ci_low", "ci_high"))
         names = entry["label"], entry["baseline"], entry["metric"]
         level, verdict = entry.get("level", 0.95), entry.get("verdict", "")
-        return cls(*names, len(entry["seeds"]), middle, low, high, level, verdict)
+        return cls(*names, len(entry["seeds"]), middle, low, high, level, verdict, entry.get("holds_together"))
 
     @property
     def separable(self) -> bool:

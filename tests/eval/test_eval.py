@@ -201,6 +201,24 @@ def test_one_seed_separates_nothing_and_missing_seeds_are_left_out():
     assert compare([record("b", 0, 1.0)]) == ([], [])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_comparisons_that_hold_together_are_those_that_no_set_of_them_excludes(seed):
+    """By the closure of Bonferroni's test, whose shortcut Holm's method is: each set with the comparison in it has one
+    that is separable at the level over the set's size."""
+    draw, labels = random.Random(seed), "bcdef"
+    shift = {label: draw.choice((0.0, 0.5, 1.0, 2.0)) for label in labels} | {"a": 0.0}
+    records = [record(label, s, draw.gauss(shift[label], 0.5)) for s in range(8) for label in shift]
+    main, details = compare(records)
+    separable = {}  # at the level for so many
+    for many in range(1, 6):
+        for each in compare(records, 1 - 0.05 / many)[0]:
+            separable[each["label"], many] = each["verdict"] != "not separable"
+    for each in main:
+        sets = [s for n in range(1, 6) for s in itertools.combinations(labels, n) if each["label"] in s]
+        assert each["holds_together"] == all(any(separable[label, len(s)] for label in s) for s in sets)
+    assert all("holds_together" not in each for each in details)
+
+
 def test_every_number_in_the_loss_is_compared_and_counts_are_not():
     losses = {"val_bpb": 1.0, "tokens": 9, "hit_nats": 2.0, "nats_at": {"1": 3.0, "2": 4.0}}
     records = [record(label, s, 0.0, loss=losses) for label in "ab" for s in (0, 1)]

@@ -1093,6 +1093,18 @@ def test_findings_hold_every_comparison_with_its_interval_and_n(studies, name):
             assert f"larger than {max(-each.low, each.high):.4f} is excluded" in sentence
 
 
+def test_a_difference_that_does_not_hold_together_with_the_others_says_so(studies, tmp_path):
+    raw = copy.deepcopy(studies["families"].raw)
+    separable = [each for each in raw["comparisons"] if each["verdict"] != "not separable"]
+    for each in raw["comparisons"]:
+        each["holds_together"] = each in separable[1:]
+    study = load(put(tmp_path, raw))
+    alone = [s for s in findings(study) if "not separable where all comparisons are to hold together" in s]
+    assert [s.split()[0] for s in alone] == [separable[0]["label"]]
+    chance = dict(report.conclusions(study))["Chance"]
+    assert f"(Holm's method) {len(separable) - 1} are separable" in chance
+
+
 def test_with_one_seed_no_finding_says_lower_or_higher(studies, five):
     for study in (studies["one seed"], load(five)):
         found = findings(study)
