@@ -100,14 +100,13 @@ class Translution(Decoder):
 
     def score_flops(self, context: int) -> float:
         """A short vector meets every matrix, whether a query is at that offset or not."""
-        o = self.options
-        attention = super().score_flops(context) - self.moving_flops(mean_seen(context))
+        o, pairs = self.options, mean_seen(context)
+        attention = (4 * o.heads * o.head_dim + 2 * o.offset_dim) * o.layers * pairs
         return attention + self.moving_flops(o.context)
 
     def decode_score_flops(self, context: float) -> float:
         o = self.options
-        pairs = 4 * o.heads * o.head_dim + 2 * o.offset_dim
-        return pairs * o.layers * context + self.moving_flops(context)
+        return 4 * o.heads * o.head_dim * o.layers * context + self.moving_flops(context)
 
     def moving_flops(self, pairs: float) -> float:
         return 2 * self.options.offset_dim**2 * self.options.layers * pairs

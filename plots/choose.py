@@ -23,6 +23,12 @@ def without_size(label: str, size: str) -> str:
     return label.removesuffix(f"-{size}") if size else label
 
 
+def spread_evenly(items: list, most: int) -> list:
+    """At most `most` of the items, the first and the last among them."""
+    last = min(len(items), most) - 1
+    return [items[round(index * (len(items) - 1) / last)] for index in range(last + 1)] if last > 0 else items[:1]
+
+
 def names(run: Raw) -> tuple[str, str]:
     return run["label"], without_size(run["label"], run["size"])
 

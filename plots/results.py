@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from plots import choose
-from plots.choose import without_size
+from plots.choose import spread_evenly, without_size
 from plots.style import Look, plain_text
 
 FORMAT = 2  # as eval/results.py writes it; a file without the number is read as if it had it
@@ -197,12 +197,6 @@ class VariantResults:
             if is_in_cache(timings[at]):
                 timings[at]["memory_bound"] = False
         return timings
-
-
-def spread_evenly(items: list, most: int) -> list:
-    """At most `most` of the items, the first and the last among them."""
-    last = min(len(items), most) - 1
-    return [items[round(index * (len(items) - 1) / last)] for index in range(last + 1)] if last > 0 else items[:1]
 
 
 @dataclass(frozen=True)

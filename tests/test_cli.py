@@ -173,7 +173,7 @@ def test_families_tuned_rates_and_an_a_a_comparison_end_to_end(folder, capsys):
     """The same variant under two labels is the same to the last bit, and not separable; everything is done once."""
     out = folder / "tuned"
     variants = [{"label": label, "arch": "mha"} for label in "ab"] + [{"arch": "gqa", "kv_heads": [2, 1]}]
-    train = STUDY["train"] | {"tokens": 512, "val_points": 2, "lr": [1e-3, 4e-3]}
+    train = STUDY["train"] | {"tokens": 512, "val_points": 2, "lr": [1e-3, 4e-3], "tuning_seeds": 1}
     measured = {"loss_tokens": 256, "decode": {"batch": [1], "context": [8]}}
     study = write_study(folder, "tuned.yaml", variants=variants, train=train, seeds=[0, 1], eval=measured)
     refused(capsys, "eval", study, "--out", out)
@@ -190,7 +190,7 @@ def test_families_tuned_rates_and_an_a_a_comparison_end_to_end(folder, capsys):
         best = min(rates, key=rates.get)
         assert len(rates) >= 4
         assert best / 4 <= run["train"]["lr"] == run["tuning"]["lr"] <= 4 * best
-        assert run["tuning"]["seeds"] == [1000, 1001]
+        assert run["tuning"]["seeds"] == [1000]
     found = {entry["family"]: entry["labels"] for entry in results["bytes_for_baseline"]}
     assert found == {"a": ["a"], "b": ["b"], "gqa": ["gqa-1", "gqa-2"]}
     assert {row["label"] for row in results["matching"]["heads"]} == {"a", "b", "gqa-2", "gqa-1"}

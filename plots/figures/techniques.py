@@ -9,8 +9,9 @@ from matplotlib.ticker import MaxNLocator
 
 from plots import drawing as d
 from plots import style
+from plots.choose import spread_evenly, without_size
 from plots.labels import Point, label_points
-from plots.results import Results, TechniqueResult, spread_evenly, without_size
+from plots.results import Results, TechniqueResult
 from plots.style import bytes_text
 from plots.tables import MISSING
 from plots.technique_tables import (
