@@ -202,8 +202,8 @@ def difference_findings(results: Results, metric: str, about: str, quality: str,
                 f"{each.label} {each.mean:+.4f}{'' if cost is None else f' ({cost:.4f})'}"
             )
         elif each.separable:
-            alone = each.holds_together is False
-            rates = "; not separable where all comparisons are to hold together" * alone + rates
+            if each.holds_together is False:
+                rates = f"; not separable where all comparisons are to hold together{rates}"
             sentences.append(
                 f"{each.label} has a {each.verdict} {quality} than {each.baseline}: {each.mean:+.4f} {unit} "
                 f"({each.interval}){rates}."

@@ -206,7 +206,7 @@ def call_again(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: A
 @functools.cache
 def out_variant(func: torch._ops.OpOverload, count: int) -> tuple[torch._ops.OpOverload | None, list[str]]:
     """The same operator with `count` more arguments, into which it writes its results, and their names; none where the
-    shape of a result depends on numbers."""
+    shape of a result depends on the values of its arguments."""
     if torch.Tag.dynamic_output_shape in func.tags:
         return None, []
     given = [(a.name, str(a.type)) for a in func._schema.arguments]
