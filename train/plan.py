@@ -248,8 +248,8 @@ class Snapshot:
         self._without_rate: list[Variant] = []  # those of `untuned` for which no rate is left to try
         self._found: dict[tuple[str, int], tuple[Tuned, dict] | None] = {}  # by label and tokens
         for variant in plan.variants:
-            given = plan.study.train.lr if plan.rates is None else plan.rates[0]
-            fixed = plan.rates is None or variant.weights
+            given = variant.lr or (plan.study.train.lr if plan.rates is None else plan.rates[0])
+            fixed = plan.rates is None or variant.lr or variant.weights
             lr, tuning = (given, None) if fixed else self._tune(variant)
             if lr is None:
                 self.untuned.append(variant)

@@ -6,6 +6,7 @@ so that its total parameters equal those of the first variant of its size.
 
 import hashlib
 import importlib.util
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Variant:
     params: int
     tokens: int  # training budget
     recipe: dict[str, str]  # optimizer and schedule
+    lr: float | None  # None: that of the study
     source: str = ""  # hash of the file that defines it; empty for the architectures of archs/
     weights: dict[str, str] | None = None  # of a model of others, which is not trained: its folder and their hash
 
@@ -50,7 +52,7 @@ class Variant:
 
     def facts(self) -> dict:
         """The fields that a run's record has."""
-        left_out = {"tokens", "recipe", *(name for name in ("source", "weights") if not getattr(self, name))}
+        left_out = {"tokens", "recipe", "lr", *(name for name in ("source", "weights") if not getattr(self, name))}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
@@ -66,6 +68,7 @@ class Draft:
     options: dict[str, Any]  # its own options
     tokens: int
     recipe: dict[str, str]
+    lr: float | None
     weights: Path | None
 
     def resolve(self, rule: str, baseline: Variant | None) -> Variant:
@@ -82,7 +85,7 @@ class Draft:
             check_weights(self.arch, options, *read_options(self.weights))
         model = on_meta(self.arch, options)
         first = baseline.label if baseline else self.label
-        facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, source_hash(self.arch)
+        facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, self.lr, source_hash(self.arch)
         weights = self.weights and {"folder": str(self.weights), "hash": weights_hash(self.weights)}
         return Variant(self.label, self.family, self.size, first, self.arch, *facts, weights)
 
@@ -120,7 +123,9 @@ def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
                 words = [(str(value).lower(), type(value) in (int, float)) for value in chosen.values()]
                 label = "-".join([name, *(word for word, _ in words), *([size_name] if size_name else [])])
                 family = "-".join([name, *(word for word, is_number in words if not is_number)])
-                yield Draft(label, family, size_name, arch, model, options | chosen, tokens, recipe, weights)
+                own = options | chosen
+                lr = given_rate(own.pop("lr", None), name)
+                yield Draft(label, family, size_name, arch, model, own, tokens, recipe, lr, weights)
 
 
 def size_names(study: Study) -> list[str]:
@@ -159,6 +164,13 @@ def check_weights(arch: str, options: dict, their_arch: str, theirs: dict) -> No
     for name, value in theirs.items():
         if name not in ("context", "dropout") and ours[name] != value:
             raise ValueError(f"{name}={ours[name]!r}: its weights are those of a model with {name}: {value!r}")
+
+
+def given_rate(lr: Any, label: str) -> float | None:
+    """A variant's own learning rate, None without one. InputError if it cannot be one."""
+    if lr is not None and not (type(lr) in (int, float) and 0 < lr < math.inf):
+        raise InputError(f"variants: {label}: lr={lr!r}: must be a number above 0")
+    return lr
 
 
 def find_weights(name: Any, folder: Path) -> Path | None:
