@@ -3,6 +3,7 @@
 `python tests/test_results.py` writes the marked parts of all pages again.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plots import tables
 from plots.report import sentences_as_markdown
 from plots.results import load
+from train.store import STUDIES as SHIPPED
+from train.study import parse_study, read_yaml
+from train.variants import resolve_variants
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted(path.parent for path in ROOT.glob("results/**/results.json"))
@@ -86,6 +90,17 @@ def test_marked_sentences_are_those_of_the_results(page):
 def test_tables_are_those_of_the_results(folder):
     results = load(folder)
     assert (folder / "tables" / "findings.md").read_text(encoding="utf-8") == sentences_as_markdown(results)
+
+
+@pytest.mark.parametrize("name", ["techniques", "mla", "ladder"])
+def test_rates_that_studies_take_from_frontier_are_those_that_it_chose(name):
+    records = json.loads((ROOT / "results/cpu-frontier/results.json").read_text(encoding="utf-8"))["runs"]
+    chosen = {(r["arch"], json.dumps(r["options"], sort_keys=True)): r["tuning"]["lr"] for r in records}
+    study = parse_study(read_yaml(SHIPPED / f"{name}.yaml"))
+    given = [variant for variant in resolve_variants(study, study.tokenizer.vocab_size, SHIPPED) if variant.lr]
+    assert given
+    for variant in given:
+        assert chosen[variant.arch, json.dumps(variant.options, sort_keys=True)] == variant.lr
 
 
 def test_a_number_that_is_in_no_results_is_found():

@@ -232,10 +232,9 @@ def trained_weights(run: Run) -> dict[str, torch.Tensor]:
 def make_module(plan: Plan, run: Run, tokens: int, pieces: int) -> LanguageModel:
     """The module to train for `tokens`, with initial weights or, of a retrofit, its parent's."""
     config = plan.study.train
-    warmup = min(config.warmup_tokens, tokens // 2)  # else a short run would never reach its rate
-    recipe = {"tokens": tokens, "lr": run.lr, "warmup_tokens": warmup, "seed": run.seed, "pieces": pieces}
+    recipe = run.variant.recipe | {"tokens": tokens, "lr": run.lr, "seed": run.seed, "pieces": pieces}
     recipe |= {"weight_decay": config.weight_decay, "clip": config.clip, "document_end": plan.document_end}
-    recipe |= run.variant.recipe
+    recipe["warmup_tokens"] = min(recipe["warmup_tokens"], tokens // 2)  # else a short run would never reach its rate
     arch, options, technique = run.variant.arch, run.variant.options, run.technique
     if not technique:
         module = LanguageModel(arch, options, **recipe)

@@ -35,7 +35,8 @@ from train.tokens import MANIFEST, open_tokens
 
 MERGED = "model", "train", "eval"  # sections that a study overrides key by key; it replaces the others as a whole
 MODEL_KEYS = [name for name in Options.model_fields if name != "vocab_size"]
-RECIPE = "optimizer", "schedule"
+RECIPE = "warmup_tokens", "optimizer", "schedule"
+NUMBERS = {"tokens", "warmup_tokens"}
 SIZE_KEYS = ["tokens", *RECIPE, *(name for name in MODEL_KEYS if name != "context")]
 EXAMPLE = "{label: mha, arch: mha}"
 
@@ -59,7 +60,7 @@ class TrainConfig(Section):
     checkpoint_seconds: Positive  # between two checkpoints, at most
     checkpoint_steps: Count | None = None  # likewise
     document_mask: bool = False  # a token attends to its own document alone
-    optimizer: Literal["adamw", "muon"] = "adamw"  # this and the next may differ between sizes
+    optimizer: Literal["adamw", "muon"] = "adamw"  # this, the next and warmup_tokens may differ between sizes
     schedule: Literal["cosine", "wsd"] = "cosine"
     tuning_seeds: Count = 2  # with which each learning rate of a list is tried
     tuning_share: Annotated[float, Field(ge=0, lt=1)] | None = None  # of the tokens, in the runs that try a rate
@@ -125,16 +126,18 @@ class Study(Section):
     @classmethod
     def sizes_have_known_keys(cls, sizes: list[dict], info: ValidationInfo) -> list[dict]:
         labels = [variant_label(variant) for variant in info.data.get("variants", [])]
+        sizes = [{key: whole(value) if key in NUMBERS else value for key, value in size.items()} for size in sizes]
         for size in sizes:
             refuse_unknown([key for key in size if key not in labels], SIZE_KEYS)
             for label in size.keys() & set(labels):
                 cls.check(isinstance(size[label], dict), f"{label}={size[label]!r}: must be a mapping of its options")
-            tokens = whole(size.get("tokens", 1))
-            cls.check(type(tokens) is int, f"tokens={tokens!r}: must be a whole number, such as 20_000_000")
-            for key in size.keys() & set(RECIPE):
+            for key in size.keys() & NUMBERS:
+                is_whole = type(size[key]) is int and size[key] >= 0
+                cls.check(is_whole, f"{key}={size[key]!r}: must be a whole number, such as 20_000_000")
+            for key in size.keys() & set(RECIPE) - NUMBERS:
                 allowed = get_args(TrainConfig.model_fields[key].annotation)
                 cls.check(size[key] in allowed, f"{key}={size[key]!r}: must be one of {', '.join(allowed)}")
-        return [{key: whole(value) if key == "tokens" else value for key, value in size.items()} for size in sizes]
+        return sizes
 
     @field_validator("variants")
     @classmethod

@@ -35,8 +35,8 @@ class Variant:
     options: dict[str, Any]
     params: int
     tokens: int  # training budget
-    recipe: dict[str, str]  # optimizer and schedule
-    lr: float | None  # None: that of the study
+    recipe: dict[str, Any]  # the settings of train.study.RECIPE
+    lr: float | None  # its own; None: that of the study
     source: str = ""  # hash of the file that defines it; empty for the architectures of archs/
     weights: dict[str, str] | None = None  # of a model of others, which is not trained: its folder and their hash
 
@@ -67,7 +67,7 @@ class Draft:
     model: dict[str, Any]  # the options that all variants of this size share
     options: dict[str, Any]  # its own options
     tokens: int
-    recipe: dict[str, str]
+    recipe: dict[str, Any]
     lr: float | None
     weights: Path | None
 
@@ -85,9 +85,10 @@ class Draft:
             check_weights(self.arch, options, *read_options(self.weights))
         model = on_meta(self.arch, options)
         first = baseline.label if baseline else self.label
-        facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, self.lr, source_hash(self.arch)
+        facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, self.lr
         weights = self.weights and {"folder": str(self.weights), "hash": weights_hash(self.weights)}
-        return Variant(self.label, self.family, self.size, first, self.arch, *facts, weights)
+        names = self.label, self.family, self.size, first, self.arch
+        return Variant(*names, *facts, source_hash(self.arch), weights)
 
 
 def resolve_variants(study: Study, vocab_size: int, folder: Path = Path()) -> list[Variant]:

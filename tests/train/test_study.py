@@ -54,8 +54,12 @@ WRONG = [
     ({"train": {"lr": [1e-3, 0]}}, "train.lr=[0.001, 0]: must be a number above 0"),
     ({"train": {"lr": [1e-3, 1e-3]}}, "train.lr: 0.001 stands twice"),
     ({"train": {"lr": []}}, "train.lr: at least one is needed"),
-    ({"sizes": [{"depth": 3}]}, "unknown key 'sizes.depth'; allowed: tokens, optimizer, schedule, width"),
+    (
+        {"sizes": [{"depth": 3}]},
+        "unknown key 'sizes.depth'; allowed: tokens, warmup_tokens, optimizer, schedule, width",
+    ),
     ({"sizes": [{"width": 64, "tokens": "many"}]}, "sizes: tokens='many': must be a whole number"),
+    ({"sizes": [{"width": 64, "warmup_tokens": -1}]}, "sizes: warmup_tokens=-1: must be a whole number"),
     ({"sizes": {"width": 3}}, "sizes={'width': 3}: must be a list"),
     ({"eval": {"level": 1.0}}, "eval.level=1.0: must be a number above 0 and below 1"),
     ({"tokenizer": {"name": "bpe", "vocab_size": 2**31}}, "tokenizer.vocab_size=2147483648: must be"),
@@ -321,6 +325,23 @@ def test_each_variants_rate_is_the_vertex_of_a_parabola_over_seeds_of_its_own(da
     assert plan.look().ready == sorted(runs, key=lambda run: run.seed)  # a whole seed after the other
     single = Plan(study("train.lr=3.3e-3", "variants=" + THREE), data, tmp_path).look().runs[0]
     assert single.key == runs[0].key  # how a rate was found does not change the run
+
+
+def test_a_variant_with_a_rate_of_its_own_is_trained_with_it_and_tries_none(data, tmp_path):
+    variants = [{"arch": "mha"}, {"arch": "gqa", "kv_heads": 2, "lr": 3e-3}]
+    sizes = [{"width": 64, "layers": 2}, {"width": 96, "layers": 2, "mha": {"lr": 1e-3}}]
+    plan = Plan(study("train.lr=[1e-3, 2e-3, 4e-3, 8e-3]", variants=variants, sizes=sizes), data, tmp_path)
+    rates = {run.variant.label: run.lr for run in plan.look().runs}
+    assert rates == {"gqa-64x2": 3e-3, "mha-96x2": 1e-3, "gqa-96x2": 3e-3}
+    assert {variant.label for variant in plan.look().untuned} == {"mha-64x2"}
+    assert {run.variant.label for run in plan.look().tuning_runs} == {"mha-64x2"}
+    runs = {run.variant.label: run for run in plan.look().runs}
+    assert runs["mha-96x2"].settings["tuning"] is None
+    one = Plan(study("train.lr=1e-3", variants=[{"arch": "mha"}], sizes=sizes[1:]), data, tmp_path).look().runs[0]
+    assert one.key == runs["mha-96x2"].key  # where the rate stands does not change the run
+    for wrong in (0, -1.0, "fast", True, math.inf, {}):
+        own = study(variants=[{"arch": "mha", "lr": wrong}])
+        assert f"variants: mha: lr={wrong!r}: must be a number above 0" in refusal(Plan, own, data, tmp_path)
 
 
 @pytest.mark.parametrize(("scatter", "rounds"), [(0.0, 1), (0.6, 3), (9.0, MOST_ROUNDS)])
