@@ -92,7 +92,7 @@ def test_tables_are_those_of_the_results(folder):
     assert (folder / "tables" / "findings.md").read_text(encoding="utf-8") == sentences_as_markdown(results)
 
 
-@pytest.mark.parametrize("name", ["techniques", "mla", "ladder"])
+@pytest.mark.parametrize("name", ["techniques", "mla", "ladder", "neighbours"])
 def test_rates_that_studies_take_from_frontier_are_those_that_it_chose(name):
     records = json.loads((ROOT / "results/cpu-frontier/results.json").read_text(encoding="utf-8"))["runs"]
     chosen = {(r["arch"], json.dumps(r["options"], sort_keys=True)): r["tuning"]["lr"] for r in records}

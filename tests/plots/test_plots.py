@@ -851,6 +851,20 @@ def test_tuning_of_before_the_fits_is_read(tmp_path):
     assert len(tables.comparison_table(study).header) == 7
 
 
+def test_findings_name_the_variants_whose_rates_were_given(tmp_path):
+    raw = families(seeds=2)
+    for run in raw["runs"]:
+        run["tuning"] = run["tuning"] if run["label"] in ("mha-16", "gqa-2") else None
+    study = load(put(tmp_path, raw))
+    (given,) = (sentence for sentence in rates.coarseness(study) if sentence.startswith("Given by the study"))
+    others = {variant.label for variant in study.variants} - {"mha-16", "gqa-2"}
+    assert set(given.removesuffix(".").partition("the rates of ")[2].split(", ")) == others
+    for run in raw["runs"]:
+        run["tuning"] = None
+    (warning,) = dict(report.findings(load(put(tmp_path, raw))))["Learning rate"]
+    assert "were given by the study, not tuned in it" in warning or "was used for all variants" in warning
+
+
 def test_findings_say_how_sure_the_rates_are(studies):
     (sentence, *_) = rates.coarseness(studies["families"])
     variants = [variant for variant in studies["families"].variants if variant.label != "mqa"]
