@@ -114,7 +114,7 @@ def line_looks(rows: d.Rows) -> dict[str, dict]:
 
 def limits(rows: d.Rows) -> tuple[float, float]:
     """Limits of the axis of quality. So that a ruined model does not compress all other points, up to a quarter of the
-    losses may lie above the axis, as long as it spans four times the spread of the full caches."""
+    losses may lie above the axis, as long as it spans twice the spread of the full caches."""
     if rows[0]["metric"] == "accuracy":
         return -0.06, 1.07
     ends = [row[key] for row in rows for key in ("quality", "quality_low", "quality_high") if row[key] is not None]
@@ -122,7 +122,7 @@ def limits(rows: d.Rows) -> tuple[float, float]:
     others = sorted(row["quality"] for row in rows if row["line"])
     low, high = min(ends), max(ends)
     spread = max([0.01 * low, *(value - low for value in full)])
-    return d.widened(low, min(high, max(low + 4 * spread, others[3 * (len(others) - 1) // 4])))
+    return d.widened(low, min(high, max(low + 2 * spread, others[3 * (len(others) - 1) // 4])))
 
 
 def draw_techniques(rows: d.Rows, results: Results, width: float) -> Figure:
