@@ -158,11 +158,12 @@ class Plan:
 
     @cached_property
     def smallest(self) -> dict[str, Variant]:
-        """Label without size -> the variant in the size with the least work; {} where each size tries its own rates."""
+        """Label without size -> the variant with the least work of those that have no rate of their own; {} where each
+        size tries its own rates."""
         if self.study.train.tuning_share is None:
             return {}
         ordered = sorted(self.variants, key=lambda variant: variant.work, reverse=True)
-        return {variant.short: variant for variant in ordered}
+        return {variant.short: variant for variant in ordered if not variant.lr}
 
     def _run(self, kind, variant: Variant, seed: int, lr: float, place: Path, name: str, tuning=None) -> Run:
         fingerprint, tokenizer = self.data.facts["fingerprint"], self.study.tokenizer.model_dump()

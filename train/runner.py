@@ -210,6 +210,7 @@ def write_record(run: Run, module: LanguageModel, curve: list[dict]) -> None:
         "seconds": module.train_seconds,
         "lr": run.lr,
         **run.variant.recipe,
+        "warmup_tokens": module.hparams.warmup_tokens,
         "checkpoint_seconds": module.checkpoint_seconds,
         "pieces": module.hparams.pieces,
         "backend": module.backend,

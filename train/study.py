@@ -133,7 +133,7 @@ class Study(Section):
                 cls.check(isinstance(size[label], dict), f"{label}={size[label]!r}: must be a mapping of its options")
             for key in size.keys() & NUMBERS:
                 is_whole = type(size[key]) is int and size[key] >= 0
-                cls.check(is_whole, f"{key}={size[key]!r}: must be a whole number, such as 20_000_000")
+                cls.check(is_whole, f"{key}={size[key]!r}: must be a whole number of at least 0")
             for key in size.keys() & set(RECIPE) - NUMBERS:
                 allowed = get_args(TrainConfig.model_fields[key].annotation)
                 cls.check(size[key] in allowed, f"{key}={size[key]!r}: must be one of {', '.join(allowed)}")

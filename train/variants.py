@@ -81,6 +81,8 @@ class Draft:
             options["ffn_width"] = matching_ffn_width(self.arch, options, baseline.params)
         elif baseline and rule == "heads":
             options |= matching_heads(self.arch, options, baseline.params)
+        if self.weights and self.lr:
+            raise ValueError("lr: a model with weights of its own is not trained; leave it out")
         if self.weights:
             check_weights(self.arch, options, *read_options(self.weights))
         model = on_meta(self.arch, options)
@@ -120,13 +122,12 @@ def drafts(study: Study, vocab_size: int, folder: Path) -> Iterator[Draft]:
             name, arch = variant_label(variant), find_arch(variant["arch"], folder)
             named = {key: value for key, value in variant.items() if key not in ("label", "arch", "weights")}
             weights, options = find_weights(variant.get("weights"), folder), named | size.get(name, {})
+            lr = given_rate(options.pop("lr", None), name)
             for chosen in combinations(options, f"variants: {name}"):
                 words = [(str(value).lower(), type(value) in (int, float)) for value in chosen.values()]
                 label = "-".join([name, *(word for word, _ in words), *([size_name] if size_name else [])])
                 family = "-".join([name, *(word for word, is_number in words if not is_number)])
-                own = options | chosen
-                lr = given_rate(own.pop("lr", None), name)
-                yield Draft(label, family, size_name, arch, model, own, tokens, recipe, lr, weights)
+                yield Draft(label, family, size_name, arch, model, options | chosen, tokens, recipe, lr, weights)
 
 
 def size_names(study: Study) -> list[str]:
@@ -170,8 +171,10 @@ def check_weights(arch: str, options: dict, their_arch: str, theirs: dict) -> No
 def given_rate(lr: Any, label: str) -> float | None:
     """A variant's own learning rate, None without one. InputError if it cannot be one."""
     if lr is not None and not (type(lr) in (int, float) and 0 < lr < math.inf):
-        raise InputError(f"variants: {label}: lr={lr!r}: must be a number above 0")
-    return lr
+        raise InputError(
+            f"variants: {label}: lr={lr!r}: must be a number above 0; several to choose from go in train.lr"
+        )
+    return lr and float(lr)
 
 
 def find_weights(name: Any, folder: Path) -> Path | None:

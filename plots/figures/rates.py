@@ -175,7 +175,9 @@ def rate_findings(results: Results) -> d.Findings:
         return [(about, sentence) for sentence in coarseness(results)]
     rates = sorted({rate for variant in results.variants for rate in variant.values("train.lr")})
     if len(rates) > 1:
-        text = f"the learning rates ({', '.join(f'{rate:g}' for rate in rates)}) were given by the study, not tuned in it"
+        text = (
+            f"the learning rates ({', '.join(f'{rate:g}' for rate in rates)}) were given by the study, not tuned in it"
+        )
     else:
         text = f"one learning rate{f' ({rates[0]:g})' if rates else ''} was used for all variants and tuned for none"
     return [
@@ -218,7 +220,8 @@ def coarseness(results: Results) -> list[str]:
             f"Warning: the best rate lies at the edge of the rates tried for {', '.join(edge)}: a better one may lie "
             "beyond it."
         )
-    if tuned and (given := [v.label for v in results.variants if v.first("train.lr") and v not in tuned]):
+    trained = [v for v in results.variants if v.first("train.lr") and not v.first("weights")]
+    if tuned and (given := [v.label for v in trained if v not in tuned]):
         sentences.append(f"Given by the study, not tuned in it: the rates of {', '.join(given)}.")
     if tuned and not results.has_tuning_text:
         sentences.append("Rates were chosen on the text that comparisons read.")

@@ -265,6 +265,7 @@ def test_what_a_study_says_of_imported_weights_must_be_so(here, tmp_path, capsys
     (entry,) = study["variants"]
     for change, message in (
         ({"rope_base": 5e5}, "rope_base=500000.0: its weights are those of a model with rope_base: 10000.0"),
+        ({"lr": 1e-3}, "lr: a model with weights of its own is not trained; leave it out"),
         ({"gate": True}, "gate=True: its weights are those of a model with gate: False"),
         ({"arch": "mqa"}, "its weights are those of arch: gqa, not mqa"),
         ({"weights": "nowhere"}, "weights: there is no directory nowhere"),

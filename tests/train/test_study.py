@@ -13,6 +13,7 @@ from eval.results import matching_tables
 from train.files import write_json
 from train.meta import on_meta
 from train.plan import Plan
+from train.runner import make_module
 from train.store import STUDIES, find_study
 from train.study import load_data, parse_study, read_yaml
 from train.tuning import KNOWN_TO, MOST_ROUNDS, WIDENED_AT_MOST, Tuned, choose
@@ -339,9 +340,31 @@ def test_a_variant_with_a_rate_of_its_own_is_trained_with_it_and_tries_none(data
     assert runs["mha-96x2"].settings["tuning"] is None
     one = Plan(study("train.lr=1e-3", variants=[{"arch": "mha"}], sizes=sizes[1:]), data, tmp_path).look().runs[0]
     assert one.key == runs["mha-96x2"].key  # where the rate stands does not change the run
-    for wrong in (0, -1.0, "fast", True, math.inf, {}):
+    least = Plan(
+        study("train.lr=[1e-3, 2e-3]", "train.tuning_share=0", variants=variants[:1], sizes=sizes), data, tmp_path
+    )
+    assert {variant.size for variant in least.smallest.values()} == {"64x2"}
+    sizes[0]["mha"], sizes[1]["mha"] = {"lr": 1e-3}, {}
+    larger = Plan(
+        study("train.lr=[1e-3, 2e-3]", "train.tuning_share=0", variants=variants[:1], sizes=sizes), data, tmp_path
+    )
+    assert {run.variant.label for run in larger.look().tuning_runs} == {"mha-96x2"}  # the size below it tries none
+    for wrong in (0, -1.0, "fast", True, math.inf, {}, [1e-3, 2e-3]):
         own = study(variants=[{"arch": "mha", "lr": wrong}])
         assert f"variants: mha: lr={wrong!r}: must be a number above 0" in refusal(Plan, own, data, tmp_path)
+
+
+def test_a_size_may_set_its_warm_up_and_that_is_as_if_the_study_did(data, tmp_path):
+    """The key of one run, and the schedule of its module, with the same warm-up given in either place."""
+    one = [{"arch": "mha"}]
+    size = study(variants=one, sizes=[{"layers": 2, "warmup_tokens": 20_000}])
+    whole = study("train.warmup_tokens=2e4", variants=one, sizes=[{"layers": 2}])
+    other = study("train.warmup_tokens=1e4", variants=one, sizes=[{"layers": 2}])
+    plans = [Plan(each, data, tmp_path) for each in (size, whole, other)]
+    runs = [plan.look().runs[0] for plan in plans]
+    assert runs[0].key == runs[1].key != runs[2].key
+    modules = [make_module(plan, run, 100_000, 1) for plan, run in zip(plans, runs, strict=True)]
+    assert [module.hparams.warmup_tokens for module in modules] == [20_000, 20_000, 10_000]
 
 
 @pytest.mark.parametrize(("scatter", "rounds"), [(0.0, 1), (0.6, 3), (9.0, MOST_ROUNDS)])
