@@ -26,6 +26,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("results/**/README.md"))]
 MARKED = re.compile(r"<!-- (results/\S+) ([^\n]+) -->\n(.*?)<!-- end -->", re.S)
 NUMBER = re.compile(r"(?<![\w.#-])(?>([-+]?\d[\d,]*+(?:\.\d++)?+))(?:\s?(%|B|KiB|MiB|M|k)(?!\w))?(?!\w)")
 NOT_STATED = r"^    [^\n]*$", r"```.*?```", r"`[^`]*`", r"\]\([^)]*\)", r"<[^>]*>", r"arXiv [\d.]+"
+PATH = re.compile(r"(?:^|[\s\",>(|])(?:[A-Z]:)?[/\\](?:[\w.-]+[/\\])+[\w.-]+", re.M)
 SCALES = {"%": 100.0, "KiB": 2**-10, "MiB": 2**-20, "M": 1e-6, "k": 1e-3, "": 100.0}
 
 
@@ -90,6 +91,13 @@ def test_marked_sentences_are_those_of_the_results(page):
 def test_tables_are_those_of_the_results(folder):
     results = load(folder)
     assert (folder / "tables" / "findings.md").read_text(encoding="utf-8") == sentences_as_markdown(results)
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.relative_to(ROOT).as_posix())
+def test_no_path_of_a_machine_is_published(folder):
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".csv", ".md", ".tex", ".html")]
+    found = {path.name: PATH.findall(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: paths for name, paths in found.items() if paths} == {}
 
 
 @pytest.mark.parametrize("name", ["techniques", "mla", "ladder", "neighbours"])

@@ -158,8 +158,7 @@ class Plan:
 
     @cached_property
     def smallest(self) -> dict[str, Variant]:
-        """Label without size -> the variant with the least work of those that have no rate of their own; {} where each
-        size tries its own rates."""
+        """Label without size -> the variant with the least work that tries rates; {} where each size tries its own."""
         if self.study.train.tuning_share is None:
             return {}
         ordered = sorted(self.variants, key=lambda variant: variant.work, reverse=True)
@@ -218,7 +217,8 @@ class Plan:
 
     def config(self, run: Run) -> dict:
         """The content of a run's config.json: what determines its result, and its names."""
-        config = run.settings | {"train": self._run_settings(run.variant, run.lr), "corpus": self.data.facts}
+        config = run.settings | {"arch": run.variant.arch, "corpus": self.data.facts}
+        config["train"] = self._run_settings(run.variant, run.lr)
         if run.technique:
             name = next(name for name, kind in TECHNIQUES.items() if kind is type(run.technique))
             about = {"technique": name, "of": run.parent.key, "is_full": run.technique.is_full}

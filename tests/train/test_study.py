@@ -1,5 +1,6 @@
 """Studies: every wrong key or value is one clear line, matching holds what it says, keys tell what must be redone."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -478,7 +479,9 @@ def test_a_variant_in_a_file_of_the_users_own_is_found_beside_the_study_and_its_
         assert (mine.variant.label, mine.variant.arch) == ("Mine", f"{tmp_path / folder / 'mine.py'}:Mine")
         assert "source" in mine.settings
         assert "source" not in mha.settings
-        keys.append((mha.key, mine.key))
+        assert str(tmp_path) not in json.dumps(mine.settings)  # records are published
+        assert plan.config(mine)["arch"] == mine.variant.arch  # from there its model is made again
+        keys.append((mha.key, mine.key, plan.look().eval_key(mine)))
     assert keys[0] == keys[1]
     assert keys[0][0] == keys[2][0]
     assert keys[0][1] != keys[2][1]
