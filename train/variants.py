@@ -51,7 +51,7 @@ class Variant:
         return self.params * self.tokens
 
     def facts(self) -> dict:
-        """The fields that a run's record has, with the names of files in place of their paths: records are published."""
+        """The fields that a run's record has, with names of files in place of their paths: records are published."""
         left_out = {"tokens", "recipe", "lr", *(name for name in ("source", "weights") if not getattr(self, name))}
         facts = {name: value for name, value in vars(self).items() if name not in left_out}
         if self.weights:
