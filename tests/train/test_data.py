@@ -109,7 +109,8 @@ def test_needles_lie_in_the_first_half_of_a_text_and_are_asked_for_in_the_second
     seen, text = [], "".join(map(chr, texts.train[:]))
     for inputs, targets in (batches[k] for k in range(7)):
         for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
-            half, seen = len(row) // 2, [*seen, tuple(row)]
+            half = 6 if len(row) == 64 else len(row) // 2  # at first they stand where recall has them
+            seen.append(tuple(row))
             asked = {row[t]: wanted[t] for t in range(len(row)) if wanted[t] != IGNORED}
             held = {row[t]: row[t + 1] for t in range(half) if row[t] in asked}
             assert held == asked
@@ -123,6 +124,9 @@ def test_needles_lie_in_the_first_half_of_a_text_and_are_asked_for_in_the_second
     assert all(inputs.shape == (2, 256) for inputs, *_ in held_out)
     assert "at most 8 needles" in refusal(NeedleTask(texts, 9, 64).training, 256, 1, 0)
     assert "give 64 tokens or more" in refusal(NeedleTask(texts, 2, 64).training, 32, 1, 0)
+    for context in (64, 255):
+        assert "64 doubled once or more" in refusal(task.training, context, 1, 0)
+        assert NeedleTask(texts, 2, 64).training(context, 1, 0)[0][0].shape == (1, context)
 
 
 def test_validation_is_the_same_for_all_and_has_every_number_of_pairs_equally_often():

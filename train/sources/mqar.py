@@ -59,6 +59,7 @@ class RecallTask:
             half = f"as half of tokenizer.vocab_size={vocab_size} are keys"
             raise InputError(f"corpus.pairs={list(pairs)}: must be {allowed}, {half}")
         self.pairs, self.n_vocab, self.curriculum = sorted(pairs), vocab_size, curriculum
+        self.symbols = vocab_size
         self.token_bytes = np.full(vocab_size, ((vocab_size - 1).bit_length() + 7) // 8)
 
     @property
@@ -93,9 +94,9 @@ class RecallTask:
         reached = self.pairs
         if self.curriculum and split == "train":
             reached = reached[: EASY + n // self.curriculum]
-        pairs, half = reached[n % len(reached)], self.n_vocab // 2
+        pairs, half = reached[n % len(reached)], self.symbols // 2
         keys = 1 + rng.choice(half - 1, pairs, replace=False)
-        values = half + rng.integers(self.n_vocab - half, size=pairs)
+        values = half + rng.integers(self.symbols - half, size=pairs)
         inputs, targets = np.full(length, BLANK), np.full(length, IGNORED)
         inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2] = keys, values
         places = (length - 2 * pairs) // 2

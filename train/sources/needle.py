@@ -16,16 +16,17 @@ from train.batches import IGNORED
 from train.errors import InputError
 from train.sections import Count, TokenizerConfig
 from train.sources import Place, Source, parse
-from train.sources.mqar import RecallTask
+from train.sources.mqar import BLANK, RecallTask
 from train.tokens import TokenSet
 
 SHORTEST = 64  # tokens in a sequence at the beginning of the curriculum
-FORMAT = 1  # to be raised when the same settings give other sequences
+FORMAT = 2  # to be raised when the same settings give other sequences
 
 
 class Corpus(Source):
     """`needles`: key-value pairs in a sequence. With a `curriculum` training begins with sequences of SHORTEST tokens,
-    and after each `curriculum` batches they are twice as long, up to the context."""
+    with pairs and queries where recall has them, and after each `curriculum` batches sequences are twice as long, up to
+    the context. Without near queries attention does not learn to look back in millions of tokens."""
 
     key: ClassVar[str] = "name"
     names: ClassVar[tuple[str, ...]] = ("needle",)
@@ -47,7 +48,7 @@ class NeedleTask(RecallTask):
 
     def __init__(self, text: TokenSet, needles: int, symbols: int, curriculum: int | None = None):
         super().__init__([needles], symbols, curriculum)
-        self.text, self.symbols = text, symbols
+        self.text = text
         self.n_vocab = text.n_vocab + symbols
         self.token_bytes = np.full(self.n_vocab, 1)
 
@@ -62,6 +63,9 @@ class NeedleTask(RecallTask):
         if context < SHORTEST or 8 * self.pairs[0] > SHORTEST:
             given = f"model.context={context} and corpus.needles={self.pairs[0]}"
             raise InputError(f"{given}: give {SHORTEST} tokens or more, and at most {SHORTEST // 8} needles")
+        if self.curriculum and not self.length(0, context) < 2 * SHORTEST <= context:
+            allowed = f"with corpus.curriculum it must be {SHORTEST} doubled once or more, such as {32 * SHORTEST}"
+            raise InputError(f"model.context={context}: {allowed}")
 
     def length(self, batch: int, context: int) -> int:
         """Halves of the context, halved again down to SHORTEST, doubled after each `curriculum` batches."""
@@ -75,6 +79,11 @@ class NeedleTask(RecallTask):
         start = rng.integers(len(text) - length)
         inputs, targets = np.array(text[start : start + length], dtype=np.int64), np.full(length, IGNORED)
         half, first = self.symbols // 2, self.text.n_vocab
+        if self.curriculum and split == "train" and length < 2 * SHORTEST:
+            symbols, answers = super().sequence(rng, n, length, split)
+            inputs[symbols != BLANK] = first + symbols[symbols != BLANK]
+            targets[answers != IGNORED] = first + answers[answers != IGNORED]
+            return inputs, targets
         keys = first + rng.choice(half, needles, replace=False)
         values = first + half + rng.integers(self.symbols - half, size=needles)
         pairs = 2 * rng.choice(length // 4, needles, replace=False)
