@@ -101,25 +101,26 @@ def test_a_curriculum_begins_with_few_pairs_and_ends_with_all_of_them():
 
 def test_needles_lie_in_the_first_half_of_a_text_and_are_asked_for_in_the_second(tmp_path):
     texts = byte_tokens(tmp_path)
-    task = NeedleTask(texts, needles=3, symbols=20, curriculum=2)
-    assert (task.n_vocab, task.facts["text"]) == (texts.n_vocab + 20, texts.facts["name"])
+    task = NeedleTask(texts, needles=3, symbols=20, curriculum=4)
+    assert (task.n_vocab, task.facts["text"]) == (27 + 20, texts.facts["name"])
     batches = task.training(context=256, batch_size=2, seed=0)
     shapes = [tuple(batches[k][0].shape) for k in range(7)]
-    assert shapes == [(8, 64), (8, 64), (4, 128), (4, 128), (2, 256), (2, 256), (2, 256)]
-    seen, text = [], "".join(map(chr, texts.train[:]))
+    assert shapes == [(8, 64)] * 4 + [(4, 128)] + [(2, 256)] * 2
+    seen, text = [], re.sub("[^a-z]", "_", "".join(map(chr, texts.train[:])).lower())
     for inputs, targets in (batches[k] for k in range(7)):
         for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
-            half = 6 if len(row) == 64 else len(row) // 2  # at first they stand where recall has them
-            seen.append(tuple(row))
+            at_first = len(row) == 64  # they stand where recall has them, with nothing between
             asked = {row[t]: wanted[t] for t in range(len(row)) if wanted[t] != IGNORED}
+            half, seen = 2 * len(asked) if at_first else len(row) // 2, [*seen, tuple(row)]
             held = {row[t]: row[t + 1] for t in range(half) if row[t] in asked}
             assert held == asked
-            assert all(key >= texts.n_vocab and value >= texts.n_vocab + 10 for key, value in held.items())
+            assert len(held) in ((2, 3) if at_first else (3,))
+            assert all(27 <= key < 37 <= value < 47 for key, value in held.items())
             assert not any(wanted[t] != IGNORED for t in range(half))
-            stretches = re.split(f"[{chr(texts.n_vocab)}-{chr(task.n_vocab)}]", "".join(map(chr, row)))
-            assert all(stretch in text for stretch in stretches)
+            letters = "".join("abcdefghijklmnopqrstuvwxyz_"[i] if i < 27 else " " for i in row)
+            assert all(set(part) <= {"_"} if at_first else part in text for part in letters.split())
     assert len(set(seen)) == len(seen)
-    assert torch.equal(batches[3][0], task.training(context=256, batch_size=2, seed=0)[3][0])
+    assert torch.equal(batches[4][0], task.training(context=256, batch_size=2, seed=0)[4][0])
     held_out = [task.held_out(split, context=256, batch_size=2, limit=512)[0] for split in ("tune", "test")]
     assert all(inputs.shape == (2, 256) for inputs, *_ in held_out)
     assert "at most 8 needles" in refusal(NeedleTask(texts, 9, 64).training, 256, 1, 0)

@@ -58,8 +58,8 @@ class RecallTask:
             allowed = f"different numbers of key-value pairs, each from 1 to {most}"
             half = f"as half of tokenizer.vocab_size={vocab_size} are keys"
             raise InputError(f"corpus.pairs={list(pairs)}: must be {allowed}, {half}")
-        self.pairs, self.n_vocab, self.curriculum = sorted(pairs), vocab_size, curriculum
-        self.symbols = vocab_size
+        self.pairs, self.symbols, self.n_vocab = sorted(pairs), vocab_size, vocab_size
+        self.curriculum = curriculum
         self.token_bytes = np.full(vocab_size, ((vocab_size - 1).bit_length() + 7) // 8)
 
     @property

@@ -2,11 +2,13 @@
 half, where the model must predict their values.
 
 It asks of a cache what recall asks (mqar.py), at the distances of long text: a needle is one token in a thousand. The
-text is in bytes, from a corpus of its own; keys and values are symbols that it does not have.
+text is from a corpus of its own, in 27 symbols as in text8: the letters without case and one for all else. Keys and
+values are symbols that it does not have.
 """
 
 import hashlib
 import json
+import string
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -20,13 +22,16 @@ from train.sources.mqar import BLANK, RecallTask
 from train.tokens import TokenSet
 
 SHORTEST = 64  # tokens in a sequence at the beginning of the curriculum
+OTHER = 26  # follows the letters' symbols
+LETTERS = np.full(257, OTHER)  # a symbol for each byte and the end of text
+LETTERS[list(string.ascii_lowercase.encode())] = LETTERS[list(string.ascii_uppercase.encode())] = range(26)
 FORMAT = 2  # to be raised when the same settings give other sequences
 
 
 class Corpus(Source):
-    """`needles`: key-value pairs in a sequence. With a `curriculum` training begins with sequences of SHORTEST tokens,
-    with pairs and queries where recall has them, and after each `curriculum` batches sequences are twice as long, up to
-    the context. Without near queries attention does not learn to look back in millions of tokens."""
+    """`needles`: key-value pairs in a sequence. With a `curriculum` training begins with so many batches of recall in
+    SHORTEST tokens. Then sequences are twice as long after each quarter as many, up to the context. On needles alone
+    attention does not learn to look back in millions of tokens."""
 
     key: ClassVar[str] = "name"
     names: ClassVar[tuple[str, ...]] = ("needle",)
@@ -44,12 +49,12 @@ class Corpus(Source):
 
 
 class NeedleTask(RecallTask):
-    """TrainingData of text with needles: ids of bytes, then those of keys and of values."""
+    """TrainingData of text with needles: ids of letters, then those of keys and of values."""
 
     def __init__(self, text: TokenSet, needles: int, symbols: int, curriculum: int | None = None):
         super().__init__([needles], symbols, curriculum)
-        self.text = text
-        self.n_vocab = text.n_vocab + symbols
+        self.text, self.recall = text, RecallTask(range(min(2, needles), needles + 1), symbols)
+        self.n_vocab = OTHER + 1 + symbols
         self.token_bytes = np.full(self.n_vocab, 1)
 
     @property
@@ -68,22 +73,23 @@ class NeedleTask(RecallTask):
             raise InputError(f"model.context={context}: {allowed}")
 
     def length(self, batch: int, context: int) -> int:
-        """Halves of the context, halved again down to SHORTEST, doubled after each `curriculum` batches."""
+        """The context, halved down to SHORTEST and doubled by the curriculum."""
+        if not self.curriculum:
+            return context
         halvings = (context // SHORTEST).bit_length() - 1
         while context % 2**halvings:
             halvings -= 1
-        return context >> max(0, halvings - batch // self.curriculum) if self.curriculum else context
+        quarters = 4 * batch // self.curriculum
+        return context >> max(0, halvings - max(0, quarters - 3))
 
     def sequence(self, rng: np.random.Generator, n: int, length: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-        text, needles = getattr(self.text, split), self.pairs[0]
-        start = rng.integers(len(text) - length)
-        inputs, targets = np.array(text[start : start + length], dtype=np.int64), np.full(length, IGNORED)
-        half, first = self.symbols // 2, self.text.n_vocab
+        text, needles, half, first = getattr(self.text, split), self.pairs[0], self.symbols // 2, OTHER + 1
         if self.curriculum and split == "train" and length < 2 * SHORTEST:
-            symbols, answers = super().sequence(rng, n, length, split)
-            inputs[symbols != BLANK] = first + symbols[symbols != BLANK]
-            targets[answers != IGNORED] = first + answers[answers != IGNORED]
-            return inputs, targets
+            inputs, targets = self.recall.sequence(rng, n, length, split)
+            inputs = np.where(inputs == BLANK, OTHER, first + inputs)
+            return inputs, np.where(targets == IGNORED, IGNORED, first + targets)
+        start = rng.integers(len(text) - length)
+        inputs, targets = LETTERS[text[start : start + length]], np.full(length, IGNORED)
         keys = first + rng.choice(half, needles, replace=False)
         values = first + half + rng.integers(self.symbols - half, size=needles)
         pairs = 2 * rng.choice(length // 4, needles, replace=False)
