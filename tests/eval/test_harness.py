@@ -58,6 +58,7 @@ def answers(model, arguments, tasks):
 
 
 def test_it_answers_as_lm_evals_own_model_does_with_the_exported_run(study, tasks, tmp_path):
+    pytest.importorskip("accelerate", reason="lm-eval's own model needs it")
     run = study / "runs" / "mla" / "seed-0"
     assert kvf("export", run, tmp_path / "hf") == 0
     ours = answers("kvfrontier", {"run": str(run)}, tasks)

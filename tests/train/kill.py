@@ -6,6 +6,7 @@ docs/when-something-goes-wrong.md shows the arguments.
 Children are forked from this process, which has imported everything and has one thread."""
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -121,7 +122,7 @@ def compare(straight: Path, killed: Path) -> list[str]:
 
 
 def kill_runs(folder: Path, kills: int, signals: list[signal.Signals]) -> bool:
-    """Whether each variant's run ends the same, whichever of the signals came."""
+    """Whether each variant's run ends the same; the signals take turns."""
     steps = 6 * max(5, kills // 3)  # validated six times
     well = True
     for variant in SETTINGS["variants"]:
@@ -129,16 +130,17 @@ def kill_runs(folder: Path, kills: int, signals: list[signal.Signals]) -> bool:
         study = write_study(folder, arch, steps, variants=[variant])
         straight = folder / "straight" / arch
         well &= kvf("train", study, "--out", straight) == 0
-        for signum in signals:
-            killed = folder / signum.name / arch
+        arguments = ["train", study, "--out", folder / "killed" / arch]
+        places = sorted(n / 2 for n in random.Random(arch).sample(range(1, 2 * steps - 12), kills))
+        died = []
+        for place, signum in zip(places, itertools.cycle(signals), strict=False):
             expected = -signum if signum == signal.SIGKILL else 128 + signum
-            places = sorted(n / 2 for n in random.Random(arch).sample(range(1, 2 * steps - 12), kills))
-            died = [in_child(["train", study, "--out", killed], place, signum) for place in places].count(expected)
-            well &= in_child(["train", study, "--out", killed], math.inf, signum) == 0
-            differing = compare(straight, killed)
-            well &= not differing and died == kills
-            result = f"not the same: {', '.join(differing)}" if differing else "the same"
-            print(f"{arch}: {result} after {died} times {signum.name}", flush=True)
+            died += [signum.name] if in_child(arguments, place, signum) == expected else []
+        well &= in_child(arguments, math.inf, signal.SIGKILL) == 0
+        differing = compare(straight, folder / "killed" / arch)
+        well &= not differing and len(died) == kills
+        result = f"not the same: {', '.join(differing)}" if differing else "the same"
+        print(f"{arch}: {result} after {', '.join(died)}", flush=True)
     return well
 
 
