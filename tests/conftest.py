@@ -26,7 +26,7 @@ def pytest_configure(config):
         os.environ["KVFRONTIER_VARIANT"] = variant  # read by helpers.py
 
 
-LONGEST = "workers", "cli", "faults", "plots", "training", "techniques", "ops", "laws", "tokens", "retrofit"
+LONGEST = "workers", "faults", "training", "cli", "plots", "wheel", "techniques", "ops", "laws", "tokens", "kernels", "retrofit", "bench"
 
 
 def pytest_collection_modifyitems(items):
