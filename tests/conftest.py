@@ -26,7 +26,7 @@ def pytest_configure(config):
         os.environ["KVFRONTIER_VARIANT"] = variant  # read by helpers.py
 
 
-LONGEST = "workers", "faults", "training", "cli", "plots", "wheel", "techniques", "ops", "laws", "tokens", "kernels", "retrofit", "bench"
+LONGEST = "workers", "cli", "faults", "plots", "training", "wheel", "techniques", "ops", "laws", "tokens", "retrofit"
 
 
 def pytest_collection_modifyitems(items):
