@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -140,7 +141,8 @@ def kill_runs(folder: Path, kills: int, signals: list[signal.Signals]) -> bool:
         differing = compare(straight, folder / "killed" / arch)
         well &= not differing and len(died) == kills
         result = f"not the same: {', '.join(differing)}" if differing else "the same"
-        print(f"{arch}: {result} after {', '.join(died)}", flush=True)
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(died).items())
+        print(f"{arch}: {result} after {counts}", flush=True)
     return well
 
 

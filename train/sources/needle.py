@@ -79,8 +79,8 @@ class NeedleTask(RecallTask):
         halvings = (context // SHORTEST).bit_length() - 1
         while context % 2**halvings:
             halvings -= 1
-        quarters = 4 * batch // self.curriculum
-        return context >> max(0, halvings - max(0, quarters - 3))
+        doublings = max(0, 4 * batch // self.curriculum - 3)
+        return context >> max(0, halvings - doublings)
 
     def sequence(self, rng: np.random.Generator, n: int, length: int, split: str) -> tuple[np.ndarray, np.ndarray]:
         text, needles, half, first = getattr(self.text, split), self.pairs[0], self.symbols // 2, OTHER + 1
