@@ -151,7 +151,8 @@ class Study(Section):
             check_label(variant_label(variant))
             for option, key in (("vocab_size", "tokenizer.vocab_size"), ("context", "model.context")):
                 cls.check(option not in variant, f"{option} is the same for all of them; set {key}")
-        distinct([variant_label(variant) for variant in variants])
+        lists = [[str(value) for value in variant.values() if isinstance(value, list)] for variant in variants]
+        distinct([" ".join([variant_label(each), *values]) for each, values in zip(variants, lists, strict=True)])
         return variants
 
     @model_validator(mode="after")

@@ -77,18 +77,20 @@ class Draft:
     def resolve(self, rule: str, baseline: Variant | None) -> Variant:
         """The variant, matched by `rule` to the `baseline` of its size; None: it is that itself. ValueError if a model
         cannot have these options or cannot be matched."""
-        if baseline and FREE[rule] in self.options:
-            raise ValueError(f"match: {rule} sets {FREE[rule]}; leave it out here, or use match: none")
         options = self.model | self.options
-        if baseline and rule == "ffn":
+        set_here = FREE[rule] in self.options  # kept, if it matches
+        if baseline and rule == "ffn" and not set_here:
             options["ffn_width"] = matching_ffn_width(self.arch, options, baseline.params)
-        elif baseline and rule == "heads":
+        elif baseline and rule == "heads" and not set_here:
             options |= matching_heads(self.arch, options, baseline.params)
         if self.weights and self.lr:
             raise ValueError("lr: a model with weights of its own is not trained; leave it out")
         if self.weights:
             check_weights(self.arch, options, *read_options(self.weights))
         model = on_meta(self.arch, options)
+        if baseline and set_here and (off := abs(model.count_params() / baseline.params - 1)) > MATCH_TOLERANCE:
+            wrong = f"{FREE[rule]}={options[FREE[rule]]}: parameters are {off:.1%} off those of the first variant"
+            raise ValueError(f"{wrong}, match: {rule} allows {MATCH_TOLERANCE:.1%}; leave it out, or use match: none")
         first = baseline.label if baseline else self.label
         facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, self.lr
         weights = self.weights and {"folder": str(self.weights), "hash": weights_hash(self.weights)}

@@ -11,6 +11,7 @@ from texts import refusal
 
 from archs import VARIANTS
 from eval.results import matching_tables
+from train.errors import InputError
 from train.files import write_json
 from train.meta import on_meta
 from train.plan import Plan
@@ -119,7 +120,7 @@ IMPOSSIBLE = [
     ("variants=[{arch: mlaa}]", "unknown architecture 'mlaa'"),
     ("variants=[{arch: mha, kv_heads: 2}]", "option 'kv_heads'"),
     ("variants=[{arch: 'mine.py:Mine', label: mine}]", "mine.py"),
-    ("variants=[{arch: mha}, {arch: mqa, ffn_width: 64}]", "match: ffn sets ffn_width"),
+    ("variants=[{arch: mha}, {arch: mqa, ffn_width: 64}]", "mqa: ffn_width=64: parameters are "),
     ("variants=[{arch: mha}, {arch: mla, kv_rank: 9999, rope_dim: 2}]", "cannot bring"),
     ("model.context=100", "must be a multiple of model.context=100"),
     ("model.context=1048576", "batch_tokens"),
@@ -284,7 +285,20 @@ def test_the_matching_tables_show_what_each_rule_holds_and_what_it_costs():
     assert (mqa_["ffn_width"], mqa_["heads"]) == (mha["ffn_width"], 7)
     assert mqa_["score_flops_per_token"] / mha["score_flops_per_token"] == pytest.approx(7 / 4)
     assert none["params"] < mha["params"]
-    assert "match: ffn sets ffn_width" in mla["error"]
+    assert "ffn_width=64: parameters are " in mla["error"]
+
+
+def test_variants_of_one_label_are_a_family_and_a_width_of_their_own_is_kept_if_it_matches():
+    """So that each of a family may have its own width: the rule would give another, within the same tolerance."""
+    one, two = ({"label": "mla", "arch": "mla", "kv_rank": [rank], "rope_dim": 8} for rank in (32, 16))
+    by_rule = resolve_variants(study(variants=[{"arch": "mha"}, one | {"kv_rank": [32, 16]}]), 300)
+    width = by_rule[1].options["ffn_width"] - 1
+    own = resolve_variants(study(variants=[{"arch": "mha"}, one | {"ffn_width": width}, two]), 300)
+    assert [(v.label, v.family) for v in own] == [(v.label, v.family) for v in by_rule]
+    assert own[1].options["ffn_width"] == width
+    assert own[2] == by_rule[2]
+    with pytest.raises(InputError, match=r"mqa: heads=2: parameters are .* match: heads allows 0\.5%"):
+        resolve_variants(study(match="heads", variants=[{"arch": "mha"}, {"arch": "mqa", "heads": 2}]), 300)
 
 
 def tried(plan, losses):
