@@ -301,8 +301,12 @@ def _override(settings: dict, override: str) -> None:
     at: Any = settings
     for name in parents:
         if isinstance(at, list):  # of variants, by label or index
-            named = {str(v.get("label", v.get("arch"))): v for v in reversed(at) if isinstance(v, dict)}
-            at = ({str(index): v for index, v in enumerate(at)} | named).get(name)
+            names = [str(v.get("label", v.get("arch"))) if isinstance(v, dict) else "" for v in at]
+            if names.count(name) > 1:
+                raise InputError(
+                    f"--set {override}: several are called {name!r}; use an index, such as {names.index(name)}"
+                )
+            at = dict(zip([*map(str, range(len(at))), *names], [*at, *at], strict=True)).get(name)
         elif isinstance(at, dict):
             at = at.setdefault(name, {})
     if not isinstance(at, dict):

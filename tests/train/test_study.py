@@ -158,6 +158,8 @@ def test_overrides_of_a_given_list_name_variants_by_label_or_place():
     for wrong in ("variants.nobody.kv_heads=1", "train.tokens", "seeds.0.x=3", "train.tokens.x=1", "seeds=2023-13-45"):
         assert "--set" in refusal(parse_study, given, [wrong])
     assert "--set variants" in refusal(parse_study, {"variants": ["mha"]}, ["variants.mha.kv_heads=1"])
+    two = {"variants": [{"arch": "mha"}, {"arch": "gqa", "kv_heads": [1]}, {"arch": "gqa", "kv_heads": [2]}]}
+    assert "several are called 'gqa'; use an index, such as 1" in refusal(parse_study, two, ["variants.gqa.gate=true"])
 
 
 def test_unknown_studies_and_broken_files_are_refused(tmp_path):

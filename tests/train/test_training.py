@@ -88,7 +88,7 @@ def test_documents_are_trained_on_as_if_each_were_alone(arch, options):
     module.validation_step((inputs, targets, 1), 0)
     assert module._validated[0][0] / targets.numel() == pytest.approx(expected.item(), rel=1e-5)
     torch.compiler.reset()
-    module.compile_parts(backend="aot_eager", fullgraph=True)
+    module.compile_parts(backend="eager", fullgraph=True)
     loss = module.mean_nats(inputs, targets)
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(x, m.parameters()) for x, m in ((loss, module), (expected, alone))]
