@@ -6,8 +6,6 @@ from archs.grouped import GroupedOptions
 
 
 class AlternatingOptions(GroupedOptions):
-    """`kv_heads` are those of global layers."""
-
     global_every: int = Field(4, ge=1, lt=2**31)
 
     def complete(self) -> None:

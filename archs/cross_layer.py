@@ -1,8 +1,8 @@
 """Keys and values shared between layers: a layer makes them, those above it only ask.
 
 CLA (arXiv 2405.12981, section 2): `share` adjacent layers read the keys and values of the first of them, over any
-number of KV heads (MLKV, arXiv 2406.09297). Gemma 3n's upper layers all read those of one layer: with `own_layers` the
-layers above these share the last ones.
+number of KV heads (MLKV, arXiv 2406.09297). Gemma 3n's upper layers read those of one layer of their kind: with
+`own_layers` the layers above these share the last ones.
 
 Shapes: B batch, T tokens, W width.
 """

@@ -3,7 +3,7 @@
 A state S (D, E) of each head is read by queries and corrected by keys (eq. 10): S_t = a_t (I - b_t k_t k_t^T) S_{t-1} +
 b_t k_t v_t^T, o_t = S_t^T q_t, with a decay a and a strength b of each token. Queries, keys and values come through a
 causal convolution over `conv` tokens, of which the last ones are kept as well. Every `global_every`-th layer is GQA: 3
-to 1 in Qwen3-Next, and in Kimi Linear (arXiv 2510.26692), which has MLA there.
+to 1 in Qwen3-Next. Kimi Linear (arXiv 2510.26692) has MLA there, and a decay of its own for each channel of a key.
 
 Shapes: B batch, T tokens, H heads, D head size (E = D), X channels, W width.
 """
@@ -30,8 +30,9 @@ class DeltaOptions(AlternatingOptions):
 
 
 class GatedDelta(nn.Module):
-    """Computed in fp32 at least; the state that is kept has the cache's dtype. The option `gate` adds nothing to its
-    own gate, nor `qk_norm` to unit vectors."""
+    """All but projections is computed in fp32 at least. The state that is kept has the cache's dtype; in bf16 a decay
+    by less than about 0.2 % a token is rounded away. The option `gate` adds nothing to its own gate, nor `qk_norm` to
+    unit vectors."""
 
     def __init__(self, o: DeltaOptions):
         super().__init__()
@@ -50,16 +51,16 @@ class GatedDelta(nn.Module):
         kv, document_BT = (None, kv.document_BT) if isinstance(kv, Training) else (kv, None)
         B, T, _ = x_BTW.shape
         a_BHT, b_BHT = at_least_fp32(self.gates(x_BTW)).mT.chunk(2, dim=1)
+        x_BTX = at_least_fp32(self.qkv(x_BTW))
         with torch.autocast(x_BTW.device.type, enabled=False):
             rate_H, bias_H = at_least_fp32(self.log_rate).exp(), at_least_fp32(self.bias)
             log_a_BHT = -rate_H[:, None] * F.softplus(a_BHT + bias_H[:, None])
             kept = kv.read() if kv else None
-            x_BTX = at_least_fp32(self.qkv(x_BTW))
             if kept is None:
                 state_BHDE = x_BTX.new_zeros(B, self.heads, self.size, self.size)
                 last_BTX = x_BTX.new_zeros(B, self.before, x_BTX.shape[-1])
             else:
-                state_BHDE, last_BHYD = at_least_fp32(kept).split((self.size, 3 * self.before), dim=2)
+                state_BHDE, last_BHYD = at_least_fp32(kept).to(x_BTX.dtype).split((self.size, 3 * self.before), dim=2)
                 last_BTX = last_BHYD.unflatten(2, (3, self.before)).permute(0, 3, 2, 1, 4).flatten(2)
             x_BTX = torch.cat((last_BTX, x_BTX), dim=1)
             q, k, v = split_heads(F.silu(self.convolved(x_BTX, T, document_BT)), *[self.heads] * 3)

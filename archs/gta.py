@@ -74,7 +74,7 @@ class GTA(Grouped):
         return [make.full(1, size + o.rotary_dim, size, shared=True) for _ in range(o.layers)]
 
     def kv_stored_elements(self, context: int) -> int:
-        """(g d + d / 2) L a token."""
+        """(g d + d / 2) L a token, if 4 divides d."""
         o = self.options
         return (o.kv_heads * o.head_dim + o.rotary_dim) * o.layers * context
 

@@ -29,7 +29,7 @@ class MLAOptions(Options):
     q_rank: int = Field(0, ge=0, lt=2**31)  # 0: queries straight from the residual stream, as in DeepSeek-V2-Lite
     nope_dim: Size | None = None  # head_dim
     v_dim: Size | None = None  # head_dim
-    latent_std: float = Field(0.02, gt=0)  # of the initial weights that make a latent; a norm follows them
+    latent_std: float = Field(0.02, gt=0, le=1)  # of the initial weights that make a latent; a norm follows them
     latent_scale: bool = False  # normed latents times sqrt(width / rank) (LongCat-Flash, arXiv 2509.01322, section 2.2)
     rotary: ClassVar[str] = "rope_dim"
 

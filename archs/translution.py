@@ -6,7 +6,8 @@ vector, sum_j p_ij (x_j W_1) W_2^(i - j) W_3; the mean of both is what heads ret
 In the full form queries, keys and values all have a matrix for each offset, so a token's key is another one for each
 query, and no cache can hold it. Of the light form a cache holds keys, values and short vectors, but `context` matrices
 must be kept in each layer, and a decode step multiplies with all of them. Tokens further back than `context` get the
-last one. Attention has no fused kernel: training and prefill take memory for each pair of tokens.
+last one. Attention has no fused kernel: training and prefill take memory for each pair of tokens. The authors' short
+vectors have 16 numbers a head, and by default one here, as their matrices are parameters.
 
 Shapes: B batch, T tokens, S cached tokens, H heads, D head size, R = X / H, X offset_dim, C context, W width.
 """
@@ -31,6 +32,10 @@ class TranslutionOptions(Options):
         self.offset_dim = self.offset_dim or self.heads
         divides = self.offset_dim % self.heads == 0
         self.check(divides, f"offset_dim={self.offset_dim} must be a multiple of heads={self.heads}")
+
+    @property
+    def rotary_dim(self) -> int:
+        return 0
 
 
 class RelativeAttention(nn.Module):
@@ -79,6 +84,13 @@ class Translution(Decoder):
     Options = TranslutionOptions
     examples = ({"offset_dim": 8, "qk_norm": True, "gate": True},)
     attends_itself = True
+
+    def __init__(self, options: TranslutionOptions):
+        """What offsets make begins as large as plain values: nothing else says where a token is."""
+        super().__init__(options)
+        for block in self.blocks:
+            for weight in (block.attention.of_offset, block.attention.long.weight):
+                nn.init.normal_(weight, std=options.offset_dim**-0.5)
 
     def layer_attention(self, layer: int) -> nn.Module:
         return RelativeAttention(self.options)

@@ -3,7 +3,7 @@
 Every `global_every`-th layer attends to all tokens, the others to a window of the last ones: 5 windows to 1 global
 layer in Gemma 3 (arXiv 2503.19786, section 2), 1 to 1 in gpt-oss (arXiv 2508.10925, section 2.2), where each head has a
 learned logit besides those of its keys (`sinks`): softmax over all of them, of which the sink's share is dropped. With
-`nope` global layers have no positions, as in Cohere's Command A (arXiv 2504.00698, section 2.1) and SmolLM3.
+`nope` global layers have no positions, as in Cohere's Command A (arXiv 2504.00698, section 2.1).
 
 Shapes: B batch, T tokens, H heads, D head size.
 """

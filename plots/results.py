@@ -292,7 +292,7 @@ class Results:
         counts = sorted({len(variant.tuning_seeds) for variant in self.variants if variant.tuning_seeds})
         seeds = sorted({seed for variant in self.variants for seed in variant.tuning_seeds})
         if len(counts) > 1:
-            return f"{counts[0]} to {counts[-1]} seeds, from {seeds[0]} on"
+            return f"{counts[0]} to {counts[-1]} seeds, numbered from {seeds[0]}"
         return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
     def cost_of_rates(self, each: Difference) -> float | None:

@@ -1,7 +1,6 @@
 """MHA whose keys and values are made from one normed latent, as MLA's are, but rotated whole and cached as MHA's are.
 
-It takes MLA apart: what it loses against MHA is due to the latent, and what MLA loses beyond it to the rotation of few
-dimensions. Used by mla.yaml.
+It takes MLA apart: it has MLA's latent, and neither its rotation of few dimensions nor its cache. Used by mla.yaml.
 
 Shapes: B batch, T tokens, H heads, D head size, W width.
 """

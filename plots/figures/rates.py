@@ -54,6 +54,13 @@ def height(lr: float, vertex: float, cost_of_sqrt2: float) -> float:
     return 4 * cost_of_sqrt2 * math.log2(lr / vertex) ** 2
 
 
+def height_of_choice(variant: VariantResults) -> tuple[float, float]:
+    """(by what factor the rate that was chosen is below the one at the minimum, what that costs)."""
+    tuning = variant.first("tuning")
+    choice, best = tuning.get("tuned_on") or variant.first("train.lr"), tuning["optimum"]
+    return best / choice, height(choice, best, variant.cost_of_sqrt2)
+
+
 def near(rows: d.Rows) -> d.Rows:
     """The rows of the rates that were fitted, of one variant."""
     tried = [row for row in rows if row["kind"] == "tried"]
@@ -198,14 +205,17 @@ def coarseness(results: Results) -> list[str]:
     sentences = []
     if fitted:
         count = f"{len(fitted)} of {len(tuned)} variants"
-        where = "within one standard error of" if has_margin(results) else "at"
-        sentences.append(
-            f"Rates are {where} the minima of parabolas over rates tried with {results.tuning_seeds_text}: {count}."
-        )
+        sentences.append(f"Rates are from parabolas over rates tried with {results.tuning_seeds_text}: {count}.")
+        if below := {v.label: height_of_choice(v) for v in fitted if v.first("tuning.optimum")}:
+            factors, prices = ({label: pair[place] for label, pair in below.items()} for place in (0, 1))
+            sentences[0] += (
+                " Each is the lowest at which the parabola is within one standard error of its minimum: below the rate "
+                f"there by a factor of {spanned(factors, 2)}, which costs {spanned(prices, 4)} bits per byte."
+            )
         if errors:
             sentences[0] += f" The minima are known to a factor of {spanned(errors, 2)}: one standard error."
         costs = {variant.label: variant.cost_of_sqrt2 for variant in fitted}
-        sentences[0] += f" A rate off by a factor of 1.41 would cost, in bits per byte, {spanned(costs, 4)}."
+        sentences[0] += f" A rate off from there by a factor of 1.41 costs, in bits per byte, {spanned(costs, 4)}."
     if others:
         tried = [sorted(rate["lr"] for rate in v.first("tuning.rates") or []) for v in others]
         steps = sorted({f"{high / low:.3g}" for rates in tried for low, high in pairwise(rates)}, key=float)

@@ -291,6 +291,8 @@ def test_initialisation_scales_residual_projections_and_what_makes_latents(arch,
                 parameter, expected = parameter[: options.get("kv_rank")], options.get("latent_std", 0.02)
             if name.endswith(("q_heads.weight", "kv_heads.weight")):
                 expected = 128**-0.5
+            if name.endswith((".of_offset", ".long.weight")):
+                expected = options["offset_dim"] ** -0.5
             assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
 
 

@@ -22,6 +22,8 @@ NEIGHBOURS = [
     ("dsa", {"kv_rank": 8, "rope_dim": 4, "index_topk": 30}),
     ("translution", {}),
     ("windowed", {"kv_heads": 2, "global_every": 2, "sinks": True}),
+    ("delta", {"kv_heads": 2, "global_every": 2}),
+    ("yoco", {"kv_heads": 2, "self_decoder": "gret"}),
 ]
 
 
@@ -407,6 +409,11 @@ def test_cache_and_weights_of_other_dtypes(arch, options, weights, kept):
         ("cla", {"kv_heads": 2, "share": 3}, "cla: share=3: must be at most layers=2"),
         ("cla", {"kv_heads": 2, "own_layers": 3}, "cla: own_layers=3: must be at most layers=2"),
         ("translution", {"offset_dim": 6}, "translution: offset_dim=6 must be a multiple of heads=4"),
+        (
+            "mla",
+            {"kv_rank": 8, "rope_dim": 4, "latent_std": 1e39},
+            "latent_std=1e.39: must be a number above 0 and up to 1",
+        ),
         ("gta", {"kv_heads": 2, "head_dim": 2}, "gta: head_dim=2: must be at least 4, half of it is rotated"),
         (
             "dsa",

@@ -873,7 +873,9 @@ def test_findings_say_how_sure_the_rates_are(studies):
     errors = {variant.label: 2 ** variant.first("tuning.octaves_error") for variant in variants}
     costs = {variant.label: variant.cost_of_sqrt2 for variant in variants}
     assert "seeds 1000, 1001: 8 of 9 variants." in sentence
-    for values, digits in ((errors, 2), (costs, 4)):
+    below = {variant.label: variant.first("tuning.optimum") / variant.first("tuning.lr") for variant in variants}
+    prices = {v.label: 4 * v.cost_of_sqrt2 * math.log2(below[v.label]) ** 2 for v in variants}
+    for values, digits in ((errors, 2), (costs, 4), (below, 2), (prices, 4)):
         low, high = min(values.values()), max(values.values())
         assert f"{low:.{digits}f} to {high:.{digits}f} (most: " in sentence
         assert max(values, key=values.get) in sentence
