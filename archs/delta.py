@@ -60,7 +60,7 @@ class GatedDelta(nn.Module):
                 state_BHDE = x_BTX.new_zeros(B, self.heads, self.size, self.size)
                 last_BTX = x_BTX.new_zeros(B, self.before, x_BTX.shape[-1])
             else:
-                state_BHDE, last_BHYD = at_least_fp32(kept).to(x_BTX.dtype).split((self.size, 3 * self.before), dim=2)
+                state_BHDE, last_BHYD = kept.to(x_BTX.dtype).split((self.size, 3 * self.before), dim=2)
                 last_BTX = last_BHYD.unflatten(2, (3, self.before)).permute(0, 3, 2, 1, 4).flatten(2)
             x_BTX = torch.cat((last_BTX, x_BTX), dim=1)
             q, k, v = split_heads(F.silu(self.convolved(x_BTX, T, document_BT)), *[self.heads] * 3)

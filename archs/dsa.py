@@ -3,8 +3,8 @@
 A small indexer scores every earlier token s for a query t, I = sum_j w_j relu(q_j . k_s) over its heads j (eq. 1), and
 attention sees the `index_topk` of the highest scores. A token keeps the indexer's key besides MLA's latent and rotary
 key: more is stored, but of the latents no more than `index_topk` are read. The indexer learns from a loss of its own,
-the divergence of its softmax from what attention's heads do together (section 2.1), and nothing else has gradients of
-that; all gradients are clipped by their norm together. For the first `dense_tokens` of training attention sees
+the divergence of its softmax from what attention's heads do together (section 2.1), and nothing else gets gradients
+from it; all gradients are clipped by their norm together. For the first `dense_tokens` of training attention sees
 everything. Training and prefill take memory for each pair of tokens.
 
 Shapes: B batch, T tokens, S cached tokens, H heads, J index heads, I index_dim, K index_topk, X latent and rotary key.

@@ -214,7 +214,7 @@ def put(cache_BGSD: Tensor, slots_T: Tensor, new_BGTD: Tensor) -> None:
 def retention_step(q_BH1D: Tensor, k_BH1D: Tensor, v_BH1D: Tensor, decay_BH1: Tensor, state_BHDD: Tensor) -> Tensor:
     """One token of gated retention, (B, H, 1, D): Q_n S_n with S_n = gamma_n S_{n-1} + K_n^T V_n (YOCO, arXiv
     2405.05254, section 3.2). Overwrites the state with S_n, rounded to its dtype; the output is of S_n before that."""
-    decayed_BHDD = at_least_fp32(state_BHDD).to(q_BH1D.dtype) * decay_BH1[..., None]
+    decayed_BHDD = state_BHDD.to(q_BH1D.dtype) * decay_BH1[..., None]
     state_BHDD.copy_(decayed_BHDD + k_BH1D.mT @ v_BH1D)
     return q_BH1D @ decayed_BHDD + self_score(q_BH1D, k_BH1D) * v_BH1D
 

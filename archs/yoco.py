@@ -111,7 +111,7 @@ class GatedRetention(nn.Module):
             else:
                 if state is None:
                     state = q_BHTD.new_zeros(len(x_BTW), self.heads, self.head_dim, self.head_dim)
-                inputs = *inputs, log_decay_BHT, at_least_fp32(state).to(q_BHTD.dtype)
+                inputs = *inputs, log_decay_BHT, state.to(q_BHTD.dtype)
                 out_BHTD, state = retention_chunkwise(*inputs, CHUNK, document_BT)
             if kv:
                 kv.write(state)

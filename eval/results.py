@@ -5,6 +5,7 @@ import datetime
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def matching_tables(study: Study, vocab_size: int, folder: Path = Path()) -> dic
     for rule in FREE:
         tables[rule], first = [], {}
         for draft in drafts(study, vocab_size, folder):
+            if rule != study.match and draft.size in first:  # the study's own rule alone keeps a variant's own width
+                options = {name: value for name, value in draft.options.items() if name != FREE[study.match]}
+                draft = replace(draft, options=options)
             try:
                 variant = draft.resolve(rule, first.get(draft.size))
             except ValueError as e:

@@ -151,6 +151,11 @@ class Study(Section):
             check_label(variant_label(variant))
             for option, key in (("vocab_size", "tokenizer.vocab_size"), ("context", "model.context")):
                 cls.check(option not in variant, f"{option} is the same for all of them; set {key}")
+        archs: dict[str, str] = {}
+        for variant in variants:
+            label, arch = variant_label(variant), variant["arch"]
+            one = archs.setdefault(label, arch)
+            cls.check(one == arch, f"{label!r} is the label of {one} and of {arch}; a family has one architecture")
         lists = [[str(value) for value in variant.values() if isinstance(value, list)] for variant in variants]
         distinct([" ".join([variant_label(each), *values]) for each, values in zip(variants, lists, strict=True)])
         return variants

@@ -78,10 +78,12 @@ class Draft:
         """The variant, matched by `rule` to the `baseline` of its size; None: it is that itself. ValueError if a model
         cannot have these options or cannot be matched."""
         options = self.model | self.options
-        set_here = FREE[rule] in self.options  # kept, if it matches
+        set_here = FREE[rule] in self.options
         if baseline and rule == "ffn" and not set_here:
             options["ffn_width"] = matching_ffn_width(self.arch, options, baseline.params)
-        elif baseline and rule == "heads" and not set_here:
+        elif baseline and rule == "heads":
+            if set_here:
+                raise ValueError("match: heads sets heads; leave it out here, or use match: none")
             options |= matching_heads(self.arch, options, baseline.params)
         if self.weights and self.lr:
             raise ValueError("lr: a model with weights of its own is not trained; leave it out")
@@ -89,8 +91,8 @@ class Draft:
             check_weights(self.arch, options, *read_options(self.weights))
         model = on_meta(self.arch, options)
         if baseline and set_here and (off := abs(model.count_params() / baseline.params - 1)) > MATCH_TOLERANCE:
-            wrong = f"{FREE[rule]}={options[FREE[rule]]}: parameters are {off:.1%} off those of the first variant"
-            raise ValueError(f"{wrong}, match: {rule} allows {MATCH_TOLERANCE:.1%}; leave it out, or use match: none")
+            wrong = f"ffn_width={options['ffn_width']}: parameters are {off:.1%} off those of the first variant"
+            raise ValueError(f"{wrong}, match: ffn allows {MATCH_TOLERANCE:.1%}; leave it out, or use match: none")
         first = baseline.label if baseline else self.label
         facts = model.options.model_dump(), model.count_params(), self.tokens, self.recipe, self.lr
         weights = self.weights and {"folder": str(self.weights), "hash": weights_hash(self.weights)}

@@ -206,16 +206,20 @@ def coarseness(results: Results) -> list[str]:
     if fitted:
         count = f"{len(fitted)} of {len(tuned)} variants"
         sentences.append(f"Rates are from parabolas over rates tried with {results.tuning_seeds_text}: {count}.")
-        if below := {v.label: height_of_choice(v) for v in fitted if v.first("tuning.optimum")}:
-            factors, prices = ({label: pair[place] for label, pair in below.items()} for place in (0, 1))
+        own = [v for v in fitted if v.first("tuning.optimum") and not v.first("tuning.tuned_at")]
+        if own:
+            pairs = {variant.label: height_of_choice(variant) for variant in own}
+            factors, prices = ({label: pair[place] for label, pair in pairs.items()} for place in (0, 1))
             sentences[0] += (
-                " Each is the lowest at which the parabola is within one standard error of its minimum: below the rate "
-                f"there by a factor of {spanned(factors, 2)}, which costs {spanned(prices, 4)} bits per byte."
+                " By the one-standard-error rule they lie below the minima, by a factor of "
+                f"{spanned(factors, 2)}, which costs {spanned(prices, 4)} bits per byte."
             )
         if errors:
             sentences[0] += f" The minima are known to a factor of {spanned(errors, 2)}: one standard error."
         costs = {variant.label: variant.cost_of_sqrt2 for variant in fitted}
-        sentences[0] += f" A rate off from there by a factor of 1.41 costs, in bits per byte, {spanned(costs, 4)}."
+        sentences[0] += (
+            f" A rate off from the minimum by a factor of 1.41 costs, in bits per byte, {spanned(costs, 4)}."
+        )
     if others:
         tried = [sorted(rate["lr"] for rate in v.first("tuning.rates") or []) for v in others]
         steps = sorted({f"{high / low:.3g}" for rates in tried for low, high in pairwise(rates)}, key=float)

@@ -296,6 +296,18 @@ def test_initialisation_scales_residual_projections_and_what_makes_latents(arch,
             assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
 
 
+@each_variant
+def test_in_mixed_precision_every_projection_is_computed_in_bf16(arch, options):
+    """One that is computed in fp32 would be a handicap of this program's, not of the architecture."""
+    model, dtypes = make(arch, options), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, __, out, name=name: dtypes.update({name: out.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(97, (2, 9)))
+    assert {name for name, dtype in dtypes.items() if dtype != torch.bfloat16} == set()
+
+
 WRONG = [
     ("mha", {"heads": 3}, "heads=3 must divide width=64, or give head_dim"),
     ("mha", {"vocab_size": 10**30}, "and below 2147483648"),

@@ -71,7 +71,8 @@ def test_compiled_parts_have_the_same_loss_and_gradients(arch, options):
 
 @each_variant
 def test_documents_are_trained_on_as_if_each_were_alone(arch, options):
-    """In training, validation in pieces and compiled, one graph a block. Token 5 ends a document and belongs to it."""
+    """In training, validation in pieces and traced by the compiler, one graph a block. Token 5 ends a document and
+    belongs to it."""
     masked = {"document_end": 5, "pieces": 2}  # pieces: of the validation
     module, alone = (LanguageModel(arch, OPTIONS | options | {"heads": 4}, tokens=1, **how) for how in (masked, {}))
     tokens = torch.randint(6, 257, (3, 60))
