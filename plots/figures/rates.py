@@ -54,7 +54,7 @@ def height(lr: float, vertex: float, cost_of_sqrt2: float) -> float:
     return 4 * cost_of_sqrt2 * math.log2(lr / vertex) ** 2
 
 
-def height_of_choice(variant: VariantResults) -> tuple[float, float]:
+def below_minimum(variant: VariantResults) -> tuple[float, float]:
     """(by what factor the rate that was chosen is below the one at the minimum, what that costs)."""
     tuning = variant.first("tuning")
     choice, best = tuning.get("tuned_on") or variant.first("train.lr"), tuning["optimum"]
@@ -208,7 +208,7 @@ def coarseness(results: Results) -> list[str]:
         sentences.append(f"Rates are from parabolas over rates tried with {results.tuning_seeds_text}: {count}.")
         own = [v for v in fitted if v.first("tuning.optimum") and not v.first("tuning.tuned_at")]
         if own:
-            pairs = {variant.label: height_of_choice(variant) for variant in own}
+            pairs = {variant.label: below_minimum(variant) for variant in own}
             factors, prices = ({label: pair[place] for label, pair in pairs.items()} for place in (0, 1))
             sentences[0] += (
                 " By the one-standard-error rule they lie below the minima, by a factor of "

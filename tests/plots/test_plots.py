@@ -835,7 +835,7 @@ def test_rates_tried_on_fewer_tokens_are_drawn_where_they_were_tried(tmp_path):
     assert chosen == [(v.first("tuning.tuned_on"), v.first("train.lr")) for v in study.variants]
     for variant in study.variants:
         if best := variant.first("tuning.optimum"):
-            assert rates.height_of_choice(variant)[0] == best / variant.first("tuning.tuned_on")
+            assert rates.below_minimum(variant)[0] == best / variant.first("tuning.tuned_on")
     for text in (rates.rate_caption(study, data), " ".join(tables.results_table(study).notes)):
         assert tables.SHIFTED in text
 
