@@ -176,13 +176,15 @@ def decimal_ticks(axis, text=plain_text, at_most: int = 6) -> None:
     set_ticks(axis, places, text)
 
 
-def add_legend(fig: Figure, entries: list[tuple[Line2D, str]]) -> None:
+def add_legend(fig: Figure, entries: list[tuple[Line2D, str]], title: str = "") -> None:
     """Add a legend under the axes, where it covers no data, in as many columns as fit; the figure grows by its
     height."""
     handles, labels = zip(*entries, strict=True)
     room = fig.get_figwidth() * fig.dpi * 0.98
+    how = {"title": title, "title_fontsize": RC["legend.fontsize"], "alignment": "left"}
     for rows in range(1, len(entries) + 1):
-        legend = fig.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(entries) / rows))
+        columns = math.ceil(len(entries) / rows)
+        legend = fig.legend(handles, labels, loc="outside lower center", ncols=columns, **how)
         box = legend.get_window_extent()
         if box.width <= room or rows == len(entries):
             break

@@ -57,12 +57,12 @@ def draw_cache(rows: d.Rows, results: Results, width: float) -> Figure:
             (handle, with_cost(name, group[0]))
             for (handle, name), group in zip(entries, d.grouped(rows, "label").values(), strict=True)
         ]
-    style.add_legend(fig, entries)
+    style.add_legend(fig, entries, "bytes at any length + bytes of each token" if len(sizes) == 1 else "")
     return fig
 
 
 def with_cost(name: str, row: dict) -> str:
-    each = style.bytes_text(row["bytes_per_token"]) + "/token"
+    each = style.bytes_text(row["bytes_per_token"])
     cost = f"{style.bytes_text(row['constant_bytes'])} + {each}" if row["constant_bytes"] else each
     return f"{name}{': ' if len(name) < 14 else ':' + chr(10)}{cost}"
 

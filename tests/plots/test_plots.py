@@ -681,6 +681,26 @@ def test_frontier_labels_never_overlap_on_random_data(five):
     assert placed > 4
 
 
+def test_points_of_equal_bytes_stand_side_by_side(studies):
+    study, draw = studies["techniques, many"], random.Random(0)
+    data = frontier.frontier_rows(study)
+    assert len(data) == 10
+    for width in (3.35, 6.9):
+        for row in data:
+            middle, half = 2 + draw.random() / 5, draw.random() / 5
+            row |= {"kv_bytes_per_token": draw.choice((384, 400, 1536)), "val_bpb": middle}
+            row |= {"val_bpb_low": middle - half, "val_bpb_high": middle + half}
+        _, fig = drawn("frontier", study, width, data)
+        (ax,), point = fig.axes, fig.dpi / 72
+        marks = [line for line in ax.lines if line.get_markersize() == 5.5 and line.get_marker() != "None"]
+        pixels = {y: ax.transData.transform((x, y))[0] for ((x, y),) in (mark.get_xydata() for mark in marks)}
+        ordered = sorted(data, key=lambda row: (row["kv_bytes_per_token"], row["val_bpb"]))
+        assert set(pixels) == {row["val_bpb"] for row in data}
+        for a, b in combinations(ordered, 2):
+            if a["val_bpb_low"] < b["val_bpb_high"] and b["val_bpb_low"] < a["val_bpb_high"]:
+                assert pixels[b["val_bpb"]] - pixels[a["val_bpb"]] > 0.8 * frontier.APART * point
+
+
 def test_architectures_keep_colour_and_marker_and_labels_differ(studies):
     first, second = (studies["families"].labels[label].look for label in ("mla-64", "mla-32"))
     assert first.color == second.color == style.PALETTE[FIVE["archs"].index("mla")]
