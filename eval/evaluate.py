@@ -20,10 +20,11 @@ from train.files import lock, read_json, write_json
 from train.machine import describe_machine, find_device, resolve_dtype
 from train.plan import Plan, Run, Snapshot
 from train.progress import StudyProgress, console
-from train.runner import trained_weights
+from train.runner import TRAINED, trained_weights
 from train.trained import restore, untrained
 
 FIRST_ROUND = "evaluation.json"  # in a run's directory between the rounds
+LM_EVAL = ("lm_eval", "lm_eval_techniques")
 ROUNDS = 2  # each times all runs: a machine that is slow for a minute then does not decide between variants
 
 
@@ -92,7 +93,9 @@ def _evaluate_runs(plan: Plan) -> list[str]:
                 if turn < ROUNDS - 1:
                     write_json(run.directory / FIRST_ROUND, states[run.directory] | {"measured": known})
                     continue
-                record = run.record() | known | run.settings | states[run.directory]
+                # What an evaluation with other settings has measured is not of this study.
+                kept = {key: value for key, value in run.record().items() if key in (*TRAINED, *LM_EVAL)}
+                record = kept | known | run.settings | states[run.directory]
                 write_json(run.directory / "record.json", record)
                 (run.directory / FIRST_ROUND).unlink(missing_ok=True)
     return failures

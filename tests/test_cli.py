@@ -162,8 +162,14 @@ def test_stages_one_by_one_and_by_the_directory_alone(folder, capsys, two_figure
     assert not (out / "report.html").exists()
     assert kvf("plot", out) == 0
     assert (out / "report.html").exists()
-    assert kvf("eval", out, "--set", "eval.loss_tokens=128") == 0
-    assert {r["loss"]["tokens"] for r in json.loads((out / "results.json").read_text())["runs"]} == {128}
+    for techniques, asked in ("[{technique: full}]", True), ("[]", False):
+        record = next((out / "runs").rglob("record.json"))
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"lm_eval": {"task": {"acc": 0.5}}}))
+        assert kvf("eval", out, "--set", "eval.loss_tokens=128", "--set", f"eval.techniques={techniques}") == 0
+        runs = json.loads((out / "results.json").read_text())["runs"]
+        assert {r["loss"]["tokens"] for r in runs} == {128}
+        assert {"techniques" in r for r in runs} == {asked}  # what was measured for another study is gone
+        assert [r["lm_eval"] for r in runs if "lm_eval" in r] == [{"task": {"acc": 0.5}}]
     before = snapshot(out), (out / "plan.json").read_text()
     refused(capsys, "eval", out, "--set", "train.lr=1.0")
     assert (snapshot(out), (out / "plan.json").read_text()) == before

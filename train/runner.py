@@ -39,6 +39,7 @@ from train.variants import Variant
 from train.workers import Outcome, Workers
 
 LOG_POINTS = 100
+TRAINED = ("params_non_embedding", "train_tokens", "train", "curve")  # what training adds to a run's settings
 
 
 class InProcess(Workers):
@@ -217,9 +218,8 @@ def write_record(run: Run, module: LanguageModel, curve: list[dict]) -> None:
         "device": device_name(module.trainer.strategy.root_device),
         "flops_per_token": 3 * module.model.flops_per_token(run.variant.options["context"]),
     }
-    params = {"params_non_embedding": module.model.count_params(embedding=False)}
-    content = run.settings | params | {"train_tokens": module.tokens_seen, "train": train, "curve": curve}
-    write_json(run.directory / "record.json", content)
+    values = module.model.count_params(embedding=False), module.tokens_seen, train, curve
+    write_json(run.directory / "record.json", run.settings | dict(zip(TRAINED, values, strict=True)))
 
 
 def trained_weights(run: Run) -> dict[str, torch.Tensor]:
