@@ -32,6 +32,7 @@ from train.export import hf_config, hf_weights
 )
 @example(seed=29654, batch=1, layers=4, heads=8, head_dim=16, length=1)
 @example(seed=836157, batch=1, layers=4, heads=8, head_dim=10, length=33)
+@example(seed=20224, batch=2, layers=4, heads=8, head_dim=16, length=27)
 def test_cached_logits_equal_the_full_forward(arch, options, seed, batch, layers, heads, head_dim, length):
     model = make(arch, options, seed, layers=layers, heads=heads, head_dim=head_dim)
     draw = random.Random(seed)
@@ -40,20 +41,18 @@ def test_cached_logits_equal_the_full_forward(arch, options, seed, batch, layers
     while left:
         chunks.append(draw.randint(1, left))
         left -= chunks[-1]
-    with torch.inference_mode():
-        full = model(tokens)
-        got = cached_logits(model, tokens, chunks, model.new_cache(batch, length + draw.randint(0, 9)))
-    error = max((logits - full[:, t]).abs().max().item() for t, logits in got.items())
-    assert error <= 1e-5 * full.abs().max().item() or error <= 4 * moved_by_rounding(model, tokens, full)
+    room = length + draw.randint(0, 9)
+    error = cache_error(model, tokens, chunks, room)
+    # Where almost nothing is normed (retention) fp32's rounding is seen. Then fp64 says whether it is that.
+    assert error <= 1e-5 or (error <= 1e-3 and cache_error(model.double(), tokens, chunks, room) <= 1e-12)
 
 
 @torch.inference_mode()
-def moved_by_rounding(model, tokens, full):
-    """How far logits move if weights are a rounding off, which is far where almost nothing is normed (retention)."""
-    moved = copy.deepcopy(model)
-    for parameter in moved.parameters():
-        parameter.mul_(1 + torch.randint(-1, 2, parameter.shape) * torch.finfo(torch.float32).eps)
-    return (moved(tokens) - full).abs().max().item()
+def cache_error(model, tokens, chunks, room) -> float:
+    """The largest difference of cached logits to those of the full forward, as a share of the largest logit."""
+    full = model(tokens)
+    got = cached_logits(model, tokens, chunks, model.new_cache(len(tokens), room))
+    return max((logits - full[:, t]).abs().max().item() for t, logits in got.items()) / full.abs().max().item()
 
 
 @each_variant
