@@ -24,7 +24,6 @@ from train.runner import TRAINED, trained_weights
 from train.trained import restore, untrained
 
 FIRST_ROUND = "evaluation.json"  # in a run's directory between the rounds
-LM_EVAL = ("lm_eval", "lm_eval_techniques")
 ROUNDS = 2  # each times all runs: a machine that is slow for a minute then does not decide between variants
 
 
@@ -93,8 +92,8 @@ def _evaluate_runs(plan: Plan) -> list[str]:
                 if turn < ROUNDS - 1:
                     write_json(run.directory / FIRST_ROUND, states[run.directory] | {"measured": known})
                     continue
-                # What an evaluation with other settings has measured is not of this study.
-                kept = {key: value for key, value in run.record().items() if key in (*TRAINED, *LM_EVAL)}
+                # What an evaluation with other settings measured does not belong to this study.
+                kept = {k: v for k, v in run.record().items() if k in TRAINED or k.startswith("lm_eval")}
                 record = kept | known | run.settings | states[run.directory]
                 write_json(run.directory / "record.json", record)
                 (run.directory / FIRST_ROUND).unlink(missing_ok=True)
