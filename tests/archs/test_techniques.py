@@ -54,9 +54,10 @@ def run(model, tokens, cache, prompt=PROMPT):
 @each(ACTING)
 def test_with_a_full_budget_nothing_changes(name, arch, options):
     model, tokens = model_and_tokens(arch, options)
+    whole = model.new_cache(*SIZE)
+    expected = run(model, tokens, whole)
     for budget in (1.0,) if name in ("dmc", "full") else (1.0, PROMPT + LATER):
-        one, whole = technique(name, budget=budget, **OPTIONS.get(name, {})), model.new_cache(*SIZE)
-        cache, expected = compressed_cache(model, one, *SIZE), run(model, tokens, whole)
+        cache = compressed_cache(model, technique(name, budget=budget, **OPTIONS.get(name, {})), *SIZE)
         for _ in range(2 if budget == 1.0 else 1):
             assert_near(run(model, tokens, cache), expected)
             assert cache.nbytes == whole.nbytes
