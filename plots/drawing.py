@@ -3,8 +3,10 @@
 A figure is a file in plots/figures. `rows` makes the rows of its CSV from the results (or says why it cannot), and
 `draw` draws those rows and nothing else, so that a figure's CSV is exactly what it shows."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations, product
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +19,7 @@ Rows = list[dict]
 Findings = list[tuple[str, str]]  # (what it is about, what the numbers say)
 
 MANY = 6  # lines that a reader can still follow in one panel
+APART = 5  # points of 1/72 inch between bars that would cover each other
 
 
 class NotInResults(Exception):
@@ -172,6 +175,38 @@ def draw_differences(
                 ax.plot([at, at], [row[f"{y}_low"], row[f"{y}_high"]], color=look.color, linewidth=0.7, zorder=2)
         ax.plot(xs, [row[y] for row in group], linestyle=look.line, markersize=3.4, zorder=3, **look.marks())
     ax.axhline(base, color=style.GREY, linewidth=0.6, zorder=1)
+
+
+def side_by_side(ax: Axes, points: Rows, ends: tuple[str, str, str]) -> Rows:
+    """The rows with a new `x`, on a logarithmic axis whose limits are set, for those that would cover each other: where
+    bars or markers overlap, they stand APART around their common middle, in the order of bytes and value. `ends`: the
+    names of the value and of its bar's ends."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    apart, marker = APART * math.log2(right / left) / (72 * panel_inches(ax)), (top - bottom) / 25
+
+    def order(row: dict) -> tuple[float, float]:
+        return row["kv_bytes_per_token"], row[ends[0]]
+
+    def spread(block: Rows) -> Rows:
+        left = sum(math.log2(row["x"]) for row in block) / len(block) - apart * (len(block) - 1) / 2
+        return [row | {"x": 2 ** (left + n * apart)} for n, row in enumerate(sorted(block, key=order))]
+
+    def reach(row: dict) -> tuple[float, float]:
+        value, *bar = (row[key] for key in ends if row[key] is not None)
+        return min([value - marker / 2, *bar]), max([value + marker / 2, *bar])
+
+    def covers(pair: tuple[dict, dict]) -> bool:
+        (lows, highs), (left, right) = zip(*map(reach, pair), strict=True), sorted(pair, key=order)
+        return max(lows) < min(highs) and math.log2(right["x"] / left["x"]) < 0.99 * apart
+
+    blocks = [[row] for row in points]
+    while True:
+        pairs = combinations(blocks, 2)
+        pair = next((pair for pair in pairs if any(map(covers, product(*map(spread, pair))))), None)
+        if not pair:
+            xs = {row["label"]: row["x"] for block in blocks if len(block) > 1 for row in spread(block)}
+            return [row | {"x": xs.get(row["label"], row["x"])} for row in points]
+        blocks = [block for block in blocks if block not in pair] + [pair[0] + pair[1]]
 
 
 def interval_caption(results: Results, rows: Rows, low: str = "difference_low", bars: str = "Bars") -> str:

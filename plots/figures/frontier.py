@@ -1,7 +1,6 @@
 """The memory-quality plane: KV cache bytes per token against loss."""
 
-import math
-from itertools import combinations, pairwise, product
+from itertools import pairwise
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,7 +13,6 @@ from plots.style import bytes_text
 from plots.tables import MISSING, Table, share_text, size_text
 
 ENDS = ("val_bpb", "val_bpb_low", "val_bpb_high")
-APART = 5  # points of 1/72 inch between bars that would cover each other
 
 
 def frontier_rows(results: Results) -> d.Rows:
@@ -104,8 +102,7 @@ def draw_panel(ax, rows: d.Rows, results: Results) -> tuple[d.Rows, list]:
     step = {"drawstyle": "steps-post", "color": style.GREY, "linewidth": 0.7, "linestyle": (0, (3, 2)), "zorder": 1}
     ax.plot(xs, ys, **step)
     lines = [[(x0, y0), (x1, y0), (x1, y1)] for (x0, y0), (x1, y1) in pairwise(zip(xs, ys, strict=True))]
-    octave = 72 * d.panel_inches(ax) / math.log2(4 * right / left)
-    points = side_by_side(points, APART / octave, (ax.get_ylim()[1] - ax.get_ylim()[0]) / 25)
+    points = d.side_by_side(ax, points, ENDS)
     for row in points:
         if row["baseline"]:
             ax.axhline(row["val_bpb"], color=style.GREY, linewidth=0.5, zorder=1)
@@ -129,35 +126,6 @@ def draw_panel(ax, rows: d.Rows, results: Results) -> tuple[d.Rows, list]:
     style.octave_ticks(ax.xaxis, ticks, text, d.panel_inches(ax), 0.5)
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     return points, lines
-
-
-def side_by_side(points: d.Rows, apart: float, marker: float) -> d.Rows:
-    """The rows with a new `x` for those that would cover each other: where bars, or markers of that height, overlap,
-    they stand `apart` (in octaves of bytes) around their common middle, in the order of bytes and loss."""
-
-    def order(row: dict) -> tuple[float, float]:
-        return row["kv_bytes_per_token"], row["val_bpb"]
-
-    def spread(block: d.Rows) -> d.Rows:
-        left = sum(math.log2(row["x"]) for row in block) / len(block) - apart * (len(block) - 1) / 2
-        return [row | {"x": 2 ** (left + n * apart)} for n, row in enumerate(sorted(block, key=order))]
-
-    def reach(row: dict) -> tuple[float, float]:
-        value, *bar = (row[key] for key in ENDS if row[key] is not None)
-        return min([value - marker / 2, *bar]), max([value + marker / 2, *bar])
-
-    def covers(pair: tuple[dict, dict]) -> bool:
-        (lows, highs), (left, right) = zip(*map(reach, pair), strict=True), sorted(pair, key=order)
-        return max(lows) < min(highs) and math.log2(right["x"] / left["x"]) < 0.99 * apart
-
-    blocks = [[row] for row in points]
-    while True:
-        pairs = combinations(blocks, 2)
-        pair = next((pair for pair in pairs if any(map(covers, product(*map(spread, pair))))), None)
-        if not pair:
-            xs = {row["label"]: row["x"] for block in blocks if len(block) > 1 for row in spread(block)}
-            return [row | {"x": xs.get(row["label"], row["x"])} for row in points]
-        blocks = [block for block in blocks if block not in pair] + [pair[0] + pair[1]]
 
 
 def frontier_caption(results: Results, rows: d.Rows) -> str:

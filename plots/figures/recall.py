@@ -1,6 +1,8 @@
 """Multi-query associative recall (Zoology, arXiv 2312.04927): how many key-value pairs a cache can hold and return,
 how far back, and with how few bytes."""
 
+from itertools import pairwise
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,6 +18,7 @@ MEASURED_AT = {
     "pairs": ("accuracy_at", "key-value pairs", "by number of pairs"),
     "distance": ("accuracy_at_distance", "tokens back to the pair", "by distance"),
 }
+ENDS = ("accuracy", "accuracy_min", "accuracy_max")
 
 
 def recall_rows(results: Results) -> d.Rows:
@@ -60,10 +63,11 @@ def draw_recall(rows: d.Rows, results: Results, width: float) -> Figure:
 def draw_lines(ax: Axes, rows: d.Rows, what: str, results: Results) -> None:
     """Draw the accuracy against one of MEASURED_AT, a line for each variant."""
     ax.set_xscale("log", base=2)
-    labels = d.grouped(rows, "label")
+    labels, places = d.grouped(rows, "label"), sorted({row[what] for row in rows})
+    apart = min([1.04, *((high / low) ** (0.6 / len(labels)) for low, high in pairwise(places))])
     for index, (label, group) in enumerate(labels.items()):
         look, xs = results.labels[label].look, [row[what] for row in group]
-        aside = [x * 1.04 ** (index - (len(labels) - 1) / 2) for x in xs]
+        aside = [x * apart ** (index - (len(labels) - 1) / 2) for x in xs]
         for x, row in zip(aside, group, strict=True):
             ax.plot([x, x], [row["accuracy_min"], row["accuracy_max"]], color=look.color, linewidth=0.7, zorder=2)
         ax.plot(aside, [row["accuracy"] for row in group], linestyle=look.line, markersize=3.4, **look.marks())
@@ -76,19 +80,20 @@ def draw_lines(ax: Axes, rows: d.Rows, what: str, results: Results) -> None:
 def draw_by_bytes(ax: Axes, rows: d.Rows, results: Results) -> None:
     sizes = [row["kv_bytes_per_token"] for row in rows if row["kv_bytes_per_token"] > 0] or [1]
     zero = min(sizes) / 4
-    ax.set_xscale("log", base=2)
-    for group in d.grouped(rows, "family").values():
-        group = sorted(group, key=lambda row: row["kv_bytes_per_token"])
-        look = results.labels[group[0]["label"]].look
-        xs, ys = [row["kv_bytes_per_token"] or zero for row in group], [row["accuracy"] for row in group]
-        ax.plot(xs, ys, color=look.color, linestyle=look.line, linewidth=0.9)
-        for x, row in zip(xs, group, strict=True):
-            look = results.labels[row["label"]].look
-            ax.plot([x, x], [row["accuracy_min"], row["accuracy_max"]], color=look.color, linewidth=0.7)
-            ax.plot([x], [row["accuracy"]], linestyle="none", **look.marks())
     places = {row["kv_bytes_per_token"] or zero for row in rows}
-    text = lambda value: "0 B" if value == zero and zero in places else bytes_text(value)  # noqa: E731
+    ax.set_xscale("log", base=2)
     ax.set_xlim(min(places) / 1.5, max(places) * 1.5)
+    rows = d.side_by_side(ax, [row | {"x": row["kv_bytes_per_token"] or zero} for row in rows], ENDS)
+    for group in d.grouped(rows, "family").values():
+        group = sorted(group, key=lambda row: row["x"])
+        look = results.labels[group[0]["label"]].look
+        curve = [[row[key] for row in group] for key in ("x", "accuracy")]
+        ax.plot(*curve, color=look.color, linestyle=look.line, linewidth=0.9)
+        for row in group:
+            look = results.labels[row["label"]].look
+            ax.plot([row["x"]] * 2, [row["accuracy_min"], row["accuracy_max"]], color=look.color, linewidth=0.7)
+            ax.plot([row["x"]], [row["accuracy"]], linestyle="none", **look.marks())
+    text = lambda value: "0 B" if value == zero and zero in places else bytes_text(value)  # noqa: E731
     ticks = style.powers_of_two(min(sizes) / 1.5, max(places) * 1.5)
     style.octave_ticks(ax.xaxis, ([zero] if zero in places else []) + ticks, text, d.panel_inches(ax), 0.5)
     ax.set_xlabel(f"KV per token{results.cache_text}")
@@ -111,7 +116,7 @@ def recall_caption(results: Results, rows: d.Rows) -> str:
     ]
     if len(d.grouped(rows, "family")) < len(d.grouped(rows, "label")):
         sentences.append("Lines join the variants of a family.")
-    sentences.append("Horizontal axes are logarithmic.")
+    sentences.append("Points that would cover each other stand side by side. Horizontal axes are logarithmic.")
     if len(results.sizes) > 1:
         sentences.append(f"Models of the largest size, {results.largest[0].size}.")
     if results.seeds[1] == 1:

@@ -698,7 +698,7 @@ def test_points_of_equal_bytes_stand_side_by_side(studies):
         assert set(pixels) == {row["val_bpb"] for row in data}
         for a, b in combinations(ordered, 2):
             if a["val_bpb_low"] < b["val_bpb_high"] and b["val_bpb_low"] < a["val_bpb_high"]:
-                assert pixels[b["val_bpb"]] - pixels[a["val_bpb"]] > 0.8 * frontier.APART * point
+                assert pixels[b["val_bpb"]] - pixels[a["val_bpb"]] > 0.8 * drawing.APART * point
 
 
 def test_architectures_keep_colour_and_marker_and_labels_differ(studies):
