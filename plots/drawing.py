@@ -177,23 +177,23 @@ def draw_differences(
     ax.axhline(base, color=style.GREY, linewidth=0.6, zorder=1)
 
 
-def side_by_side(ax: Axes, points: Rows, ends: tuple[str, str, str]) -> Rows:
+def side_by_side(ax: Axes, points: Rows, value: str, *ends: str) -> Rows:
     """The rows with a new `x`, on a logarithmic axis whose limits are set, for those that would cover each other: where
-    bars or markers overlap, they stand APART around their common middle, in the order of bytes and value. `ends`: the
-    names of the value and of its bar's ends."""
+    markers at the `value`, or bars between the `ends`, overlap, they stand APART around their common middle, in the
+    order of bytes and value."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     apart, marker = APART * math.log2(right / left) / (72 * panel_inches(ax)), (top - bottom) / 25
 
     def order(row: dict) -> tuple[float, float]:
-        return row["kv_bytes_per_token"], row[ends[0]]
+        return row["kv_bytes_per_token"], row[value]
 
     def spread(block: Rows) -> Rows:
         left = sum(math.log2(row["x"]) for row in block) / len(block) - apart * (len(block) - 1) / 2
         return [row | {"x": 2 ** (left + n * apart)} for n, row in enumerate(sorted(block, key=order))]
 
     def reach(row: dict) -> tuple[float, float]:
-        value, *bar = (row[key] for key in ends if row[key] is not None)
-        return min([value - marker / 2, *bar]), max([value + marker / 2, *bar])
+        bar = [row[key] for key in ends if row[key] is not None]
+        return min([row[value] - marker / 2, *bar]), max([row[value] + marker / 2, *bar])
 
     def covers(pair: tuple[dict, dict]) -> bool:
         (lows, highs), (left, right) = zip(*map(reach, pair), strict=True), sorted(pair, key=order)

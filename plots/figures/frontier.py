@@ -102,7 +102,7 @@ def draw_panel(ax, rows: d.Rows, results: Results) -> tuple[d.Rows, list]:
     step = {"drawstyle": "steps-post", "color": style.GREY, "linewidth": 0.7, "linestyle": (0, (3, 2)), "zorder": 1}
     ax.plot(xs, ys, **step)
     lines = [[(x0, y0), (x1, y0), (x1, y1)] for (x0, y0), (x1, y1) in pairwise(zip(xs, ys, strict=True))]
-    points = d.side_by_side(ax, points, ENDS)
+    points = d.side_by_side(ax, points, *ENDS)
     for row in points:
         if row["baseline"]:
             ax.axhline(row["val_bpb"], color=style.GREY, linewidth=0.5, zorder=1)

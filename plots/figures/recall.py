@@ -18,7 +18,6 @@ MEASURED_AT = {
     "pairs": ("accuracy_at", "key-value pairs", "by number of pairs"),
     "distance": ("accuracy_at_distance", "tokens back to the pair", "by distance"),
 }
-ENDS = ("accuracy", "accuracy_min", "accuracy_max")
 
 
 def recall_rows(results: Results) -> d.Rows:
@@ -83,7 +82,7 @@ def draw_by_bytes(ax: Axes, rows: d.Rows, results: Results) -> None:
     places = {row["kv_bytes_per_token"] or zero for row in rows}
     ax.set_xscale("log", base=2)
     ax.set_xlim(min(places) / 1.5, max(places) * 1.5)
-    rows = d.side_by_side(ax, [row | {"x": row["kv_bytes_per_token"] or zero} for row in rows], ENDS)
+    rows = d.side_by_side(ax, [row | {"x": row["kv_bytes_per_token"] or zero} for row in rows], "accuracy")
     for group in d.grouped(rows, "family").values():
         group = sorted(group, key=lambda row: row["x"])
         look = results.labels[group[0]["label"]].look
@@ -109,8 +108,9 @@ def recall_caption(results: Results, rows: d.Rows) -> str:
     if distances:
         most = max(distances)
         back = f", against the distance to the pair ({most}: over {most // 2} and up to {most} tokens)"
+    task = "Needles in a text" if results.raw["corpus"]["name"] == "needle" else "Multi-query associative recall"
     sentences = [
-        "Multi-query associative recall: share of queries answered correctly against the number of key-value pairs in "
+        f"{task}: share of queries answered correctly against the number of key-value pairs in "
         f"the sequence ({seeds}){back}, and against the bytes that one more token adds to the KV cache at "
         f"{most_different(rows)} pairs, where the variants differ most."
     ]
