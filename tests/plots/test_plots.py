@@ -701,6 +701,21 @@ def test_points_of_equal_bytes_stand_side_by_side(studies):
                 assert pixels[b["val_bpb"]] - pixels[a["val_bpb"]] > 0.8 * drawing.APART * point
 
 
+def test_recalls_points_stand_nearest_to_their_number_of_pairs(studies):
+    study, places = studies["techniques, many"], [2, 3, 4, 16]
+    ends = dict.fromkeys(("accuracy", "accuracy_min", "accuracy_max"), 0.5)
+    rest = ends | {"kv_bytes_per_token": 384, "distance": None}
+    names = [drawing.named(variant) | rest for variant in study.variants]
+    data = [name | {"pairs": n, "in_byte_panel": n == 16} for name in names for n in places]
+    _, fig = drawn("recall", study, 6.9, data)
+    lines = [line for line in fig.axes[0].lines if line.get_markersize() == 3.4]
+    assert len(lines) == len(study.variants) == 10
+    for line in lines:
+        assert [min(places, key=lambda n: abs(math.log(x / n))) for x in line.get_xdata()] == places
+    shown = [line.get_xdata()[0] for line in fig.axes[-1].lines if line.get_linestyle() == "None"]
+    assert len(set(shown)) == len(shown) == 10
+
+
 def test_architectures_keep_colour_and_marker_and_labels_differ(studies):
     first, second = (studies["families"].labels[label].look for label in ("mla-64", "mla-32"))
     assert first.color == second.color == style.PALETTE[FIVE["archs"].index("mla")]
